@@ -1,0 +1,1 @@
+"""Functions on tensors, one file an op: schema, reference, autograd and the public function."""

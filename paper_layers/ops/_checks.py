@@ -1,0 +1,33 @@
+"""Argument checks that the ops share: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> list[int]:
+    """An integer or a pair of integers, each at least `minimum`, as a list of two."""
+    both = list(value) if isinstance(value, tuple | list) else [value, value]
+    if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in both):
+        raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
+    if min(both) < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value!r}")
+    return both
+
+
+def floating(name: str, value: Tensor) -> None:
+    """A tensor of one of the dtypes that the kernels compute in."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+        raise TypeError(f"{name}: expected one of {expected}, got {value.dtype}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Two tensors on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")

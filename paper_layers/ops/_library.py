@@ -1,0 +1,65 @@
+"""The operator library: schemas are defined here, compiled kernels are loaded into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+library = torch.library.Library("paper_layers", "DEF")
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_status: dict[str, str] = {}
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an op: its schema, its reference for every backend without a kernel, its shapes for tracing."""
+    name = schema.split("(", 1)[0]
+    library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"paper_layers::{name}", fake, lib=library)
+    return getattr(torch.ops.paper_layers, name).default
+
+
+def _load(name: str, unusable: str | None) -> None:
+    path = _PACKAGE / f"{name}.so"
+    if unusable:
+        _status[name] = f"not loaded: {unusable}"
+    elif not path.exists():
+        _status[name] = (
+            f"not built: {path} does not exist; ops run as pure PyTorch "
+            "(reinstall with PAPER_LAYERS_BUILD=require to see why the build failed)"
+        )
+    else:
+        try:
+            torch.ops.load_library(str(path))
+            _status[name] = f"loaded from {path}"
+        except OSError as error:
+            _status[name] = f"failed to load {path}: {error}"
+
+
+_load("_cpu", None)
+_load("_cuda", None if torch.version.cuda else "this torch is built without CUDA")
+
+
+def show_config() -> str:
+    """Say which kernels are loaded, from where and for which instruction sets, or why they are not.
+
+    Example:
+        >>> import paper_layers
+        >>> print(paper_layers.show_config())  # doctest: +ELLIPSIS
+        paper_layers ...
+    """
+    from paper_layers import __version__
+
+    lines = [f"paper_layers {__version__}, torch {torch.__version__}"]
+    lines += [f"{name[1:]} kernels: {status}" for name, status in _status.items()]
+    if _status["_cpu"].startswith("loaded"):
+        lines.append(f"cpu instruction set: {torch.ops.paper_layers.cpu_capability()}")
+        limit = os.environ.get("PAPER_LAYERS_CPU_CAPABILITY")
+        if limit:
+            lines.append(f"PAPER_LAYERS_CPU_CAPABILITY={limit}")
+    return "\n".join(lines)

@@ -1,0 +1,279 @@
+"""Local importance-based pooling: the op, its backward, and the function that users call."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paper_layers.ops import _checks
+from paper_layers.ops._library import define
+
+_GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode"
+
+
+def _output_size(length: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    size = (length + 2 * padding - kernel + (stride - 1 if ceil_mode else 0)) // stride + 1
+    # As in torch's pools, every window starts inside the image or its left padding.
+    if ceil_mode and (size - 1) * stride >= length + padding:
+        size -= 1
+    return size
+
+
+def _output_shape(
+    input: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool
+) -> list[int]:
+    spatial = zip(input.shape[2:], kernel_size, stride, padding, strict=True)
+    return [*input.shape[:2], *(_output_size(*sizes, ceil_mode) for sizes in spatial)]
+
+
+def _memory_format(input: Tensor) -> torch.memory_format:
+    """The layout of the outputs: channels_last where the input has it and is not contiguous as well."""
+    if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+class _Taps:
+    """The windows of a padded image as kernel_size strided slices, one for each position in the window."""
+
+    def __init__(self, input: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool):
+        self.size = _output_shape(input, kernel_size, stride, padding, ceil_mode)[2:]
+        self.kernel_size, self.stride = kernel_size, stride
+        # Room for the last window of ceil_mode beyond the padding, and none where no window reaches.
+        (top, left), (height, width) = padding, input.shape[2:]
+        span = [(n - 1) * s + k for n, s, k in zip(self.size, stride, kernel_size, strict=True)]
+        self.pad = [left, span[1] - left - width, top, span[0] - top - height]
+
+    def slices(self) -> Iterator[tuple[Any, ...]]:
+        for offset in itertools.product(*map(range, self.kernel_size)):
+            yield (
+                ...,
+                *(slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(offset, self.size, self.stride, strict=True)),
+            )
+
+    def stack(self, input: Tensor, value: float) -> Tensor:
+        padded = F.pad(input, self.pad, value=value)
+        return torch.stack([padded[index] for index in self.slices()])
+
+    def scatter(self, taps: Tensor, like: Tensor) -> Tensor:
+        padded = F.pad(torch.zeros_like(like, dtype=taps.dtype), self.pad)
+        for tap, index in zip(taps, self.slices(), strict=True):
+            padded[index] += tap
+        return F.pad(padded, [-p for p in self.pad])
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pool(
+    input: Tensor, logit: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool
+) -> Tensor:
+    """The formula, differentiable to any order: soft-max over each window's logits, then the weighted sum."""
+    dtype = _accumulation_dtype(input.dtype)
+    taps = _Taps(input, kernel_size, stride, padding, ceil_mode)
+    weight = taps.stack(logit.to(dtype), -torch.inf).softmax(0)
+    return (weight * taps.stack(input.to(dtype), 0.0)).sum(0).to(input.dtype)
+
+
+def _reference(
+    input: Tensor, logit: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool
+) -> Tensor:
+    output = _pool(input, logit, kernel_size, stride, padding, ceil_mode)
+    return output.contiguous(memory_format=_memory_format(input))
+
+
+def _fake(
+    input: Tensor, logit: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool
+) -> Tensor:
+    shape = _output_shape(input, kernel_size, stride, padding, ceil_mode)
+    return input.new_empty(shape).to(memory_format=_memory_format(input))
+
+
+def _backward_reference(
+    grad: Tensor,
+    input: Tensor,
+    logit: Tensor,
+    output: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulation_dtype(input.dtype)
+    taps = _Taps(input, kernel_size, stride, padding, ceil_mode)
+    weight = taps.stack(logit.to(dtype), -torch.inf).softmax(0)
+    deviation = taps.stack(input.to(dtype), 0.0) - output.to(dtype)
+    grad_input = taps.scatter(grad.to(dtype) * weight, input)
+    grad_logit = taps.scatter(grad.to(dtype) * weight * deviation, input)
+    if logit.shape[1] != input.shape[1]:
+        grad_logit = grad_logit.sum(1, keepdim=True)
+    layout = _memory_format(input)
+    return (
+        grad_input.to(input.dtype).contiguous(memory_format=layout),
+        grad_logit.to(logit.dtype).contiguous(memory_format=layout),
+    )
+
+
+def _backward_fake(
+    grad: Tensor,
+    input: Tensor,
+    logit: Tensor,
+    output: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    layout = _memory_format(input)
+    return torch.empty_like(input, memory_format=layout), torch.empty_like(logit, memory_format=layout)
+
+
+_forward_op = define(f"lip_pool2d(Tensor input, Tensor logit, {_GEOMETRY}) -> Tensor", _reference, _fake)
+_backward_op = define(
+    f"lip_pool2d_backward(Tensor grad, Tensor input, Tensor logit, Tensor output, {_GEOMETRY}) -> (Tensor, Tensor)",
+    _backward_reference,
+    _backward_fake,
+)
+
+
+def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Move a vmapped dimension of each tensor into its batch dimension."""
+    folded = []
+    for tensor, dim in zip(tensors, in_dims, strict=False):
+        batched = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        folded.append(batched.flatten(0, 1))
+    return folded
+
+
+def _unfold(info: Any, tensor: Tensor) -> Tensor:
+    return tensor.unflatten(0, (info.batch_size, tensor.shape[0] // info.batch_size))
+
+
+# Geometry is one argument: Dynamo tells whether forward takes a ctx by counting arguments.
+_Geometry = tuple[list[int], list[int], list[int], bool]
+
+
+class _LIPPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(input: Tensor, logit: Tensor, geometry: _Geometry) -> Tensor:
+        return _forward_op(input, logit, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, logit, ctx.geometry = inputs
+        ctx.save_for_backward(input, logit, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_LIPPool2dBackward.apply(grad, *ctx.saved_tensors, ctx.geometry), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, logit: Tensor, geometry: _Geometry) -> Any:
+        output = _LIPPool2d.apply(*_fold(info, in_dims, (input, logit)), geometry)
+        return _unfold(info, output), 0
+
+
+class _LIPPool2dBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad: Tensor, input: Tensor, logit: Tensor, output: Tensor, geometry: _Geometry
+    ) -> tuple[Tensor, Tensor]:
+        return _backward_op(grad, input, logit, output, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        grad, input, logit, _, ctx.geometry = inputs
+        ctx.save_for_backward(grad, input, logit)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Output is a function of input and logit, so its share of the derivative is already in theirs.
+        def first_order(grad: Tensor, input: Tensor, logit: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(lambda x, y: _pool(x, y, *ctx.geometry), input, logit)[1](grad)
+
+        _, pullback = torch.func.vjp(first_order, *ctx.saved_tensors)
+        return *pullback(grads), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        grad: Tensor,
+        input: Tensor,
+        logit: Tensor,
+        output: Tensor,
+        geometry: _Geometry,
+    ) -> Any:
+        grads = _LIPPool2dBackward.apply(*_fold(info, in_dims, (grad, input, logit, output)), geometry)
+        return tuple(_unfold(info, g) for g in grads), (0, 0)
+
+
+def lip_pool2d(
+    input: Tensor,
+    logit: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    r"""Average each window with weights ``exp(logit)``: local importance-based pooling.
+
+    .. math:: O_o = \frac{\sum_{i \in \Omega_o} e^{l_i} x_i}{\sum_{i \in \Omega_o} e^{l_i}}
+
+    Equation 1 of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019, with
+    importance :math:`F = e^l`. Padding has weight zero. Computed relative to the largest logit, so any
+    finite logits are safe; half types accumulate in float32. Constant logits give average pooling
+    without the padding, ``logit=input`` gives SoftPool.
+
+    Args:
+        input: Images of shape (N, C, H, W) or (C, H, W); float32, float64, bfloat16 or float16.
+        logit: Logits of the input's shape, or with one channel that all channels share.
+            If its dtype differs from the input's, both are promoted as in torch's arithmetic.
+        kernel_size: Size of the window in pixels, one number or (height, width).
+        stride: Step of the window in pixels; default `kernel_size`.
+        padding: Pixels of padding on each side, at most half of `kernel_size`.
+        ceil_mode: Round the output size up instead of down.
+
+    Returns:
+        Tensor of shape (N, C, H_out, W_out) or (C, H_out, W_out), sizes as in `torch.nn.functional.avg_pool2d`,
+        in the memory format of `input`.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, sizes or devices do not fit.
+
+    Example:
+        >>> import torch, paper_layers
+        >>> x = torch.randn(2, 8, 32, 32)
+        >>> paper_layers.lip_pool2d(x, logit=x, kernel_size=3, stride=2, padding=1).shape
+        torch.Size([2, 8, 16, 16])
+    """
+    _checks.floating("input", input)
+    _checks.floating("logit", logit)
+    _checks.same_device("logit", logit, "input", input)
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input: expected shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}")
+    shared = (*input.shape[:-3], 1, *input.shape[-2:])
+    if logit.shape not in (input.shape, shared):
+        raise ValueError(f"logit: expected shape {tuple(input.shape)} or {shared}, got {tuple(logit.shape)}")
+    kernel = _checks.pair("kernel_size", kernel_size, 1)
+    step = kernel if stride is None else _checks.pair("stride", stride, 1)
+    pad = _checks.pair("padding", padding, 0)
+    if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
+        raise ValueError(f"padding: expected at most half of kernel_size {kernel_size!r}, got {padding!r}")
+    for side, length, k, p in zip(("height", "width"), input.shape[-2:], kernel, pad, strict=True):
+        if length + 2 * p < k:
+            raise ValueError(f"kernel_size: expected at most the padded {side}, {length + 2 * p}, got {kernel_size!r}")
+
+    dtype = torch.promote_types(input.dtype, logit.dtype)
+    input, logit = input.to(dtype), logit.to(dtype)
+    geometry = (kernel, step, pad, bool(ceil_mode))
+    if input.dim() == 3:
+        return _LIPPool2d.apply(input[None], logit[None], geometry)[0]
+    return _LIPPool2d.apply(input, logit, geometry)
