@@ -38,8 +38,10 @@ def _load(name: str, unusable: str | None) -> None:
             torch.ops.load_library(str(path))
             _status[name] = f"loaded from {path}"
         except OSError as error:
-            _status[name] = f"failed to load {path}: {error}"
+            _status[name] = f"failed to load {path}: {error.__cause__ or error}"
 
+
+library.define("cpu_capability() -> str")
 
 _load("_cpu", None)
 _load("_cuda", None if torch.version.cuda else "this torch is built without CUDA")

@@ -1,0 +1,17 @@
+// Which instruction set the CPU kernels use.
+#pragma once
+
+#if defined(__x86_64__)
+#define PAPER_LAYERS_X86
+#include <immintrin.h>
+#endif
+
+namespace paper_layers {
+
+enum class Capability { baseline, avx2, avx512 };
+
+// The best set that this processor has, or a lesser one named by PAPER_LAYERS_CPU_CAPABILITY
+// (default, avx2, avx512) when the library was loaded.
+Capability cpu_capability();
+
+}  // namespace paper_layers

@@ -1,0 +1,240 @@
+// Vectors of float or double in the registers of one instruction set. Included by for_each_isa.h inside
+// a namespace for each set, hence without an include guard. GCC's and Clang's vector extensions do most
+// of it; intrinsics stand only where the compilers miss the instruction.
+
+#define PAPER_LAYERS_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  typedef float Lanes __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES)));
+  typedef int32_t BitLanes __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES)));
+};
+template <>
+struct LanesOf<double> {
+  typedef double Lanes __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES)));
+  typedef int64_t BitLanes __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES)));
+};
+
+template <typename T>
+struct Vec {
+  static constexpr int64_t size = PAPER_LAYERS_VECTOR_BYTES / sizeof(T);
+  using Lanes = typename LanesOf<T>::Lanes;
+  using BitLanes = typename LanesOf<T>::BitLanes;
+
+  Lanes lanes;
+
+  Vec() = default;
+  PAPER_LAYERS_INLINE Vec(Lanes v) : lanes(v) {}
+  explicit PAPER_LAYERS_INLINE Vec(T value) : lanes(value - Lanes{}) {}
+
+  friend PAPER_LAYERS_INLINE Vec operator+(Vec a, Vec b) { return a.lanes + b.lanes; }
+  friend PAPER_LAYERS_INLINE Vec operator-(Vec a, Vec b) { return a.lanes - b.lanes; }
+  friend PAPER_LAYERS_INLINE Vec operator*(Vec a, Vec b) { return a.lanes * b.lanes; }
+  friend PAPER_LAYERS_INLINE Vec operator/(Vec a, Vec b) { return a.lanes / b.lanes; }
+};
+
+// a * b + c, fused where the set can
+template <typename V>
+PAPER_LAYERS_INLINE V multiply_add(V a, V b, V c) {
+  return V(a.lanes * b.lanes + c.lanes);
+}
+
+// The larger of the two, and b where either is NaN.
+template <typename V>
+PAPER_LAYERS_INLINE V max_or_second(V a, V b) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  if constexpr (V::size == 16) return V(typename V::Lanes(_mm512_max_ps(__m512(a.lanes), __m512(b.lanes))));
+#elif PAPER_LAYERS_VECTOR_BYTES == 32
+  if constexpr (V::size == 8) return V(typename V::Lanes(_mm256_max_ps(__m256(a.lanes), __m256(b.lanes))));
+#elif defined(PAPER_LAYERS_X86)
+  if constexpr (V::size == 4) return V(typename V::Lanes(_mm_max_ps(__m128(a.lanes), __m128(b.lanes))));
+#endif
+  return V(a.lanes > b.lanes ? a.lanes : b.lanes);
+}
+
+template <typename T>
+PAPER_LAYERS_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <typename T>
+PAPER_LAYERS_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+typedef uint16_t Half16 __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES / 2)));
+typedef uint32_t Word32 __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES)));
+
+PAPER_LAYERS_INLINE Vec<float> load(const c10::BFloat16* p) {
+  Half16 half;
+  std::memcpy(&half, p, sizeof(half));
+  return Vec<float>(Vec<float>::Lanes(__builtin_convertvector(half, Word32) << 16));
+}
+
+PAPER_LAYERS_INLINE void store(c10::BFloat16* p, Vec<float> v) {
+  const Word32 bits = Word32(v.lanes);
+  const Word32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const Half16 half = __builtin_convertvector(v.lanes == v.lanes ? rounded : Word32{} + 0x7fc0u, Half16);
+  std::memcpy(p, &half, sizeof(half));
+}
+
+PAPER_LAYERS_INLINE Vec<float> load(const c10::Half* p) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  return Vec<float>(Vec<float>::Lanes(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
+#elif PAPER_LAYERS_VECTOR_BYTES == 32
+  return Vec<float>(Vec<float>::Lanes(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#else
+  Vec<float> v;
+  for (int64_t i = 0; i < v.size; ++i) v.lanes[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+PAPER_LAYERS_INLINE void store(c10::Half* p, Vec<float> v) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(v.lanes), _MM_FROUND_TO_NEAREST_INT));
+#elif PAPER_LAYERS_VECTOR_BYTES == 32
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v.lanes), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int64_t i = 0; i < v.size; ++i) p[i] = static_cast<c10::Half>(v.lanes[i]);
+#endif
+}
+
+// The first n elements, the rest zero; and back.
+template <typename T>
+PAPER_LAYERS_INLINE auto load(const T* p, int64_t n) {
+  T buffer[decltype(load(p))::size] = {};
+  std::memcpy(static_cast<void*>(buffer), p, n * sizeof(T));
+  return load(static_cast<const T*>(buffer));
+}
+
+template <typename T, typename V>
+PAPER_LAYERS_INLINE void store(T* p, V v, int64_t n) {
+  T buffer[V::size];
+  store(buffer, v);
+  std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
+}
+
+// The even-numbered elements of the two, in order.
+template <typename V, size_t... I>
+PAPER_LAYERS_INLINE V even_lanes(V a, V b, std::index_sequence<I...>) {
+  return V(__builtin_shufflevector(a.lanes, b.lanes, static_cast<int>(2 * I)...));
+}
+template <typename V>
+PAPER_LAYERS_INLINE V even_lanes(V a, V b) {
+  return even_lanes(a, b, std::make_index_sequence<V::size>());
+}
+
+
+template <typename V>
+PAPER_LAYERS_INLINE auto largest(V v) {
+  auto result = v.lanes[0];
+  for (int64_t i = 1; i < v.size; ++i) result = std::max(result, v.lanes[i]);
+  return result;
+}
+
+// Store the elements of v in turn at every second place, zeros between.
+template <typename T, typename V, size_t... I>
+PAPER_LAYERS_INLINE void spread_lanes(V v, T* to, std::index_sequence<I...>) {
+  constexpr int half = V::size / 2;
+  const typename V::Lanes zero = {};
+  store(to, V(__builtin_shufflevector(v.lanes, zero, (I % 2 ? int(V::size) : int(I / 2))...)));
+  store(to + V::size, V(__builtin_shufflevector(v.lanes, zero, (I % 2 ? int(V::size) : int(half + I / 2))...)));
+}
+template <typename T>
+PAPER_LAYERS_INLINE void spread_lanes(Vec<T> v, T* to) {
+  spread_lanes(v, to, std::make_index_sequence<Vec<T>::size>());
+}
+
+template <typename BitLanes>
+PAPER_LAYERS_INLINE bool any(BitLanes mask) {
+  auto bits = mask[0];
+  for (size_t i = 1; i < sizeof(mask) / sizeof(bits); ++i) bits |= mask[i];
+  return bits != 0;
+}
+
+template <typename V>
+PAPER_LAYERS_INLINE auto sum(V v) {
+  auto result = v.lanes[0];
+  for (int64_t i = 1; i < v.size; ++i) result += v.lanes[i];
+  return result;
+}
+
+template <typename T>
+struct ExpTraits;
+template <>
+struct ExpTraits<float> {
+  static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
+  static constexpr float round = 0x1.8p23f;  // adding it rounds to an integer in the low bits
+  static constexpr int32_t round_bits = 0x4b400000, bias = 127, mantissa = 23;
+  // e^r = 1 + r + r^2 p(r) on |r| <= ln(2)/2, relative error 4.4e-9
+  static constexpr float p[] = {0.4999999403953552f, 0.1666651964187622f, 0.04166839271783829f,
+                                0.008368780836462975f, 0.001381446490995586f};
+};
+template <>
+struct ExpTraits<double> {
+  static constexpr double ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
+  static constexpr double round = 0x1.8p52;
+  static constexpr int64_t round_bits = 0x4338000000000000, bias = 1023, mantissa = 52;
+  // Taylor: the first term left out is 4e-18 of the whole.
+  static constexpr double p[] = {1. / 2,       1. / 6,       1. / 24,       1. / 120,       1. / 720,       1. / 5040,
+                                 1. / 40320,   1. / 362880,  1. / 3628800,  1. / 39916800,  1. / 479001600, 1. / 6227020800.};
+};
+
+// e^x 2^-exponent where that is a normal number and zero below, for x at most (exponent + 1) ln 2;
+// NaN for NaN and +inf. Scaling by a power of two keeps the precision of x whatever the exponent.
+template <typename T>
+struct ScaledExp {
+  using V = Vec<T>;
+  using E = ExpTraits<T>;
+  T smallest;
+  decltype(E::bias) exponent_offset;
+
+  explicit PAPER_LAYERS_INLINE ScaledExp(int64_t exponent)
+      : smallest(static_cast<T>((exponent + 2 - E::bias) * 0.6931471805599453)),
+        exponent_offset(static_cast<decltype(E::bias)>(E::bias - exponent - E::round_bits)) {}
+
+  PAPER_LAYERS_INLINE V operator()(V x) const {
+    const V clamped = max_or_second(V(smallest), x);  // keeps NaN
+    const V rounding = multiply_add(clamped, V(T(1.4426950408889634)), V(E::round));
+    const V n = rounding - V(E::round);
+    V r = multiply_add(n, V(-E::ln2_high), clamped);
+    r = multiply_add(n, V(-E::ln2_low), r);
+    constexpr int degree = sizeof(E::p) / sizeof(T);
+    V poly = V(E::p[degree - 1]);
+#pragma GCC unroll 16
+    for (int i = degree - 2; i >= 0; --i) poly = multiply_add(poly, r, V(E::p[i]));
+    poly = multiply_add(poly * r, r, r) + V(T(1));
+    using Bits = typename V::BitLanes;
+    const V scale = V(typename V::Lanes((Bits(rounding.lanes) + exponent_offset) << E::mantissa));
+    const V result = poly * scale;
+    return V(x.lanes < V(smallest).lanes ? typename V::Lanes{} : result.lanes);
+  }
+};
+
+// Covers 0 .. length by calls body(start, lanes), where load and store take lanes: `Full` for a whole vector
+// or the number of elements where length is less than one. The last vector overlaps the one before it, so
+// body must not mind doing an element twice.
+struct Full {};
+template <typename T>
+PAPER_LAYERS_INLINE auto load(const T* p, Full) {
+  return load(p);
+}
+template <typename T, typename V>
+PAPER_LAYERS_INLINE void store(T* p, V v, Full) {
+  store(p, v);
+}
+
+template <int64_t size, typename Body>
+PAPER_LAYERS_INLINE void cover(int64_t length, Body&& body) {
+  int64_t i = 0;
+  for (; i + size <= length; i += size) body(i, Full{});
+  if (i < length) {
+    if (length >= size) body(length - size, Full{});
+    else body(i, length);
+  }
+}

@@ -1,0 +1,66 @@
+// Local importance-based pooling on the CPU.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/Dispatch_v2.h>
+
+#include <numeric>
+#include <tuple>
+
+#include "lip_pool2d/geometry.h"
+
+#define PAPER_LAYERS_KERNEL "lip_pool2d/cpu_kernel.h"
+#include "common/for_each_isa.h"
+
+namespace paper_layers {
+namespace {
+
+Tensor lip_pool2d(const Tensor& input, const Tensor& logit, std::vector<int64_t> kernel_size,
+                  std::vector<int64_t> stride, std::vector<int64_t> padding, bool ceil_mode) {
+  const auto problem = lip_pool2d_problem(input, logit, kernel_size, stride, padding, ceil_mode);
+  const auto format = memory_format(problem);
+  Tensor output = new_empty(input, output_sizes(problem), input.scalar_type(), problem);
+  if (output.numel() == 0) return output;
+  const Tensor x = torch::stable::contiguous(input, format), l = torch::stable::contiguous(logit, format);
+  THO_DISPATCH_V2(x.scalar_type(), "lip_pool2d", AT_WRAP([&] {
+                    PAPER_LAYERS_DISPATCH(forward(problem, x.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>(),
+                                                  output.mutable_data_ptr<scalar_t>()));
+                  }),
+                  ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
+  return output;
+}
+
+std::tuple<Tensor, Tensor> lip_pool2d_backward(const Tensor& grad, const Tensor& input, const Tensor& logit,
+                                               const Tensor& output, std::vector<int64_t> kernel_size,
+                                               std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                               bool ceil_mode) {
+  const auto problem = lip_pool2d_problem(input, logit, kernel_size, stride, padding, ceil_mode);
+  check_like_output("grad", grad, input, problem);
+  check_like_output("output", output, input, problem);
+  const auto format = memory_format(problem);
+  const Sizes sizes = {problem.images, problem.channels, problem.height.length, problem.width.length};
+  const Sizes logit_sizes = {sizes[0], logit.size(1), sizes[2], sizes[3]};
+  Tensor grad_input = new_empty(input, sizes, input.scalar_type(), problem);
+  Tensor grad_logit = new_empty(input, logit_sizes, input.scalar_type(), problem);
+  if (grad_input.numel() == 0) {
+    torch::stable::zero_(grad_logit);  // shared logits of no channels
+    return {grad_input, grad_logit};
+  }
+  const Tensor g = torch::stable::contiguous(grad, format), x = torch::stable::contiguous(input, format),
+               l = torch::stable::contiguous(logit, format), y = torch::stable::contiguous(output, format);
+  THO_DISPATCH_V2(x.scalar_type(), "lip_pool2d_backward", AT_WRAP([&] {
+                    PAPER_LAYERS_DISPATCH(backward(problem, g.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
+                                                   l.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(),
+                                                   grad_input.mutable_data_ptr<scalar_t>(),
+                                                   grad_logit.mutable_data_ptr<scalar_t>()));
+                  }),
+                  ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
+  return {grad_input, grad_logit};
+}
+
+}  // namespace
+}  // namespace paper_layers
+
+STABLE_TORCH_LIBRARY_IMPL(paper_layers, CPU, m) {
+  m.impl("lip_pool2d", TORCH_BOX(&paper_layers::lip_pool2d));
+  m.impl("lip_pool2d_backward", TORCH_BOX(&paper_layers::lip_pool2d_backward));
+}

@@ -1,0 +1,593 @@
+// The CPU kernels of local importance-based pooling, compiled once for each instruction set.
+//
+// Both layouts are rows of pixels of `depth` elements: 1 in NCHW, all channels in channels_last. A weight is
+// e^l 2^-k with one exponent k for a block of rows, so each exponential is computed once, and windows are
+// sums over rows, then over columns. A window whose weights all lie far below its block's largest (its sum is
+// under kSmallestSum, or NaN) is done again by itself, relative to its own largest logit.
+
+// Sums below this have lost precision to weights that underflowed; above it at most 2^-46 of the sum.
+constexpr double kSmallestSum = 0x1p-80;
+// Logits beyond this are left to the windows' own computation: e^l 2^-k would not be precise.
+constexpr double kLargestLogit = 16384;
+constexpr int64_t kNoExponent = -(int64_t(1) << 30);
+// Elements in a block of weights and in a row of a tile: they share the second-level cache.
+constexpr int64_t kBlockElements = 4096;
+constexpr int64_t kTileElements = 2048;
+
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename A>
+A power_of_two(int64_t exponent) {
+  return exponent < -126 ? A(0) : static_cast<A>(std::ldexp(1.0, static_cast<int>(exponent)));
+}
+
+// Rows of weights over some columns, a sliding block at a time.
+template <typename T>
+class Weights {
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+
+ public:
+  Weights(const LipPool2dProblem& problem, Range columns)
+      : height_(problem.height.length),
+        columns_(columns),
+        depth_(problem.depth()),
+        row_elements_(columns.size() * depth_),
+        capacity_(std::min(height_, std::max(problem.height.kernel + 1, kBlockElements / row_elements_))),
+        weights_(capacity_ * row_elements_ + V::size),
+        pixel_weights_(problem.logit_depth() != depth_ ? columns.size() + V::size : 0),
+        exponents_(capacity_) {}
+
+  void begin(Plane<const T> logit) {
+    logit_ = logit;
+    rows_ = {0, 0};
+  }
+
+  // Make these rows available, and those after them that fit.
+  void slide_to(Range rows) {
+    if (rows.end <= rows_.end && rows.begin >= rows_.begin) return;
+    const int64_t kept = rows.begin < rows_.begin ? 0 : std::max<int64_t>(0, rows_.end - rows.begin);
+    if (kept > 0) {
+      const int64_t dropped = rows.begin - rows_.begin;
+      std::memmove(weights_.data(), row(rows.begin), kept * row_elements_ * sizeof(A));
+      std::move(exponents_.begin() + dropped, exponents_.begin() + dropped + kept, exponents_.begin());
+    }
+    rows_ = {rows.begin, std::min(height_, rows.begin + capacity_)};
+    compute({rows.begin + kept, rows_.end});
+  }
+
+  const A* row(int64_t r) const { return weights_.data() + (r - rows_.begin) * row_elements_; }
+  A* row(int64_t r) { return weights_.data() + (r - rows_.begin) * row_elements_; }
+  int64_t exponent(int64_t r) const { return exponents_[r - rows_.begin]; }
+  int64_t row_elements() const { return row_elements_; }
+
+ private:
+  void compute(Range rows) {
+    const bool whole_rows = columns_.size() == logit_.width;  // then all the rows are one run
+    const int64_t runs = whole_rows ? 1 : rows.size();
+    const int64_t run = columns_.size() * logit_.depth * (whole_rows ? rows.size() : 1);
+    const auto start = [&](int64_t i) { return logit_.at(rows.begin + i, columns_.begin); };
+
+    V largest_lanes(-std::numeric_limits<A>::infinity());
+    for (int64_t i = 0; i < runs; ++i) {
+      const T* l = start(i);
+      int64_t j = 0;
+      for (; j + V::size <= run; j += V::size) largest_lanes = max_or_second(load(l + j), largest_lanes);
+      for (; j < run; ++j) {
+        const A value = static_cast<A>(l[j]);
+        if (value > largest_lanes.lanes[0]) largest_lanes.lanes[0] = value;
+      }
+    }
+    A largest_logit = largest(largest_lanes);
+    if (largest_logit > std::numeric_limits<A>::max()) {
+      largest_logit = -std::numeric_limits<A>::infinity();
+      for (int64_t i = 0; i < runs; ++i) {
+        for (int64_t j = 0; j < run; ++j) {
+          const A value = static_cast<A>(start(i)[j]);
+          if (value <= std::numeric_limits<A>::max()) largest_logit = std::max(largest_logit, value);
+        }
+      }
+    }
+    const bool none = largest_logit < std::numeric_limits<A>::lowest();
+    const bool precise = none || std::abs(largest_logit) <= A(kLargestLogit);
+    const int64_t exponent = none || !precise ? 0 : static_cast<int64_t>(std::ceil(largest_logit * A(1.4426950408889634)));
+    std::fill(exponents_.begin() + (rows.begin - rows_.begin), exponents_.begin() + (rows.end - rows_.begin),
+              none || !precise ? kNoExponent : exponent);
+    if (!precise) {
+      std::fill(row(rows.begin), row(rows.begin) + rows.size() * row_elements_, std::numeric_limits<A>::quiet_NaN());
+      return;
+    }
+    const ScaledExp<A> scaled_exp(exponent);
+    if (logit_.depth == depth_) {
+      for (int64_t i = 0; i < runs; ++i) exponentials(scaled_exp, start(i), row(rows.begin + i), run);
+      return;
+    }
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      exponentials(scaled_exp, logit_.at(r, columns_.begin), pixel_weights_.data(), columns_.size());
+      for (int64_t j = 0; j < columns_.size(); ++j) std::fill_n(row(r) + j * depth_, depth_, pixel_weights_[j]);
+    }
+  }
+
+  static void exponentials(const ScaledExp<A>& scaled_exp, const T* logit, A* weight, int64_t count) {
+    cover<V::size>(count, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+      store(weight + j, scaled_exp(load(logit + j, lanes)), lanes);
+    });
+  }
+
+  const int64_t height_;
+  const Range columns_;
+  const int64_t depth_, row_elements_, capacity_;
+  Plane<const T> logit_;
+  Range rows_;
+  std::vector<A> weights_, pixel_weights_;
+  std::vector<int64_t> exponents_;
+};
+
+// Scratch for the rows of one task: sums over the rows of windows, and over their columns.
+template <typename T>
+class Windows {
+ public:
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+
+  Windows(const LipPool2dProblem& problem, Range outputs)
+      : height_(problem.height),
+        width_(problem.width),
+        depth_(problem.depth()),
+        outputs_(outputs),
+        columns_(width_.taps(outputs)),
+        weights_(problem, columns_),
+        // Vectors of the sums over columns read past the last window, into elements of no consequence.
+        weight_columns_(((outputs.size() - 1) * width_.stride + width_.kernel) * depth_ + 4 * V::size),
+        value_columns_(weight_columns_.size()),
+        weight_sums_(outputs.size() * depth_ + V::size),
+        value_sums_(weight_sums_.size()),
+        row_weights_(height_.kernel),
+        row_values_(height_.kernel),
+        row_scales_(height_.kernel) {}
+
+  void begin(Plane<const T> logit, Plane<const T> input) {
+    weights_.begin(logit);
+    input_ = input;
+  }
+
+  Range columns() const { return columns_; }
+  Range outputs() const { return outputs_; }
+  const Weights<T>& weights() const { return weights_; }
+  const A* weight_sums() const { return weight_sums_.data(); }
+  const A* value_sums() const { return value_sums_.data(); }
+  int64_t count() const { return outputs_.size() * depth_; }
+
+  // Sums of the weights, and of weight times value if asked, over a row of windows; returns their exponent.
+  template <bool values>
+  int64_t sum(int64_t output_row) {
+    const Range rows = height_.taps(output_row);
+    weights_.slide_to(rows);
+    int64_t exponent = kNoExponent;
+    for (int64_t r = rows.begin; r < rows.end; ++r) exponent = std::max(exponent, weights_.exponent(r));
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      row_weights_[r - rows.begin] = weights_.row(r);
+      row_values_[r - rows.begin] = input_.at(r, columns_.begin);
+      row_scales_[r - rows.begin] = power_of_two<A>(weights_.exponent(r) - exponent);
+    }
+    switch (rows.size()) {
+      case 2: sum_rows<values, 2>(2); break;
+      case 3: sum_rows<values, 3>(3); break;
+      default: sum_rows<values, 0>(rows.size());
+    }
+    sum_columns(weight_columns_.data(), weight_sums_.data());
+    if constexpr (values) sum_columns(value_columns_.data(), value_sums_.data());
+    return exponent;
+  }
+
+ private:
+  template <bool values, int fixed>
+  void sum_rows(int64_t rows) {
+    const int64_t count = fixed ? fixed : rows;
+    const int64_t left = (columns_.begin - width_.start(outputs_.begin)) * depth_;
+    const A* const* weights = row_weights_.data();
+    const T* const* inputs = row_values_.data();
+    const A* scales = row_scales_.data();
+    A* weight_out = weight_columns_.data() + left;
+    A* value_out = value_columns_.data() + left;
+    cover<V::size>(weights_.row_elements(), [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+      V weight_sum(A(0)), value_sum(A(0));
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < count; ++r) {
+        const V weight = load(weights[r] + j) * V(scales[r]);
+        weight_sum = weight_sum + weight;
+        if constexpr (values) value_sum = multiply_add(weight, load(inputs[r] + j, lanes), value_sum);
+      }
+      store(weight_out + j, weight_sum, lanes);
+      if constexpr (values) store(value_out + j, value_sum, lanes);
+    });
+  }
+
+  void sum_columns(const A* columns, A* sums) const {
+    const int64_t kernel = width_.kernel, stride = width_.stride, outputs = outputs_.size();
+    if (depth_ > 1) {
+      for (int64_t o = 0; o < outputs; ++o) {
+        const A* pixel = columns + o * stride * depth_;
+        cover<V::size>(depth_, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
+          V total = load(pixel + d);
+          for (int64_t t = 1; t < kernel; ++t) total = total + load(pixel + t * depth_ + d);
+          store(sums + o * depth_ + d, total, lanes);
+        });
+      }
+    } else if (stride <= 2) {
+      for (int64_t o = 0; o < outputs; o += V::size) {
+        V total = load(columns + o * stride), next = load(columns + o * stride + V::size);
+        for (int64_t t = 1; t < kernel; ++t) {
+          total = total + load(columns + o * stride + t);
+          next = next + load(columns + o * stride + V::size + t);
+        }
+        store(sums + o, stride == 1 ? total : even_lanes(total, next));
+      }
+    } else {
+      for (int64_t o = 0; o < outputs; ++o) {
+        sums[o] = std::accumulate(columns + o * stride, columns + o * stride + kernel, A(0));
+      }
+    }
+  }
+
+  const Side height_, width_;
+  const int64_t depth_;
+  const Range outputs_, columns_;
+  Plane<const T> input_;
+  Weights<T> weights_;
+  std::vector<A> weight_columns_, value_columns_, weight_sums_, value_sums_;
+  std::vector<const A*> row_weights_;
+  std::vector<const T*> row_values_;
+  std::vector<A> row_scales_;
+};
+
+// The taps of one window, by itself: for windows that the sums above cannot resolve.
+template <typename T>
+struct Window {
+  using A = Accumulator<T>;
+  Range rows, columns;
+  Plane<const T> logit, input;
+  int64_t channel;
+  A largest = -std::numeric_limits<A>::infinity(), weight_sum = 0, value_sum = 0;
+
+  Window(const LipPool2dProblem& problem, Plane<const T> logit, Plane<const T> input, int64_t output_row,
+         int64_t output_column, int64_t channel)
+      : rows(problem.height.taps(output_row)),
+        columns(problem.width.taps(output_column)),
+        logit(logit),
+        input(input),
+        channel(channel) {
+    each([&](int64_t r, int64_t c) {
+      const A l = logit_at(r, c);
+      largest = l > largest || std::isnan(l) ? l : largest;
+    });
+    each([&](int64_t r, int64_t c) {
+      const A weight = std::exp(logit_at(r, c) - largest);
+      weight_sum += weight;
+      value_sum += weight * input_at(r, c);
+    });
+  }
+
+  template <typename F>
+  void each(F f) const {
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      for (int64_t c = columns.begin; c < columns.end; ++c) f(r, c);
+    }
+  }
+  A logit_at(int64_t r, int64_t c) const { return static_cast<A>(logit.at(r, c)[logit.depth > 1 ? channel : 0]); }
+  A input_at(int64_t r, int64_t c) const { return static_cast<A>(input.at(r, c)[channel]); }
+  A average() const { return value_sum / weight_sum; }
+  A share(int64_t r, int64_t c) const { return std::exp(logit_at(r, c) - largest) / weight_sum; }
+};
+
+// The work in pieces: for each tile of columns and band of rows, every plane, so that scratch serves many.
+struct Tasks {
+  int64_t planes, columns, rows, tile, band, tiles, bands;
+
+  Tasks(int64_t planes, int64_t columns, int64_t rows, int64_t tile_columns) : planes(planes), columns(columns), rows(rows) {
+    tile = std::clamp<int64_t>(tile_columns, 1, columns);
+    tiles = (columns + tile - 1) / tile;
+    // Bands only where there is too little else to share out: their borders are computed twice.
+    const int64_t wanted = 4 * torch::stable::get_num_threads() / (planes * tiles);
+    band = (rows - 1) / std::clamp<int64_t>(wanted, 1, 1 + rows / 8) + 1;
+    bands = (rows + band - 1) / band;
+  }
+
+  Range tile_at(int64_t index) const {
+    const int64_t begin = index / planes % tiles * tile;
+    return {begin, std::min(columns, begin + tile)};
+  }
+  Range band_at(int64_t index) const {
+    const int64_t begin = index / planes / tiles * band;
+    return {begin, std::min(rows, begin + band)};
+  }
+
+  // Calls work(columns, rows), which makes a function of the plane's number, in parallel.
+  template <typename Work>
+  void run(const Work& work) const {
+    torch::stable::parallel_for(0, planes * tiles * bands, 1, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t stop = std::min(end, (begin / planes + 1) * planes);
+        auto piece = work(tile_at(begin), band_at(begin));
+        for (; begin < stop; ++begin) piece(begin % planes);
+      }
+    });
+  }
+};
+
+template <typename T>
+class Forward {
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+
+ public:
+  Forward(const LipPool2dProblem& problem, Range columns, Range rows)
+      : problem_(problem), columns_(columns), rows_(rows), windows_(problem, columns) {}
+
+  void run(Plane<const T> input, Plane<const T> logit, Plane<T> output) {
+    windows_.begin(logit, input);
+    for (int64_t o = rows_.begin; o < rows_.end; ++o) {
+      windows_.template sum<true>(o);
+      const A *weights = windows_.weight_sums(), *values = windows_.value_sums();
+      T* out = output.at(o, columns_.begin);
+      typename V::BitLanes unresolved = {};
+      cover<V::size>(windows_.count(), [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        const V weight = load(weights + i);
+        unresolved |= ~(weight.lanes >= V(A(kSmallestSum)).lanes);
+        store(out + i, load(values + i) / weight, lanes);
+      });
+      if (!any(unresolved)) continue;
+      for (int64_t i = 0; i < windows_.count(); ++i) {
+        if (weights[i] >= A(kSmallestSum)) continue;
+        const int64_t column = columns_.begin + i / input.depth;
+        out[i] = static_cast<T>(Window<T>(problem_, logit, input, o, column, i % input.depth).average());
+      }
+    }
+  }
+
+ private:
+  const LipPool2dProblem& problem_;
+  const Range columns_, rows_;
+  Windows<T> windows_;
+};
+
+template <typename T>
+void forward(const LipPool2dProblem& problem, const T* input, const T* logit, T* output) {
+  const Tasks tasks(problem.planes(), problem.width.outputs, problem.height.outputs,
+                    kTileElements / (problem.depth() * problem.width.stride));
+  tasks.run([&](Range columns, Range rows) {
+    return [&, task = Forward<T>(problem, columns, rows)](int64_t plane) mutable {
+      task.run(problem.input_plane(input, plane), problem.logit_plane(logit, plane), problem.output_plane(output, plane));
+    };
+  });
+}
+
+// Gradients of some rows and columns of the input, streamed down the rows of windows that reach them.
+// With the gradient's share of a window s = g / sum(weights) and its product with the output, t = s * out,
+// dx = weight * sum(s) and dl = weight * (x * sum(s) - sum(t)), sums over the windows that hold the pixel.
+template <typename T>
+class Backward {
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+
+ public:
+  Backward(const LipPool2dProblem& problem, Range columns, Range rows)
+      : problem_(problem),
+        depth_(problem.depth()),
+        columns_(columns),
+        rows_(rows),
+        outputs_(problem.height.reaching(rows)),
+        windows_(problem, problem.width.reaching(columns)),
+        covered_(intersection(columns, windows_.columns())),
+        // Outputs apart by the stride, zeros between them, and a window's reach of zeros on either side.
+        spread_(depth_ == 1 ? (windows_.outputs().size() - 1) * problem.width.stride + 2 * problem.width.kernel + 2 * V::size : 0),
+        share_(windows_.count() + V::size),
+        product_(share_.size()),
+        slots_((problem.height.kernel + problem.height.stride - 1) / problem.height.stride),
+        slot_elements_(covered_.size() * depth_ + V::size),
+        share_sums_(slots_ * slot_elements_),
+        product_sums_(slots_ * slot_elements_),
+        exponents_(slots_),
+        logit_row_(slot_elements_) {
+    for (int64_t j = columns.begin; j < columns.end; ++j) {
+      if (problem.width.covering(j).size() == 0) gaps_.push_back(j);
+    }
+  }
+
+  // With shared_sums, the logits' gradients are added to it, else written to grad_logit.
+  void run(Plane<const T> grad, Plane<const T> input, Plane<const T> logit, Plane<const T> output, Plane<T> grad_input,
+           Plane<T> grad_logit, A* shared_sums) {
+    input_ = input;
+    logit_ = logit;
+    grad_input_ = grad_input;
+    grad_logit_ = grad_logit;
+    shared_sums_ = shared_sums;
+    windows_.begin(logit, input);
+    unresolved_.clear();
+    int64_t row = rows_.begin;
+    for (int64_t o = outputs_.begin; o < outputs_.end; ++o) {
+      const int64_t slot = o % slots_;
+      exponents_[slot] = windows_.template sum<false>(o);
+      divide(grad, output, o);
+      spread(share_, share_sums_.data() + slot * slot_elements_);
+      spread(product_, product_sums_.data() + slot * slot_elements_);
+      for (; row < rows_.end && problem_.height.covering(row).end <= o + 1; ++row) finish(row);
+    }
+    for (; row < rows_.end; ++row) finish(row);
+    for (const Unresolved& window : unresolved_) add(window);
+  }
+
+ private:
+  struct Unresolved {
+    int64_t row, column, channel;
+    A grad;
+  };
+
+  // The gradient's share of each window in a row of them.
+  void divide(Plane<const T> grad_plane, Plane<const T> output_plane, int64_t o) {
+    const T* grad = grad_plane.at(o, windows_.outputs().begin);
+    const T* output = output_plane.at(o, windows_.outputs().begin);
+    const A* weights = windows_.weight_sums();
+    typename V::BitLanes unresolved = {};
+    cover<V::size>(windows_.count(), [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      const V weight = load(weights + i);
+      unresolved |= ~(weight.lanes >= V(A(kSmallestSum)).lanes);
+      const V share = load(grad + i, lanes) / weight;
+      store(share_.data() + i, share, lanes);
+      store(product_.data() + i, share * load(output + i, lanes), lanes);
+    });
+    if (!any(unresolved)) return;
+    for (int64_t i = 0; i < windows_.count(); ++i) {
+      if (weights[i] >= A(kSmallestSum)) continue;
+      share_[i] = product_[i] = 0;
+      unresolved_.push_back({o, windows_.outputs().begin + i / depth_, i % depth_, static_cast<A>(grad[i])});
+    }
+  }
+
+  // Sums over the windows of a row that hold each column.
+  void spread(const std::vector<A>& windows, A* sums) {
+    const int64_t kernel = problem_.width.kernel, stride = problem_.width.stride;
+    const Range outputs = windows_.outputs();
+    if (depth_ > 1) {
+      for (int64_t j = 0; j < covered_.size(); ++j) {
+        const Range holding = problem_.width.covering(covered_.begin + j);
+        const A* from = windows.data() + (holding.begin - outputs.begin) * depth_;
+        cover<V::size>(depth_, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
+          V total(A(0));
+          for (int64_t o = 0; o < holding.size(); ++o) total = total + load(from + o * depth_ + d);
+          store(sums + j * depth_ + d, total, lanes);
+        });
+      }
+      return;
+    }
+    A* first = spread_.data() + kernel - 1;
+    if (stride == 2) {
+      for (int64_t o = 0; o < outputs.size(); o += V::size) spread_lanes(load(windows.data() + o), first + 2 * o);
+    } else {
+      for (int64_t o = 0; o < outputs.size(); ++o) first[o * stride] = windows[o];
+    }
+    const A* from = spread_.data() + covered_.begin - problem_.width.start(outputs.begin);
+    for (int64_t j = 0; j < covered_.size(); j += V::size) {
+      V total = load(from + j);
+      for (int64_t t = 1; t < kernel; ++t) total = total + load(from + j + t);
+      store(sums + j, total);
+    }
+  }
+
+  // Write a row of gradients once all windows that hold it are known.
+  void finish(int64_t row) {
+    const Range holding = problem_.height.covering(row);
+    if (holding.size() == 0) {
+      for (int64_t j = columns_.begin; j < columns_.end; ++j) clear(row, j);
+      return;
+    }
+    if (shared_sums_) {
+      gradients(row, holding, logit_row_.data());
+      A* sums = shared_sums_ + (row - rows_.begin) * columns_.size() - columns_.begin;
+      for (int64_t j = covered_.begin; j < covered_.end; ++j) sums[j] += logit_row_[j - covered_.begin];
+    } else if (logit_.depth != depth_) {
+      gradients(row, holding, logit_row_.data());
+      for (int64_t j = covered_.begin; j < covered_.end; ++j) {
+        const A* sums = logit_row_.data() + (j - covered_.begin) * depth_;
+        *grad_logit_.at(row, j) = static_cast<T>(std::accumulate(sums, sums + depth_, A(0)));
+      }
+    } else {
+      gradients(row, holding, grad_logit_.at(row, covered_.begin));
+    }
+    for (const int64_t j : gaps_) clear(row, j);
+  }
+
+  // Zero where no window reaches.
+  void clear(int64_t row, int64_t column) {
+    std::fill_n(grad_input_.at(row, column), depth_, T(0));
+    if (shared_sums_) {
+      shared_sums_[(row - rows_.begin) * columns_.size() + column - columns_.begin] = 0;
+    } else {
+      std::fill_n(grad_logit_.at(row, column), logit_.depth, T(0));
+    }
+  }
+
+  template <typename L>
+  void gradients(int64_t row, Range holding, L* grad_logit) {
+    const Weights<T>& weights = windows_.weights();
+    const A* weight = weights.row(row) + (covered_.begin - windows_.columns().begin) * depth_;
+    const T* input = input_.at(row, covered_.begin);
+    T* grad_input = grad_input_.at(row, covered_.begin);
+    scales_.clear();
+    for (int64_t o = holding.begin; o < holding.end; ++o) {
+      scales_.push_back(power_of_two<A>(weights.exponent(row) - exponents_[o % slots_]));
+    }
+    cover<V::size>(covered_.size() * depth_, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+      V share(A(0)), product(A(0));
+      for (int64_t o = holding.begin; o < holding.end; ++o) {
+        const V scale(scales_[o - holding.begin]);
+        share = multiply_add(scale, load(share_sums_.data() + o % slots_ * slot_elements_ + j), share);
+        product = multiply_add(scale, load(product_sums_.data() + o % slots_ * slot_elements_ + j), product);
+      }
+      const V w = load(weight + j);
+      store(grad_input + j, w * share, lanes);
+      store(grad_logit + j, w * (load(input + j, lanes) * share - product), lanes);
+    });
+  }
+
+  // Add the gradients of a window that the sums could not resolve.
+  void add(const Unresolved& u) {
+    const Window<T> window(problem_, logit_, input_, u.row, u.column, u.channel);
+    const A average = window.average();
+    window.each([&](int64_t r, int64_t c) {
+      if (r < rows_.begin || r >= rows_.end || c < columns_.begin || c >= columns_.end) return;
+      const A grad = u.grad * window.share(r, c);
+      const A logit_grad = grad * (window.input_at(r, c) - average);
+      T& input_sum = grad_input_.at(r, c)[u.channel];
+      input_sum = static_cast<T>(static_cast<A>(input_sum) + grad);
+      if (shared_sums_) {
+        shared_sums_[(r - rows_.begin) * columns_.size() + c - columns_.begin] += logit_grad;
+      } else {
+        T& logit_sum = grad_logit_.at(r, c)[logit_.depth > 1 ? u.channel : 0];
+        logit_sum = static_cast<T>(static_cast<A>(logit_sum) + logit_grad);
+      }
+    });
+  }
+
+  const LipPool2dProblem& problem_;
+  const int64_t depth_;
+  const Range columns_, rows_;
+  const Range outputs_;  // rows of windows
+  Windows<T> windows_;
+  const Range covered_;
+  std::vector<int64_t> gaps_;
+  std::vector<A> spread_, share_, product_;
+  const int64_t slots_, slot_elements_;  // rows of windows that may hold one row of the image
+  std::vector<A> share_sums_, product_sums_;
+  std::vector<int64_t> exponents_;
+  std::vector<A> logit_row_, scales_;
+  std::vector<Unresolved> unresolved_;
+  Plane<const T> input_, logit_;
+  Plane<T> grad_input_, grad_logit_;
+  A* shared_sums_ = nullptr;
+};
+
+template <typename T>
+void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, const T* output,
+              T* grad_input, T* grad_logit) {
+  // Planes that share logits are one piece of work, which adds up their gradients in order.
+  const int64_t together = problem.shared ? problem.planes_per_image() : 1;
+  const Tasks tasks(problem.planes() / together, problem.width.length, problem.height.length,
+                    kTileElements / problem.depth());
+  tasks.run([&](Range columns, Range rows) {
+    std::vector<Accumulator<T>> sums(together > 1 ? rows.size() * columns.size() : 0);
+    return [&, columns, rows, task = Backward<T>(problem, columns, rows), sums](int64_t group) mutable {
+      std::fill(sums.begin(), sums.end(), 0);
+      const auto grad_logits = problem.logit_plane(grad_logit, group * together);
+      for (int64_t plane = group * together; plane < (group + 1) * together; ++plane) {
+        task.run(problem.output_plane(grad, plane), problem.input_plane(input, plane),
+                 problem.logit_plane(logit, plane), problem.output_plane(output, plane),
+                 problem.input_plane(grad_input, plane), grad_logits, together > 1 ? sums.data() : nullptr);
+      }
+      for (size_t i = 0; i < sums.size(); ++i) {
+        *grad_logits.at(rows.begin + i / columns.size(), columns.begin + i % columns.size()) = static_cast<T>(sums[i]);
+      }
+    };
+  });
+}

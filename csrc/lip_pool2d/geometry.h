@@ -1,0 +1,123 @@
+// The argument checks of lip_pool2d and the problem that follows from them, for the CPU and the CUDA kernels.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "problem.h"
+
+namespace paper_layers {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+using Sizes = std::array<int64_t, 4>;
+
+inline std::string to_string(IntHeaderOnlyArrayRef sizes) {
+  std::ostringstream text;
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "(") << sizes[i];
+  text << (sizes.size() == 0 ? "()" : ")");
+  return text.str();
+}
+
+inline bool equal(IntHeaderOnlyArrayRef sizes, const Sizes& others) {
+  return sizes.size() == others.size() && std::equal(others.begin(), others.end(), sizes.begin());
+}
+
+inline void check_same_dtype_and_device(const char* name, const Tensor& tensor, const Tensor& input) {
+  STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, ": expected the dtype of input, ",
+                  input.scalar_type(), ", got ", tensor.scalar_type());
+  STD_TORCH_CHECK(tensor.device() == input.device(), name, ": expected the device of input, type ",
+                  static_cast<int>(input.device().type()), " index ", input.get_device_index(), ", got type ",
+                  static_cast<int>(tensor.device().type()), " index ", tensor.get_device_index());
+}
+
+// torch's pools, too, take 32-bit numbers here, and 64-bit arithmetic on them cannot overflow.
+inline void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t minimum) {
+  constexpr int64_t maximum = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(pair.size() == 2, name, ": expected two numbers, got ", pair.size());
+  for (const int64_t value : pair) {
+    STD_TORCH_CHECK(minimum <= value && value <= maximum, name, ": expected numbers from ", minimum, " to ", maximum,
+                    ", got ", to_string(pair));
+  }
+}
+
+inline Side make_side(int64_t length, int64_t kernel, int64_t stride, int64_t padding, bool ceil_mode) {
+  STD_TORCH_CHECK(2 * padding <= kernel, "padding: expected at most half of kernel_size ", kernel, ", got ", padding);
+  STD_TORCH_CHECK(kernel <= length + 2 * padding, "kernel_size: expected at most the padded input, ",
+                  length + 2 * padding, ", got ", kernel);
+  int64_t outputs = (length + 2 * padding - kernel + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  // Every window starts inside the image or its left padding.
+  if (ceil_mode && (outputs - 1) * stride >= length + padding) --outputs;
+  return {length, outputs, kernel, stride, padding};
+}
+
+// Elements in the order of channels_last: torch's rule, by which the stride of a side of 1 does not matter.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (tensor.size(dim) == 1) continue;
+    if (tensor.stride(dim) != expected) return false;
+    expected *= tensor.size(dim);
+  }
+  return true;
+}
+
+inline LipPool2dProblem lip_pool2d_problem(const Tensor& input, const Tensor& logit,
+                                           const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                                           const std::vector<int64_t>& padding, bool ceil_mode) {
+  STD_TORCH_CHECK(input.dim() == 4, "input: expected shape (N, C, H, W), got ", to_string(input.sizes()));
+  const Sizes full = {input.size(0), input.size(1), input.size(2), input.size(3)};
+  const Sizes shared = {full[0], 1, full[2], full[3]};
+  STD_TORCH_CHECK(equal(logit.sizes(), full) || equal(logit.sizes(), shared), "logit: expected shape ",
+                  to_string(full), " or ", to_string(shared), ", got ", to_string(logit.sizes()));
+  check_same_dtype_and_device("logit", logit, input);
+  check_pair("kernel_size", kernel_size, 1);
+  check_pair("stride", stride, 1);
+  check_pair("padding", padding, 0);
+
+  LipPool2dProblem problem;
+  problem.height = make_side(full[2], kernel_size[0], stride[0], padding[0], ceil_mode);
+  problem.width = make_side(full[3], kernel_size[1], stride[1], padding[1], ceil_mode);
+  problem.images = full[0];
+  problem.channels = full[1];
+  problem.channels_last = is_channels_last(input);
+  problem.shared = logit.size(1) != input.size(1);
+  return problem;
+}
+
+inline Sizes output_sizes(const LipPool2dProblem& problem) {
+  return {problem.images, problem.channels, problem.height.outputs, problem.width.outputs};
+}
+
+// Grad and output of the backward.
+inline void check_like_output(const char* name, const Tensor& tensor, const Tensor& input,
+                              const LipPool2dProblem& problem) {
+  STD_TORCH_CHECK(equal(tensor.sizes(), output_sizes(problem)), name, ": expected shape ",
+                  to_string(output_sizes(problem)), ", got ", to_string(tensor.sizes()));
+  check_same_dtype_and_device(name, tensor, input);
+}
+
+inline MemoryFormat memory_format(const LipPool2dProblem& problem) {
+  return problem.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+// A new tensor on input's device, in the problem's layout.
+inline Tensor new_empty(const Tensor& input, const Sizes& sizes, ScalarType dtype, const LipPool2dProblem& problem) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, input.device(), std::nullopt, memory_format(problem));
+}
+
+}  // namespace paper_layers
