@@ -1,0 +1,109 @@
+"""Published LIP checkpoints: their keys into ours."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+# Official names -> ours, all applied in turn; a name starts the key or follows a dot.
+_RENAMED = [
+    (re.compile(rf"(?<![^.]){official}\."), ours)
+    for official, ours in (
+        (r"maxpool", "pool."),
+        (r"bottleneck_shared\.logit", "stem."),
+        (r"conv2\.0", "pool."),
+        (r"conv2\.1", "conv2."),
+        (r"downsample\.lip", "shortcut_pool."),
+        (r"downsample\.conv", "downsample.0."),
+        (r"downsample\.bn", "downsample.1."),
+        (r"postprocessing", "logit."),
+        (r"(logit|stem)\.bn(\d?)", r"\1.norm\2."),
+    )
+]
+_LOGIT_LAYER = re.compile(r"(?<![^.])logit\.(conv|norm)([123]?)\.")
+
+
+def _candidates(official: str) -> Iterator[str]:
+    """The names that an official key may have here; which one depends on the form of the logit module."""
+    key = official
+    for pattern, ours in _RENAMED:
+        key = pattern.sub(ours, key)
+    yield key
+    layer = _LOGIT_LAYER.search(key)
+    if layer is not None:
+        kind, number = layer.groups()
+        places = [f"logit.stem.{kind}{number}."] if number in ("1", "2") else [f"logit.head.{kind}."]
+        if number == "1":
+            places.append(f"logit.{kind}.")
+        for place in places:
+            yield key[: layer.start()] + place + key[layer.end() :]
+
+
+def load_official(module: _Module, state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> _Module:
+    """Load a checkpoint of the official LIP code into a model, a block or a pooling of this package.
+
+    For Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019: `LIPResNet`, `LIPDenseNet`,
+    `LIPBottleneck`, `LIPTransition` and `LIPPool2d` in each form of its logit. Nothing is loaded unless all fits.
+
+    Args:
+        module: The module to load into.
+        state_dict: The official state dict, as it is, within ``{"state_dict": ...}``, with DataParallel's
+            ``module.`` before each key, or the path of a file that holds one (read with ``weights_only=True``).
+
+    Returns:
+        `module`.
+
+    Raises:
+        TypeError: `state_dict` is neither a mapping nor a path.
+        ValueError: Keys are missing or unexpected, or shapes differ.
+
+    Example:
+        >>> from paper_layers.lip import LIPPool2d
+        >>> norm = {"logit.bn.weight": torch.ones(8), "logit.bn.bias": torch.zeros(8)}
+        >>> official = {"logit.conv.weight": torch.randn(8, 8, 3, 3), **norm}
+        >>> pool = load_official(LIPPool2d(8, logit="simplified"), official)
+        >>> bool((pool.logit.conv.weight == official["logit.conv.weight"]).all())
+        True
+    """
+    found: Any = state_dict
+    if isinstance(state_dict, str | os.PathLike):
+        found = torch.load(state_dict, map_location="cpu", weights_only=True)
+    if isinstance(found, Mapping) and "state_dict" in found:
+        found = found["state_dict"]
+    if not isinstance(found, Mapping):
+        raise TypeError(f"state_dict: expected a mapping or a path, got {type(found).__name__}")
+    official: dict[str, Any] = dict(found)
+    if official and all(key.startswith("module.") for key in official):
+        official = {key.removeprefix("module."): value for key, value in official.items()}
+
+    own = module.state_dict()
+    renamed: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for key, value in official.items():
+        name = next((name for name in _candidates(key) if name in own and name not in renamed), None)
+        if name is None or not isinstance(value, Tensor):
+            problems.append(f"unexpected {key}")
+            continue
+        renamed[name] = value
+        if not is_lazy(own[name]) and own[name].shape != value.shape:
+            problems.append(f"{key} of shape {tuple(value.shape)} where {name} has {tuple(own[name].shape)}")
+    for name in own:
+        if name in renamed:
+            continue
+        if name.endswith("num_batches_tracked"):  # Older versions of torch did not save it.
+            renamed[name] = own[name]
+        else:
+            problems.append(f"missing {name}")
+    if problems:
+        kind = type(module).__name__
+        raise ValueError(f"state_dict: expected the official checkpoint of this {kind}, got " + "; ".join(problems))
+    module.load_state_dict(renamed)
+    return module

@@ -1,0 +1,100 @@
+"""Local importance-based pooling that learns its channel count from the first input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter, is_lazy
+
+from paper_layers.lip.pool import LIPPool2d, Logit
+
+
+class LazyLIPPool2d(LazyModuleMixin, LIPPool2d):
+    """A `LIPPool2d` that learns `channels` from its first input, and then becomes a `LIPPool2d`.
+
+    For Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019. Arguments as in `LIPPool2d`, without
+    `channels`. As torch's lazy modules it can be moved, saved, loaded and given to an optimizer before the
+    first input.
+
+    Example:
+        >>> pool = LazyLIPPool2d(kernel_size=2, stride=2, padding=0)
+        >>> pool(torch.randn(2, 48, 8, 8)).shape
+        torch.Size([2, 48, 4, 4])
+        >>> type(pool).__name__, pool.channels
+        ('LIPPool2d', 48)
+    """
+
+    cls_to_become = LIPPool2d
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 2,
+        padding: int | tuple[int, int] = 1,
+        logit: Logit = "bottleneck",
+        bottleneck_width: int = 128,
+        ceil_mode: bool = False,
+        zero_init: str | None = "norm",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        geometry = (kernel_size, stride, padding)
+        super().__init__(1, *geometry, logit, bottleneck_width, ceil_mode, zero_init, device, dtype)
+        self.channels = 0
+        if self.form == "custom":
+            return
+        for module in self.logit.modules():
+            for name, _ in list(module.named_parameters(recurse=False)):
+                unknown: Any = UninitializedParameter(device=device, dtype=dtype)  # type: ignore[call-arg]
+                module.register_parameter(name, unknown)
+
+    def has_uninitialized_params(self) -> bool:
+        """Whether `channels` is still unknown."""
+        return self.channels == 0
+
+    def reset_parameters(self) -> None:
+        """Initialize afresh, once `channels` is known."""
+        if not self.has_uninitialized_params():
+            super().reset_parameters()
+
+    def initialize_parameters(self, input: Tensor, source: Tensor | None = None) -> None:
+        """Take `channels` from the first input."""
+        if not self.has_uninitialized_params():
+            return
+        if input.dim() not in (3, 4):
+            raise ValueError(f"input: expected shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}")
+        self._materialize(input.shape[-3])
+        if self.form != "custom":
+            self.reset_parameters()
+
+    def _materialize(self, channels: int) -> None:
+        self.channels = channels
+        if self.form == "custom":
+            return
+        built = LIPPool2d(
+            channels, logit=self.form, bottleneck_width=self.bottleneck_width, zero_init=self.zero_init, device="meta"
+        )
+        shapes = {name: parameter.shape for name, parameter in built.named_parameters()}
+        for name, parameter in self.named_parameters():
+            parameter.materialize(shapes[name])  # type: ignore[attr-defined]
+        for mine, theirs in zip(self.modules(), built.modules(), strict=True):
+            for name in ("in_channels", "out_channels", "num_features"):
+                if hasattr(theirs, name):
+                    setattr(mine, name, getattr(theirs, name))
+
+    # What torch's mixin does for a module's own parameters, for those of its submodules.
+
+    def state_dict(self, *args: Any, keep_vars: bool = False, **kwargs: Any) -> Any:
+        """As in `nn.Module`; parameters that have no shape yet are saved as such."""
+        return super().state_dict(*args, keep_vars=keep_vars or self.has_uninitialized_params(), **kwargs)
+
+    def _lazy_load_hook(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.form == "custom" or not self.has_uninitialized_params():
+            return
+        head = "logit.head." if self.form == "bottleneck" else "logit."
+        weight = state_dict.get(f"{prefix}{head}norm.weight")
+        if weight is not None and not is_lazy(weight):
+            self._materialize(weight.shape[0])

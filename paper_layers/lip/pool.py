@@ -1,0 +1,173 @@
+"""Local importance-based pooling as a module, with the logit module that it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from paper_layers.lip.logit import BottleneckLogit, LogitHead
+from paper_layers.ops import _checks
+from paper_layers.ops.lip_pool2d import lip_pool2d
+
+Logit = str | nn.Module | Callable[[Tensor], Tensor]
+_FORMS = ("bottleneck", "projection", "simplified", "identity")
+
+
+class _Function(nn.Module):
+    """A plain function in a module's place."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def _make_logit(
+    logit: Logit,
+    channels: int,
+    bottleneck_width: int,
+    zero_init: str | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    if isinstance(logit, nn.Module):
+        return logit
+    if not isinstance(logit, str):
+        if not callable(logit):
+            raise TypeError(f"logit: expected a string, a module or a function, got {type(logit).__name__}")
+        return _Function(logit)
+    if logit == "bottleneck":
+        return BottleneckLogit(channels, bottleneck_width, zero_init, device=device, dtype=dtype)
+    if logit == "projection":
+        return LogitHead(channels, channels, 1, zero_init, device=device, dtype=dtype)
+    if logit == "simplified":
+        return LogitHead(channels, channels, 3, zero_init, device=device, dtype=dtype)
+    if logit == "identity":
+        return nn.Identity()
+    choices = ", ".join(map(repr, _FORMS))
+    raise ValueError(f"logit: expected one of {choices}, a module or a function, got {logit!r}")
+
+
+class LIPPool2d(nn.Module):
+    r"""Pool each window by importances that the network learns: local importance-based pooling.
+
+    .. math:: O_o = \frac{\sum_{i \in \Omega_o} e^{G(X)_i} X_i}{\sum_{i \in \Omega_o} e^{G(X)_i}}
+
+    Equation 1 of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019, with importance :math:`e^G`.
+    Takes the place of a max or average pool, or of a convolution's stride. A fresh module is average pooling
+    (without the padding), unless `logit` is "identity" or one's own. Logits are taken in the dtype of the input,
+    which is the output's, under autocast too. It serves as timm's `aa_layer`; where timm wants a class, another
+    form of `logit` is a subclass, not a partial.
+
+    Args:
+        channels: Channels of the input.
+        kernel_size: Size of the window, one number or (height, width).
+        stride: Step of the window.
+        padding: Padding on each side; it has weight zero.
+        logit: The logit module :math:`G`, one of
+
+            - "bottleneck": conv 1x1 to `bottleneck_width`, conv 3x3, conv 1x1 back; the paper's best;
+            - "projection": conv 1x1; the paper's small one;
+            - "simplified": conv 3x3; the official code's for stems;
+            - "identity": the input is its own logit: SoftPool (Stergiou et al., ICCV 2021);
+            - a module or function from the input to logits of its shape, or to one channel that all share.
+
+            In the first three every convolution has an instance norm, and the last one a gate, 12 sigmoid.
+        bottleneck_width: Channels inside "bottleneck".
+        ceil_mode: Round the output size up instead of down.
+        zero_init: What starts at zero to make a fresh module average pooling: "norm", the affine weight and bias
+            of the last instance norm; "conv", the last convolution, as in the official code, whose first
+            gradients are some hundred times larger; None, nothing.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Shapes:
+        Input (N, C, H, W) or (C, H, W), output (N, C, H_out, W_out) or (C, H_out, W_out), sizes as in `nn.AvgPool2d`.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A size, `logit` or `zero_init` is none of those above; the input does not fit.
+
+    Example:
+        >>> pool = LIPPool2d(64, kernel_size=3, stride=2, padding=1)
+        >>> pool(torch.randn(2, 64, 56, 56)).shape
+        torch.Size([2, 64, 28, 28])
+        >>> pool.importance(torch.randn(2, 64, 56, 56)).shape
+        torch.Size([2, 64, 56, 56])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 2,
+        padding: int | tuple[int, int] = 1,
+        logit: Logit = "bottleneck",
+        bottleneck_width: int = 128,
+        ceil_mode: bool = False,
+        zero_init: str | None = "norm",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, value in (("channels", channels), ("bottleneck_width", bottleneck_width)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        for name, size, minimum in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0)):
+            _checks.pair(name, size, minimum)
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.bottleneck_width = bottleneck_width
+        self.ceil_mode = ceil_mode
+        self.zero_init = zero_init
+        self.form = logit if isinstance(logit, str) else "custom"
+        self.logit = _make_logit(logit, channels, bottleneck_width, zero_init, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Initialize the logit module afresh; one's own only if it has a `reset_parameters`."""
+        reset = getattr(self.logit, "reset_parameters", None)
+        if reset is not None:
+            reset()
+
+    def forward(self, input: Tensor, source: Tensor | None = None) -> Tensor:
+        """Pool `input` by the logits of `source`, the tensor that the logit module sees (default: `input`)."""
+        if input.dim() not in (3, 4) or input.shape[-3] != self.channels:
+            c = self.channels
+            raise ValueError(f"input: expected shape (N, {c}, H, W) or ({c}, H, W), got {tuple(input.shape)}")
+        logit = self.logit(input if source is None else source)
+        return lip_pool2d(input, logit.to(input.dtype), self.kernel_size, self.stride, self.padding, self.ceil_mode)
+
+    @torch.no_grad()
+    def importance(self, input: Tensor) -> Tensor:
+        """The importance map, for pictures: ``exp(logit)``, scaled so that the largest value of each map is 1.
+
+        Args:
+            input: What the logit module sees: the input of `forward`, or its `source`.
+
+        Returns:
+            Tensor of the logits' shape with values in [0, 1], finite whatever the logits (NaN stays NaN).
+        """
+        logit = self.logit(input)
+        limits = torch.finfo(logit.dtype)
+        logit = logit.clamp(limits.min, limits.max)
+        return torch.exp(logit - logit.amax((-2, -1), keepdim=True))
+
+    def extra_repr(self) -> str:
+        """All arguments, for the repr."""
+        width = f", bottleneck_width={self.bottleneck_width}" if self.form == "bottleneck" else ""
+        zeros = f", zero_init={self.zero_init!r}" if self.form not in ("identity", "custom") else ""
+        return (
+            f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"logit={self.form!r}{width}, ceil_mode={self.ceil_mode}{zeros}"
+        )
