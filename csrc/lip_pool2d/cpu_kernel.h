@@ -9,10 +9,10 @@
 constexpr double kSmallestSum = 0x1p-80;
 // Logits beyond this are left to the windows' own computation: e^l 2^-k would not be precise.
 constexpr double kLargestLogit = 16384;
-constexpr int64_t kNoExponent = -(int64_t(1) << 30);
+constexpr int64_t kNoExponent = -(int64_t(1) << 30), kLeftExponent = int64_t(1) << 30;
 // Elements in a block of weights and in a row of a tile: they share the second-level cache.
-constexpr int64_t kBlockElements = 4096;
-constexpr int64_t kTileElements = 2048;
+constexpr int64_t kBlockElements = 8192;
+constexpr int64_t kTileElements = 4096;
 
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -39,8 +39,10 @@ class Weights {
         pixel_weights_(problem.logit_depth() != depth_ ? columns.size() + V::size : 0),
         exponents_(capacity_) {}
 
-  void begin(Plane<const T> logit) {
+  // `input` is only fetched ahead of its use, as are the logits.
+  void begin(Plane<const T> logit, Plane<const T> input) {
     logit_ = logit;
+    input_ = input;
     rows_ = {0, 0};
   }
 
@@ -90,39 +92,69 @@ class Weights {
       }
     }
     const bool none = largest_logit < std::numeric_limits<A>::lowest();
-    const bool precise = none || std::abs(largest_logit) <= A(kLargestLogit);
-    const int64_t exponent = none || !precise ? 0 : static_cast<int64_t>(std::ceil(largest_logit * A(1.4426950408889634)));
-    std::fill(exponents_.begin() + (rows.begin - rows_.begin), exponents_.begin() + (rows.end - rows_.begin),
-              none || !precise ? kNoExponent : exponent);
-    if (!precise) {
-      std::fill(row(rows.begin), row(rows.begin) + rows.size() * row_elements_, std::numeric_limits<A>::quiet_NaN());
+    if (!none && std::abs(largest_logit) > A(kLargestLogit)) {
+      // Nothing, of an exponent above all others: every window that takes part in it sums to zero.
+      std::fill(exponents_.begin() + (rows.begin - rows_.begin), exponents_.begin() + (rows.end - rows_.begin), kLeftExponent);
+      std::fill(row(rows.begin), row(rows.end), A(0));
       return;
     }
+    const int64_t exponent = none ? 0 : static_cast<int64_t>(std::ceil(largest_logit * A(1.4426950408889634)));
+    std::fill(exponents_.begin() + (rows.begin - rows_.begin), exponents_.begin() + (rows.end - rows_.begin),
+              none ? kNoExponent : exponent);
     const ScaledExp<A> scaled_exp(exponent);
     if (logit_.depth == depth_) {
-      for (int64_t i = 0; i < runs; ++i) exponentials(scaled_exp, start(i), row(rows.begin + i), run);
+      const int64_t ahead = rows.size() * logit_.width * depth_;
+      for (int64_t i = 0; i < runs; ++i) {
+        const T *from = start(i), *next = from + ahead, *next_input = input_.at(rows.begin + i, columns_.begin) + ahead;
+        A* to = row(rows.begin + i);
+        cover<V::size>(run, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+          __builtin_prefetch(next + j, 0, 2);
+          __builtin_prefetch(next_input + j, 0, 2);
+          store(to + j, scaled_exp(load(from + j, lanes)), lanes);
+        });
+      }
       return;
     }
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      exponentials(scaled_exp, logit_.at(r, columns_.begin), pixel_weights_.data(), columns_.size());
+      const T* from = logit_.at(r, columns_.begin);
+      cover<V::size>(columns_.size(), [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+        store(pixel_weights_.data() + j, scaled_exp(load(from + j, lanes)), lanes);
+      });
       for (int64_t j = 0; j < columns_.size(); ++j) std::fill_n(row(r) + j * depth_, depth_, pixel_weights_[j]);
     }
-  }
-
-  static void exponentials(const ScaledExp<A>& scaled_exp, const T* logit, A* weight, int64_t count) {
-    cover<V::size>(count, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-      store(weight + j, scaled_exp(load(logit + j, lanes)), lanes);
-    });
   }
 
   const int64_t height_;
   const Range columns_;
   const int64_t depth_, row_elements_, capacity_;
-  Plane<const T> logit_;
+  Plane<const T> logit_, input_;
   Range rows_;
   std::vector<A> weights_, pixel_weights_;
   std::vector<int64_t> exponents_;
 };
+
+// The first `fixed` elements of a vector as a copy that stays in registers; for 0, the vector itself.
+template <typename T, int fixed>
+struct Unrolled {
+  T elements[fixed];
+  explicit PAPER_LAYERS_INLINE Unrolled(const std::vector<T>& from) { std::copy_n(from.begin(), fixed, elements); }
+  PAPER_LAYERS_INLINE const T& operator[](int64_t i) const { return elements[i]; }
+};
+template <typename T>
+struct Unrolled<T, 0> {
+  const T* elements;
+  explicit Unrolled(const std::vector<T>& from) : elements(from.data()) {}
+  const T& operator[](int64_t i) const { return elements[i]; }
+};
+
+// The sum of `count` vectors (`fixed`, where that is not 0) that start `stride` elements apart.
+template <int fixed, typename A>
+PAPER_LAYERS_INLINE Vec<A> sum_strided(const A* first, int64_t stride, int64_t count) {
+  Vec<A> total = load(first);
+#pragma GCC unroll 4
+  for (int64_t i = 1; i < (fixed ? fixed : count); ++i) total = total + load(first + i * stride);
+  return total;
+}
 
 // Scratch for the rows of one task: sums over the rows of windows, and over their columns.
 template <typename T>
@@ -148,7 +180,7 @@ class Windows {
         row_scales_(height_.kernel) {}
 
   void begin(Plane<const T> logit, Plane<const T> input) {
-    weights_.begin(logit);
+    weights_.begin(logit, input);
     input_ = input;
   }
 
@@ -182,13 +214,14 @@ class Windows {
   }
 
  private:
+  // With `fixed` rows the loops over them unroll.
   template <bool values, int fixed>
   void sum_rows(int64_t rows) {
     const int64_t count = fixed ? fixed : rows;
+    const Unrolled<const A*, fixed> weights(row_weights_);
+    const Unrolled<const T*, fixed> inputs(row_values_);
+    const Unrolled<A, fixed> scales(row_scales_);
     const int64_t left = (columns_.begin - width_.start(outputs_.begin)) * depth_;
-    const A* const* weights = row_weights_.data();
-    const T* const* inputs = row_values_.data();
-    const A* scales = row_scales_.data();
     A* weight_out = weight_columns_.data() + left;
     A* value_out = value_columns_.data() + left;
     cover<V::size>(weights_.row_elements(), [&](int64_t j, auto lanes) __attribute__((always_inline)) {
@@ -205,24 +238,29 @@ class Windows {
   }
 
   void sum_columns(const A* columns, A* sums) const {
-    const int64_t kernel = width_.kernel, stride = width_.stride, outputs = outputs_.size();
+    switch (width_.kernel) {
+      case 2: return sum_columns<2>(columns, sums);
+      case 3: return sum_columns<3>(columns, sums);
+      default: return sum_columns<0>(columns, sums);
+    }
+  }
+
+  template <int fixed>
+  void sum_columns(const A* columns, A* sums) const {
+    const int64_t kernel = fixed ? fixed : width_.kernel, stride = width_.stride, outputs = outputs_.size();
     if (depth_ > 1) {
       for (int64_t o = 0; o < outputs; ++o) {
         const A* pixel = columns + o * stride * depth_;
         cover<V::size>(depth_, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
-          V total = load(pixel + d);
-          for (int64_t t = 1; t < kernel; ++t) total = total + load(pixel + t * depth_ + d);
-          store(sums + o * depth_ + d, total, lanes);
+          store(sums + o * depth_ + d, sum_strided<fixed>(pixel + d, depth_, kernel), lanes);
         });
       }
-    } else if (stride <= 2) {
+    } else if (stride == 1) {
+      for (int64_t o = 0; o < outputs; o += V::size) store(sums + o, sum_strided<fixed>(columns + o, 1, kernel));
+    } else if (stride == 2) {
       for (int64_t o = 0; o < outputs; o += V::size) {
-        V total = load(columns + o * stride), next = load(columns + o * stride + V::size);
-        for (int64_t t = 1; t < kernel; ++t) {
-          total = total + load(columns + o * stride + t);
-          next = next + load(columns + o * stride + V::size + t);
-        }
-        store(sums + o, stride == 1 ? total : even_lanes(total, next));
+        store(sums + o, even_lanes(sum_strided<fixed>(columns + 2 * o, 1, kernel),
+                                   sum_strided<fixed>(columns + 2 * o + V::size, 1, kernel)));
       }
     } else {
       for (int64_t o = 0; o < outputs; ++o) {
@@ -391,7 +429,8 @@ class Backward {
         exponents_(slots_),
         logit_row_(slot_elements_) {
     for (int64_t j = columns.begin; j < columns.end; ++j) {
-      if (problem.width.covering(j).size() == 0) gaps_.push_back(j);
+      holding_.push_back(problem.width.covering(j));
+      if (holding_.back().size() == 0) gaps_.push_back(j);
     }
   }
 
@@ -448,30 +487,30 @@ class Backward {
   // Sums over the windows of a row that hold each column.
   void spread(const std::vector<A>& windows, A* sums) {
     const int64_t kernel = problem_.width.kernel, stride = problem_.width.stride;
-    const Range outputs = windows_.outputs();
+    const int64_t first_output = windows_.outputs().begin;
     if (depth_ > 1) {
       for (int64_t j = 0; j < covered_.size(); ++j) {
-        const Range holding = problem_.width.covering(covered_.begin + j);
-        const A* from = windows.data() + (holding.begin - outputs.begin) * depth_;
-        cover<V::size>(depth_, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
-          V total(A(0));
-          for (int64_t o = 0; o < holding.size(); ++o) total = total + load(from + o * depth_ + d);
-          store(sums + j * depth_ + d, total, lanes);
-        });
+        const Range holding = holding_[covered_.begin - columns_.begin + j];
+        const A* from = windows.data() + (holding.begin - first_output) * depth_;
+        if (holding.size() == 1) {
+          std::copy_n(from, depth_, sums + j * depth_);
+        } else if (holding.size() > 1) {
+          cover<V::size>(depth_, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
+            store(sums + j * depth_ + d, sum_strided<0>(from + d, depth_, holding.size()), lanes);
+          });
+        }
       }
       return;
     }
     A* first = spread_.data() + kernel - 1;
     if (stride == 2) {
-      for (int64_t o = 0; o < outputs.size(); o += V::size) spread_lanes(load(windows.data() + o), first + 2 * o);
+      for (int64_t o = 0; o < windows_.count(); o += V::size) spread_lanes(load(windows.data() + o), first + 2 * o);
     } else {
-      for (int64_t o = 0; o < outputs.size(); ++o) first[o * stride] = windows[o];
+      for (int64_t o = 0; o < windows_.count(); ++o) first[o * stride] = windows[o];
     }
-    const A* from = spread_.data() + covered_.begin - problem_.width.start(outputs.begin);
+    const A* from = spread_.data() + covered_.begin - problem_.width.start(first_output);
     for (int64_t j = 0; j < covered_.size(); j += V::size) {
-      V total = load(from + j);
-      for (int64_t t = 1; t < kernel; ++t) total = total + load(from + j + t);
-      store(sums + j, total);
+      store(sums + j, kernel == 3 ? sum_strided<3>(from + j, 1, 3) : sum_strided<0>(from + j, 1, kernel));
     }
   }
 
@@ -510,20 +549,36 @@ class Backward {
 
   template <typename L>
   void gradients(int64_t row, Range holding, L* grad_logit) {
-    const Weights<T>& weights = windows_.weights();
-    const A* weight = weights.row(row) + (covered_.begin - windows_.columns().begin) * depth_;
+    row_scales_.clear();
+    row_shares_.clear();
+    row_products_.clear();
+    for (int64_t o = holding.begin; o < holding.end; ++o) {
+      const int64_t slot = o % slots_;
+      row_scales_.push_back(power_of_two<A>(windows_.weights().exponent(row) - exponents_[slot]));
+      row_shares_.push_back(share_sums_.data() + slot * slot_elements_);
+      row_products_.push_back(product_sums_.data() + slot * slot_elements_);
+    }
+    switch (holding.size()) {
+      case 1: return gradients<1>(row, 1, grad_logit);
+      case 2: return gradients<2>(row, 2, grad_logit);
+      default: return gradients<0>(row, holding.size(), grad_logit);
+    }
+  }
+
+  template <int fixed, typename L>
+  void gradients(int64_t row, int64_t holding, L* grad_logit) {
+    const int64_t count = fixed ? fixed : holding;
+    const Unrolled<A, fixed> scales(row_scales_);
+    const Unrolled<const A*, fixed> shares(row_shares_), products(row_products_);
+    const A* weight = windows_.weights().row(row) + (covered_.begin - windows_.columns().begin) * depth_;
     const T* input = input_.at(row, covered_.begin);
     T* grad_input = grad_input_.at(row, covered_.begin);
-    scales_.clear();
-    for (int64_t o = holding.begin; o < holding.end; ++o) {
-      scales_.push_back(power_of_two<A>(weights.exponent(row) - exponents_[o % slots_]));
-    }
     cover<V::size>(covered_.size() * depth_, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       V share(A(0)), product(A(0));
-      for (int64_t o = holding.begin; o < holding.end; ++o) {
-        const V scale(scales_[o - holding.begin]);
-        share = multiply_add(scale, load(share_sums_.data() + o % slots_ * slot_elements_ + j), share);
-        product = multiply_add(scale, load(product_sums_.data() + o % slots_ * slot_elements_ + j), product);
+#pragma GCC unroll 4
+      for (int64_t o = 0; o < count; ++o) {
+        share = multiply_add(V(scales[o]), load(shares[o] + j), share);
+        product = multiply_add(V(scales[o]), load(products[o] + j), product);
       }
       const V w = load(weight + j);
       store(grad_input + j, w * share, lanes);
@@ -556,12 +611,14 @@ class Backward {
   const Range outputs_;  // rows of windows
   Windows<T> windows_;
   const Range covered_;
-  std::vector<int64_t> gaps_;
+  std::vector<Range> holding_;  // the outputs that hold each column
+  std::vector<int64_t> gaps_;   // columns that none holds
   std::vector<A> spread_, share_, product_;
   const int64_t slots_, slot_elements_;  // rows of windows that may hold one row of the image
   std::vector<A> share_sums_, product_sums_;
   std::vector<int64_t> exponents_;
-  std::vector<A> logit_row_, scales_;
+  std::vector<A> logit_row_, row_scales_;
+  std::vector<const A*> row_shares_, row_products_;
   std::vector<Unresolved> unresolved_;
   Plane<const T> input_, logit_;
   Plane<T> grad_input_, grad_logit_;

@@ -3,7 +3,7 @@
 // Forward: a thread a window. Backward: a thread a window for its largest logit and its normaliser, then a thread
 // an element, which gathers from the windows that hold it: no atomics, so results do not vary from run to run.
 
-#include "../common/cuda_utils.cuh"
+#include "common/cuda_utils.cuh"
 
 #include <algorithm>
 #include <initializer_list>
@@ -13,8 +13,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
 
-#include "cuda_kernel.cuh"
-#include "geometry.h"
+#include "lip_pool2d/cuda_kernel.cuh"
+#include "lip_pool2d/geometry.h"
 
 namespace paper_layers {
 namespace {

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../common/cuda_utils.cuh"
-#include "problem.h"
+#include "common/cuda_utils.cuh"
+#include "lip_pool2d/problem.h"
 
 namespace paper_layers {
 namespace {

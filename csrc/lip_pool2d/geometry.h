@@ -14,7 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "problem.h"
+#include "lip_pool2d/problem.h"
 
 namespace paper_layers {
 

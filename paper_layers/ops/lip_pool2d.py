@@ -171,7 +171,8 @@ class _LIPPool2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_LIPPool2dBackward.apply(grad, *ctx.saved_tensors, ctx.geometry), None
+        grad_input, grad_logit = _LIPPool2dBackward.apply(grad, *ctx.saved_tensors, ctx.geometry)
+        return grad_input, grad_logit, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, logit: Tensor, geometry: _Geometry) -> Any:
@@ -197,7 +198,7 @@ class _LIPPool2dBackward(torch.autograd.Function):
         def first_order(grad: Tensor, input: Tensor, logit: Tensor) -> tuple[Tensor, ...]:
             return torch.func.vjp(lambda x, y: _pool(x, y, *ctx.geometry), input, logit)[1](grad)
 
-        _, pullback = torch.func.vjp(first_order, *ctx.saved_tensors)
+        pullback = torch.func.vjp(first_order, *ctx.saved_tensors)[1]
         return *pullback(grads), None, None
 
     @staticmethod

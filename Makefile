@@ -1,0 +1,62 @@
+# make demo, make test: each makes .venv and the kernels first, from nothing but Python, make and a C++ compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+KERNELS := build/dev/.built
+SOURCES := $(shell find csrc -type f)
+# One GPU architecture, so that nvcc, where there is one, does not hold development up.
+CMAKE = $(BIN)/cmake -G Ninja -S csrc -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DPAPER_LAYERS_CUDA_ARCHITECTURES=90-real
+
+.PHONY: demo test lint bench claims sanitize compat wheel clean
+
+demo: $(KERNELS)
+	$(BIN)/python -m demo
+
+test: $(KERNELS)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: $(KERNELS)
+	$(BIN)/python -m benchmarks.micro.lip --json benchmarks/results/lip_cpu.json
+
+claims: $(KERNELS)
+	$(BIN)/python -m benchmarks.claims.lip
+
+# The CPU kernels under AddressSanitizer and UBSan, through the tests of the ops, on a copy of the package. Python is
+# not instrumented, so the runtimes are loaded first, and leaks, which would be Python's, are not looked for.
+STAGE := build/sanitize/stage
+RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
+sanitize: $(INSTALLED)
+	$(CMAKE) -B build/sanitize -DPAPER_LAYERS_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	rm -rf $(STAGE) && mkdir -p $(STAGE) && cp -r paper_layers tests $(STAGE)
+	$(BIN)/cmake --install build/sanitize --prefix $(STAGE)
+	cd $(STAGE) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
+		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops -k "not compile and not export"
+
+# One wheel, built with the pinned torch, through the tests of the ops on the oldest torch and the newest (downloads
+# several GB), and a build in isolation.
+compat: wheel
+	tests/compat.sh $(BIN)/python dist/*.whl
+
+wheel: $(INSTALLED)
+	rm -rf dist
+	PATH=$(CURDIR)/$(BIN):$$PATH PAPER_LAYERS_BUILD=require $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+$(KERNELS): $(INSTALLED) $(SOURCES)
+	$(CMAKE) -B build/dev
+	$(BIN)/cmake --build build/dev
+	$(BIN)/cmake --install build/dev --prefix .
+	touch $@
+
+$(INSTALLED): requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv build dist out paper_layers/*.so

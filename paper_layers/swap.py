@@ -1,0 +1,290 @@
+"""One-line surgery on finished models.
+
+Every function here changes `model` in place and returns it. A chosen module becomes another one where it stands: the
+same object with a new class, as in torch's lazy modules and parametrizations. So it stays wherever it is registered,
+under one name or several or as the root, and keeps its training mode and its hooks (and a convolution its parameters).
+New parameters take device and dtype from the nearest ones of the model, and are trainable: give them to the optimizer,
+and swap before DDP or FSDP wrap the model. When an error is raised, nothing has been changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from paper_layers.lip.pool import LIPPool2d, Logit
+
+Filter = Callable[[nn.Module, str], bool]
+M = TypeVar("M", bound=nn.Module)
+
+_GUESSED_SIZE = 224
+# What a pool may be told that LIP cannot do, and the values that ask for nothing.
+_UNSUPPORTED = {"dilation": (1, (1, 1), [1, 1]), "return_indices": (False,), "divisor_override": (None,)}
+
+
+def _select(
+    model: nn.Module,
+    wanted: str,
+    kinds: tuple[type[M], ...],
+    result: type[nn.Module],
+    filter: Filter | None,
+    condition: Callable[[Any], bool] = lambda module: True,
+) -> dict[M, str]:
+    """The modules of exactly these classes that `filter` accepts, each with the name that it was accepted under.
+
+    Subclasses compute something else and are left alone. Empty if the model holds a `result`, of an earlier swap.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a Module, got {type(model).__name__}")
+    everything = list(model.named_modules(remove_duplicate=False))
+    found = [(name, m) for name, m in everything if type(m) in kinds and condition(m)]
+    chosen = {m: name for name, m in reversed(found) if filter is None or filter(m, name)}
+    if not chosen and not any(type(m) is result for _, m in everything):
+        rejected = f" that filter accepts ({len(found)} without it)" if found else ""
+        raise ValueError(f"model: expected at least one {wanted} to swap{rejected}, got none in {type(model).__name__}")
+    for module, name in chosen.items():
+        if "forward" in vars(module):
+            raise ValueError(f"{_called(name)}: expected the forward of its class, got one set on the object")
+    return dict(reversed(chosen.items()))
+
+
+def _called(name: str) -> str:
+    return f"model.{name}" if name else "model"
+
+
+def _become(old: nn.Module, new: nn.Module) -> None:
+    """Turn `old` into `new` where it stands. It keeps its hooks (the very dictionaries) and training mode."""
+    new.train(old.training)
+    kept = {key: value for key, value in vars(old).items() if "_hook" in key}
+    old.__class__ = type(new)
+    old.__dict__ = {**vars(new), **kept}
+
+
+def _placement(model: nn.Module, name: str) -> dict[str, Any]:
+    """Device and dtype of the module's parameters, or of the nearest ones around it."""
+    module = model.get_submodule(name)
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point():
+            return {"device": tensor.device, "dtype": tensor.dtype}
+    return _placement(model, name.rpartition(".")[0]) if name else {}
+
+
+def _own(logit: Logit, placement: dict[str, Any]) -> Logit:
+    """What one of several pools gets as its logit: of a module, a copy of its own."""
+    return copy.deepcopy(logit).to(**placement) if isinstance(logit, nn.Module) else logit
+
+
+def _meta_copy(model: nn.Module, modules: Iterable[M]) -> tuple[nn.Module, dict[M, M]]:
+    """The model without data and hooks, and what has become of some of its modules."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for key, value in chain(vars(module).items(), module._parameters.items(), module._buffers.items()):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach().to("meta")
+            elif "_hooks" in key:
+                memo[id(value)] = OrderedDict()
+    return copy.deepcopy(model, memo), {module: memo[id(module)] for module in modules}
+
+
+def _guess_input(model: nn.Module) -> Tensor:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            size = (2, module.in_channels, _GUESSED_SIZE, _GUESSED_SIZE)
+            return torch.empty(size, dtype=module.weight.dtype, device="meta")
+    raise ValueError("example_input: expected an input for a model that has no nn.Conv2d to guess one from, got None")
+
+
+def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: Any) -> dict[M, int]:
+    """How many channels reach each module, by a run on the meta device: no data, no random numbers, no hooks.
+
+    A run that breaks off after it has reached all of them (say at a linear layer of another image size) will do.
+    """
+    args = _guess_input(model) if example_input is None else example_input
+    args = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), args)
+    seen: dict[M, set[int]] = {module: set() for module in modules}
+
+    def watch(module: M) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[module].add((args[0] if args else kwargs["input"]).shape[-3])
+
+        return hook
+
+    failure = None
+    try:
+        with torch.no_grad(), torch.device("meta"), torch.random.fork_rng([]), torch.compiler.set_stance("force_eager"):
+            twin, twins = _meta_copy(model, modules)
+            for module in modules:
+                twins[module].register_forward_pre_hook(watch(module), with_kwargs=True)
+            twin(*args) if isinstance(args, tuple) else twin(args)
+    except Exception as error:  # Any host may raise anything; it is reported below unless it came too late to matter.
+        failure = error
+    for module, name in modules.items():
+        if not seen[module] and failure is not None:
+            raise ValueError(
+                f"example_input: expected an input that runs through the model on the meta device as far as "
+                f"{_called(name)}, got {type(failure).__name__}: {failure}. Pass another one, or swap the part of the "
+                "model that holds the pools."
+            ) from failure
+        if len(seen[module]) != 1:
+            counts = " and ".join(map(str, sorted(seen[module]))) or "no input at all in the trial run"
+            raise ValueError(f"{_called(name)}: expected one number of channels, got {counts}; filter can leave it out")
+    return {module: counts.pop() for module, counts in seen.items()}
+
+
+def pooling(
+    model: nn.Module,
+    logit: Logit = "bottleneck",
+    *,
+    bottleneck_width: int = 128,
+    example_input: Any = None,
+    filter: Filter | None = None,
+) -> nn.Module:
+    """Turn every `nn.MaxPool2d` and `nn.AvgPool2d` of a finished model into LIP pooling of the same geometry.
+
+    The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; `LIPPool2d` has the equation.
+    Adaptive (global) pools, subclasses and calls of `F.max_pool2d` are left alone. Channel counts come from a run of
+    a copy of the model on the meta device, which touches neither the model nor the random state.
+
+    Args:
+        model: Any module; changed in place.
+        logit: As in `LIPPool2d`; of a module, each pool gets a copy.
+        bottleneck_width: As in `LIPPool2d`.
+        example_input: A tensor, or a tuple of the model's arguments, for the run; only shapes and dtypes matter.
+            Default: two images of 224 x 224 with the channels of the first `nn.Conv2d`.
+        filter: ``filter(module, name) -> bool``, which pools to swap; default all.
+
+    Returns:
+        `model`; unchanged if it already holds LIP pools and `filter` accepts no further pool.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: Nothing to swap; a pool without LIP counterpart (`dilation`, `return_indices`,
+            `divisor_override`); a pool that sees no input or several channel counts; the run failed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from paper_layers import swap
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2))
+        >>> _ = swap.pooling(model, logit="projection")
+        >>> model[2]  # doctest: +ELLIPSIS
+        LIPPool2d(
+          16, kernel_size=2, stride=2, padding=0, logit='projection'...
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 16, 15, 15])
+    """
+    pools = _select(model, "nn.MaxPool2d or nn.AvgPool2d", (nn.MaxPool2d, nn.AvgPool2d), LIPPool2d, filter)
+    for pool, name in pools.items():
+        for option, neutral in _UNSUPPORTED.items():
+            value = getattr(pool, option, neutral[0])
+            if value not in neutral:
+                raise ValueError(
+                    f"{_called(name)}: expected {option}={neutral[0]}, got {value}; filter can leave it out"
+                )
+    if not pools:
+        return model
+    channels = _input_channels(model, pools, example_input)
+    built = []
+    for pool, name in pools.items():
+        place = _placement(model, name)
+        geometry: dict[str, Any] = {
+            key: getattr(pool, key) for key in ("kernel_size", "stride", "padding", "ceil_mode")
+        }
+        lip = LIPPool2d(
+            channels[pool], logit=_own(logit, place), bottleneck_width=bottleneck_width, **geometry, **place
+        )
+        built.append(lip)
+    for pool, new in zip(pools, built, strict=True):
+        _become(pool, new)
+    return model
+
+
+class LIPConv2d(nn.Conv2d):
+    """A strided convolution that does its stride by LIP: the convolution at every pixel, then LIP pooling.
+
+    The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; `LIPPool2d` has the equation. Its
+    window is the smallest odd number not below the stride and its centres lie where the strided convolution
+    would have been computed, so output sizes are those of `nn.Conv2d`. The state dict adds `pool.*` to its keys.
+
+    Args:
+        *args: As in `nn.Conv2d`, and the keyword arguments as well.
+        logit: As in `LIPPool2d`.
+        bottleneck_width: As in `LIPPool2d`.
+
+    Example:
+        >>> import torch
+        >>> LIPConv2d(16, 32, kernel_size=3, stride=2, padding=1)(torch.randn(2, 16, 28, 28)).shape
+        torch.Size([2, 32, 14, 14])
+    """
+
+    pool: LIPPool2d
+
+    def __init__(self, *args: Any, logit: Logit = "bottleneck", bottleneck_width: int = 128, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._take_stride(_stride_pool(self, logit, bottleneck_width))
+
+    def _take_stride(self, pool: LIPPool2d) -> None:
+        self.pool = pool
+        self.stride = (1, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve at every pixel, then pool."""
+        return self.pool(super().forward(input))
+
+
+def _stride_pool(conv: nn.Conv2d, logit: Logit, bottleneck_width: int) -> LIPPool2d:
+    place = _placement(conv, "")
+    rows, columns = conv.stride
+    kernel_size = (rows | 1, columns | 1)
+    padding = (rows // 2, columns // 2)  # Half the kernel, as rows | 1 is 2 * (rows // 2) + 1.
+    pool = LIPPool2d(
+        conv.out_channels, kernel_size, (rows, columns), padding, _own(logit, place), bottleneck_width, **place
+    )
+    return pool.train(conv.training)
+
+
+def strided_conv(
+    model: nn.Module, logit: Logit = "bottleneck", *, bottleneck_width: int = 128, filter: Filter | None = None
+) -> nn.Module:
+    """Turn every strided `nn.Conv2d` of a finished model into the same one with stride 1, followed by LIP pooling.
+
+    The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; see `LIPConv2d`. The convolutions
+    keep their `Parameter` objects and state-dict keys, and cost as many times more as their stride has pixels: leave
+    patch embeddings out with `filter`.
+
+    Args:
+        model: Any module; changed in place.
+        logit: As in `LIPPool2d`; of a module, each pool gets a copy.
+        bottleneck_width: As in `LIPPool2d`.
+        filter: ``filter(module, name) -> bool``, which convolutions to swap; default all.
+
+    Returns:
+        `model`; unchanged if it already holds a `LIPConv2d` and `filter` accepts no further convolution.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: Nothing to swap.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from paper_layers import swap
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU())
+        >>> type(swap.strided_conv(model)[0]).__name__
+        'LIPConv2d'
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 16, 16, 16])
+    """
+    convs = _select(model, "strided nn.Conv2d", (nn.Conv2d,), LIPConv2d, filter, lambda conv: max(conv.stride) > 1)
+    pools = [_stride_pool(conv, logit, bottleneck_width) for conv in convs]
+    for conv, pool in zip(convs, pools, strict=True):
+        conv.__class__ = LIPConv2d
+        cast(LIPConv2d, conv)._take_stride(pool)
+    return model

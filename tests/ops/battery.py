@@ -1,0 +1,202 @@
+"""The battery that every op passes: one subclass of `OpBattery` an op, in a file of the op's name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+# Relative and absolute tolerance by dtype, for values of about one. Half types round once at the end, and
+# their gradients once more for the saved output.
+TOLERANCE = {
+    torch.float64: (1e-11, 1e-12),
+    torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (2e-2, 2e-2),
+    torch.float16: (2e-3, 2e-3),
+}
+DTYPES = list(TOLERANCE)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+drawn = settings(
+    max_examples=int(os.environ.get("PAPER_LAYERS_EXAMPLES", "40")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
+)
+
+
+@dataclass
+class Case:
+    """Differentiable tensors and the other arguments of one call."""
+
+    tensors: tuple[Tensor, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return Case(tuple(t.to(dtype) for t in self.tensors), self.options)
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        return tuple(t.detach().requires_grad_() for t in self.tensors)
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+    """Equal to a float64 result within the dtype's tolerance; NaN and infinities in the same places."""
+    rtol, atol = TOLERANCE[dtype]
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=rtol, atol=atol * scale, equal_nan=True, check_stride=False
+    )
+
+
+class OpBattery:
+    """Subclasses set these four and write `cases`, a strategy, and `fixed_cases`, small and smooth."""
+
+    function: Callable[..., Tensor]
+    formula: Callable[..., Tensor]  # differentiable to any order, the oracle in float64
+    ops: dict[str, Any]  # the op and its backward, by name
+    bad_inputs: dict[str, tuple[Callable[[], Any], type[Exception], str]]
+
+    @staticmethod
+    def cases() -> st.SearchStrategy[Case]:
+        raise NotImplementedError
+
+    @staticmethod
+    def fixed_cases() -> list[Case]:
+        raise NotImplementedError
+
+    @staticmethod
+    def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
+        """The arguments of each of `ops`."""
+        raise NotImplementedError
+
+    def test_kernels_are_loaded(self) -> None:
+        for name in self.ops:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"paper_layers::{name}", "CPU")
+
+    @by_dtype
+    def test_equals_formula(self, dtype: torch.dtype) -> None:
+        @drawn
+        @given(case=self.cases())
+        def check(case: Case) -> None:
+            case = case.to(dtype)
+            tensors, exact = case.leaves(), case.to(torch.float64).leaves()
+            actual, expected = self.function(*tensors, **case.options), self.formula(*exact, **case.options)
+            assert actual.dtype == dtype
+            assert_close(actual, expected, dtype)
+            grad = torch.linspace(-1, 1, expected.numel(), dtype=dtype).reshape(expected.shape)
+            grads = torch.autograd.grad(actual, tensors, grad)
+            for got, want, tensor in zip(
+                grads, torch.autograd.grad(expected, exact, grad.double()), tensors, strict=True
+            ):
+                assert got.dtype == dtype
+                assert got.shape == tensor.shape
+                # Gradients of a shared tensor are sums over what shares it.
+                assert_close(got, want, dtype, scale=4 * max(1.0, (case.tensors[0].numel() / max(1, got.numel()))))
+
+        check()
+
+    def test_opcheck(self) -> None:
+        for case in self.fixed_cases():
+            for name, arguments in self.op_arguments(case).items():
+                torch.library.opcheck(self.ops[name], arguments)
+
+    def test_gradcheck(self) -> None:
+        for case in self.fixed_cases():
+            leaves = case.to(torch.float64).leaves()
+            assert torch.autograd.gradcheck(lambda *t, o=case.options: self.function(*t, **o), leaves)
+            assert torch.autograd.gradgradcheck(lambda *t, o=case.options: self.function(*t, **o), leaves)
+
+    def test_func_grad_and_vmap(self) -> None:
+        for case in self.fixed_cases():
+            case = case.to(torch.float64)
+            numbers = tuple(range(len(case.tensors)))
+
+            def loss(*tensors: Tensor, function: Any, case: Case = case) -> Tensor:
+                return function(*tensors, **case.options).square().sum()
+
+            stacked = tuple(torch.stack([t, t.flip(-1), 2 * t]) for t in case.tensors)
+            got = torch.func.vmap(torch.func.grad(lambda *t: loss(*t, function=self.function), argnums=numbers))(
+                *stacked
+            )
+            want = torch.func.vmap(torch.func.grad(lambda *t: loss(*t, function=self.formula), argnums=numbers))(
+                *stacked
+            )
+            torch.testing.assert_close(got, want)
+            # Only the first tensor batched, in its last dimension.
+            moved = stacked[0].movedim(0, -1)
+            one = torch.func.vmap(lambda t: self.function(t, *case.tensors[1:], **case.options), in_dims=-1)(moved)
+            torch.testing.assert_close(one[1], self.formula(stacked[0][1], *case.tensors[1:], **case.options))
+
+    def test_jvp_is_refused(self) -> None:
+        case = self.fixed_cases()[0]
+        with pytest.raises(NotImplementedError):
+            torch.func.jvp(lambda *t: self.function(*t, **case.options), case.tensors, case.tensors)
+
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_compile(self, backend: str) -> None:
+        cases = self.fixed_cases() if backend == "aot_eager" else self.fixed_cases()[:1]
+        for case in cases:
+            torch._dynamo.reset()
+
+            def step(*tensors: Tensor, case: Case = case) -> Tensor:
+                return self.function(*(t * 1.5 for t in tensors), **case.options).square()
+
+            compiled = torch.compile(step, backend=backend, fullgraph=True)
+            actual, expected = case.leaves(), case.leaves()
+            got, want = compiled(*actual), step(*expected)
+            torch.testing.assert_close(got, want)
+            assert got.stride() == want.stride()
+            got.sum().backward()
+            want.sum().backward()
+            for a, b in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a.grad, b.grad)
+
+    def test_export(self) -> None:
+        function, case = self.function, self.fixed_cases()[0]
+
+        class Module(torch.nn.Module):
+            def forward(self, *tensors: Tensor) -> Tensor:
+                return function(*tensors, **case.options)
+
+        program = torch.export.export(Module(), case.tensors)
+        torch.testing.assert_close(program.module()(*case.tensors), function(*case.tensors, **case.options))
+
+    def test_meta(self) -> None:
+        for case in self.fixed_cases():
+            on_meta = self.function(*(t.to("meta") for t in case.tensors), **case.options)
+            real = self.function(*case.tensors, **case.options)
+            assert (on_meta.shape, on_meta.dtype, on_meta.stride()) == (real.shape, real.dtype, real.stride())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, dtype: torch.dtype) -> None:
+        """Half tensors beside float32 ones are promoted; gradients come back in each tensor's dtype."""
+        case = self.fixed_cases()[0].to(torch.float32)
+        tensors = Case((case.tensors[0].to(dtype), *case.tensors[1:])).leaves()
+        with torch.autocast("cpu", dtype=dtype):
+            actual = self.function(*tensors, **case.options)
+        assert actual.dtype == (dtype if len(tensors) == 1 else torch.float32)
+        actual.float().sum().backward()
+        assert [t.grad.dtype for t in tensors] == [t.dtype for t in tensors]
+        assert_close(actual, self.formula(*(t.double() for t in tensors), **case.options), dtype)
+
+    def test_bad_inputs(self, subtests: Any) -> None:
+        for name, (call, error, message) in self.bad_inputs.items():
+            with subtests.test(name), pytest.raises(error, match=message):
+                call()
+
+    def test_lesser_instruction_set(self) -> None:
+        """The baseline kernels, in a process of their own: the set is chosen when the library is loaded."""
+        if os.environ.get("PAPER_LAYERS_CPU_CAPABILITY"):
+            return
+        file = sys.modules[type(self).__module__].__file__
+        environment = {**os.environ, "PAPER_LAYERS_CPU_CAPABILITY": "default", "PAPER_LAYERS_EXAMPLES": "20"}
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file), "-k", "equals_formula"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
