@@ -114,25 +114,22 @@ class OpBattery:
             assert torch.autograd.gradgradcheck(lambda *t, o=case.options: self.function(*t, **o), leaves)
 
     def test_func_grad_and_vmap(self) -> None:
-        for case in self.fixed_cases():
-            case = case.to(torch.float64)
-            numbers = tuple(range(len(case.tensors)))
+        def check(case: Case) -> None:
+            def grads(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                def loss(*tensors: Tensor) -> Tensor:
+                    return function(*tensors, **case.options).square().sum()
 
-            def loss(*tensors: Tensor, function: Any, case: Case = case) -> Tensor:
-                return function(*tensors, **case.options).square().sum()
+                return torch.func.vmap(torch.func.grad(loss, argnums=tuple(range(len(tensors)))))(*tensors)
 
             stacked = tuple(torch.stack([t, t.flip(-1), 2 * t]) for t in case.tensors)
-            got = torch.func.vmap(torch.func.grad(lambda *t: loss(*t, function=self.function), argnums=numbers))(
-                *stacked
-            )
-            want = torch.func.vmap(torch.func.grad(lambda *t: loss(*t, function=self.formula), argnums=numbers))(
-                *stacked
-            )
-            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(grads(self.function, stacked), grads(self.formula, stacked))
             # Only the first tensor batched, in its last dimension.
             moved = stacked[0].movedim(0, -1)
             one = torch.func.vmap(lambda t: self.function(t, *case.tensors[1:], **case.options), in_dims=-1)(moved)
             torch.testing.assert_close(one[1], self.formula(stacked[0][1], *case.tensors[1:], **case.options))
+
+        for case in self.fixed_cases():
+            check(case.to(torch.float64))
 
     def test_jvp_is_refused(self) -> None:
         case = self.fixed_cases()[0]

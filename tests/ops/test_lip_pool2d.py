@@ -53,12 +53,16 @@ def cases(draw: st.DrawFn) -> Case:
     input = torch.randn(images, channels, height, width, generator=generator)
     logit = torch.randn(images, 1 if shared else channels, height, width, generator=generator)
     # Ordinary logits, far from zero, so far apart that sums underflow, beyond exp's range, ties, masks.
-    logit = draw(
-        st.sampled_from(
-            [lambda l: l, lambda l: l - 1000, lambda l: 60 * l, lambda l: 2e4 * l, lambda l: (3 * l).round() * 4]
-            + [torch.zeros_like, lambda l: l.masked_fill(l < -1.5, -3e4)]
-        )
-    )(logit)
+    change = [
+        lambda t: t,
+        lambda t: t - 1000,
+        lambda t: 60 * t,
+        lambda t: 2e4 * t,
+        lambda t: 4 * (3 * t).round(),
+        lambda t: 0 * t,
+        lambda t: t.masked_fill(t < -1.5, -3e4),
+    ]
+    logit = draw(st.sampled_from(change))(logit)
     layout = draw(st.sampled_from(["contiguous", "channels_last", "expanded", "offset", "transposed"]))
     if layout == "channels_last":
         input, logit = (t.contiguous(memory_format=torch.channels_last) for t in (input, logit))
