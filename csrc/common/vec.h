@@ -66,6 +66,27 @@ PAPER_LAYERS_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// Past the caches, to an address of whole vectors: for results that they could not hold anyway.
+template <typename T>
+PAPER_LAYERS_INLINE void store_streaming(T* p, Vec<T> v) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), __m512i(v.lanes));
+#elif PAPER_LAYERS_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), __m256i(v.lanes));
+#elif defined(PAPER_LAYERS_X86)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), __m128i(v.lanes));
+#else
+  store(p, v);
+#endif
+}
+
+// Makes streamed stores visible before what follows.
+PAPER_LAYERS_INLINE void finish_streaming() {
+#ifdef PAPER_LAYERS_X86
+  _mm_sfence();
+#endif
+}
+
 typedef uint16_t Half16 __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES / 2)));
 typedef uint32_t Word32 __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES)));
 

@@ -13,6 +13,8 @@ constexpr int64_t kNoExponent = -(int64_t(1) << 30), kLeftExponent = int64_t(1) 
 // Elements in a block of weights and in a row of a tile: they share the second-level cache.
 constexpr int64_t kBlockElements = 8192;
 constexpr int64_t kTileElements = 4096;
+// Gradients of more than this are written past the caches, which they would leave before they are read.
+constexpr int64_t kStreamingBytes = int64_t(8) << 20;
 
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -427,7 +429,9 @@ class Backward {
         share_sums_(slots_ * slot_elements_),
         product_sums_(slots_ * slot_elements_),
         exponents_(slots_),
-        logit_row_(slot_elements_) {
+        logit_row_(slot_elements_),
+        streaming_(problem.planes() * problem.height.length * problem.width.length * depth_ * int64_t(sizeof(T)) >
+                   kStreamingBytes) {
     for (int64_t j = columns.begin; j < columns.end; ++j) {
       holding_.push_back(problem.width.covering(j));
       if (holding_.back().size() == 0) gaps_.push_back(j);
@@ -454,6 +458,7 @@ class Backward {
       for (; row < rows_.end && problem_.height.covering(row).end <= o + 1; ++row) finish(row);
     }
     for (; row < rows_.end; ++row) finish(row);
+    if (streaming_) finish_streaming();
     for (const Unresolved& window : unresolved_) add(window);
   }
 
@@ -573,7 +578,8 @@ class Backward {
     const A* weight = windows_.weights().row(row) + (covered_.begin - windows_.columns().begin) * depth_;
     const T* input = input_.at(row, covered_.begin);
     T* grad_input = grad_input_.at(row, covered_.begin);
-    cover<V::size>(covered_.size() * depth_, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+    const int64_t elements = covered_.size() * depth_;
+    const auto both = [&](int64_t j, auto lanes, auto&& write) __attribute__((always_inline)) {
       V share(A(0)), product(A(0));
 #pragma GCC unroll 4
       for (int64_t o = 0; o < count; ++o) {
@@ -581,8 +587,20 @@ class Backward {
         product = multiply_add(V(scales[o]), load(products[o] + j), product);
       }
       const V w = load(weight + j);
-      store(grad_input + j, w * share, lanes);
-      store(grad_logit + j, w * (load(input + j, lanes) * share - product), lanes);
+      write(grad_input + j, w * share);
+      write(grad_logit + j, w * (load(input + j, lanes) * share - product));
+    };
+    if constexpr (std::is_same_v<T, A> && std::is_same_v<L, A>) {
+      const auto address = reinterpret_cast<uintptr_t>(grad_input) | reinterpret_cast<uintptr_t>(grad_logit);
+      if (streaming_ && elements % V::size == 0 && address % sizeof(V) == 0) {
+        for (int64_t j = 0; j < elements; j += V::size) {
+          both(j, Full{}, [](A* to, V value) __attribute__((always_inline)) { store_streaming(to, value); });
+        }
+        return;
+      }
+    }
+    cover<V::size>(elements, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+      both(j, lanes, [&](auto* to, V value) __attribute__((always_inline)) { store(to, value, lanes); });
     });
   }
 
@@ -619,6 +637,7 @@ class Backward {
   std::vector<int64_t> exponents_;
   std::vector<A> logit_row_, row_scales_;
   std::vector<const A*> row_shares_, row_products_;
+  const bool streaming_;
   std::vector<Unresolved> unresolved_;
   Plane<const T> input_, logit_;
   Plane<T> grad_input_, grad_logit_;
