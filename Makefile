@@ -33,7 +33,7 @@ RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -pr
 sanitize: $(INSTALLED)
 	$(CMAKE) -B build/sanitize -DPAPER_LAYERS_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	rm -rf $(STAGE) && mkdir -p $(STAGE) && cp -r paper_layers tests $(STAGE)
+	rm -rf $(STAGE) && mkdir -p $(STAGE) && cp -r paper_layers tests pyproject.toml $(STAGE)
 	$(BIN)/cmake --install build/sanitize --prefix $(STAGE)
 	cd $(STAGE) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
 		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops -k "not compile and not export"

@@ -1,0 +1,68 @@
+"""Train and test classifiers, several at once; the mean of a few runs and its interval."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Data = tuple[Tensor, Tensor]
+Result = TypeVar("Result")
+
+
+def train(model: nn.Module, data: Data, steps: int, seed: int, batch_size: int = 32) -> None:
+    """AdamW with a one-cycle schedule; the seed alone decides the order of the batches."""
+    images, labels = data
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
+    model.train()
+    for _ in range(steps):
+        batch = torch.randint(len(images), (batch_size,), generator=generator)
+        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data) -> float:
+    """Share of right answers, in percent."""
+    model.eval()
+    images, labels = data
+    right = sum(
+        (model(i).argmax(1) == t).sum().item() for i, t in zip(images.split(256), labels.split(256), strict=True)
+    )
+    return 100 * right / len(labels)
+
+
+def in_parallel(job: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], title: str) -> list[Result]:
+    """The job's result for each tuple of arguments, one thread and one process a core, with a progress bar."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
+        futures = [pool.submit(job, *values) for values in arguments]
+        for future in tqdm(as_completed(futures), title, len(futures), unit="training"):
+            future.result()  # An error ends it here.
+        return [future.result() for future in futures]
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t."""
+    from scipy.stats import t
+
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), float(t.ppf(0.975, len(values) - 1)) * spread
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

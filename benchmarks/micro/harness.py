@@ -1,0 +1,316 @@
+"""Time contenders against each other and against the machine's limit.
+
+- Each contender has a process of its own, which stays alive and is asked in turn for a round of measurements, never two
+  at once: what one brings along (thread pools, compiled code, a fragmented heap) cannot slow another.
+- The limit of a case is a copy of as many bytes as any implementation must read and write, timed as one more contender
+  (so it runs in the cache where the case fits into it).
+- All processes keep the memory that they free, and touch enough of it beforehand. Otherwise each large tensor is new
+  pages from the system, and the benchmark would time page faults, which cost more than the operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
+
+Inputs = tuple[Any, ...]
+
+_WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",  # glibc: large tensors come from the heap ...
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),  # ... and the heap is kept.
+    "KINETO_LOG_LEVEL": "99",  # The profiler that counts bytes is quiet.
+}
+
+
+_RESERVE = 4  # The heap that is touched beforehand, in units of the bytes that a case moves: no page faults were left.
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs, and whether forward alone (without autograd) or forward and backward are timed."""
+
+    params: dict[str, Any]  # What `inputs` needs; names and values are the columns of the result.
+    inputs: Callable[[Case], Inputs]  # The same for all contenders; gradients go to tensors that require them.
+    moved: int  # Bytes that any implementation must read and write.
+    backward: bool
+    device: str = "cpu"
+
+    @property
+    def title(self) -> str:
+        values = " ".join(str(value) for value in self.params.values())
+        return f"{values} {'forward+backward' if self.backward else 'forward'}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to compute something: a function of a module's top level, called with a case's inputs."""
+
+    name: str
+    function: Callable[..., Tensor]
+    role: str  # "ours"; "peer": computes the same; "other": something else, for comparison; "limit".
+    compiled: bool = False  # Run it through torch.compile.
+    inputs: Callable[[Case], Inputs] | None = None  # In place of the case's.
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out for one contender in one case: seconds and bytes, or the error."""
+
+    case: str
+    params: dict[str, Any]
+    backward: bool
+    threads: int
+    contender: str
+    role: str
+    median: float = math.nan
+    iqr: float = math.nan
+    measurements: int = 0
+    to_limit: float = math.nan  # Median over the limit's median.
+    to_ours: float = math.nan  # Median over our median.
+    saved: int = 0  # Bytes kept for the backward pass beyond the inputs.
+    peak: int = 0  # Bytes allocated at most beyond the inputs, with output and gradients.
+    checksum: float = math.nan
+    error: str = ""
+
+
+def _copy(target: Tensor, source: Tensor) -> Tensor:
+    return target.copy_(source)
+
+
+def _copy_inputs(case: Case) -> Inputs:
+    source = torch.rand(max(case.moved // 8, 1), device=case.device)  # Four bytes each, read once and written once.
+    return torch.zeros_like(source), source
+
+
+LIMIT = Contender("limit: copy", _copy, "limit", inputs=_copy_inputs)
+
+
+class _Task:
+    """A contender made ready for a case, in the worker process."""
+
+    def __init__(self, contender: Contender, case: Case):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        if case.device == "cpu":
+            torch.ones(_RESERVE * case.moved, dtype=torch.uint8)
+        self.case = case
+        self.inputs = (contender.inputs or case.inputs)(case)
+        self.function: Callable[..., Tensor] = contender.function
+        if contender.compiled:
+            self.function = torch.compile(contender.function, dynamic=False)
+        self.leaves = [t for t in self.inputs if isinstance(t, Tensor) and t.requires_grad]
+        self.backward = case.backward and bool(self.leaves)
+        with torch.set_grad_enabled(self.backward):
+            output = self.function(*self.inputs)
+        self.grad = torch.randn_like(output)
+        self.checksum = output.detach().abs().mean(dtype=torch.float64).item()
+        del output
+        self.run()
+
+    def run(self) -> None:
+        if self.backward:
+            torch.autograd.grad(self.function(*self.inputs), self.leaves, self.grad, allow_unused=True)
+        else:
+            with torch.no_grad():
+                self.function(*self.inputs)
+
+    def measure(self, seconds: float) -> list[float]:
+        timer = Timer("run()", globals={"run": self.run}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=seconds).times
+
+    def saved(self) -> int:
+        if not self.backward:
+            return 0
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = self.function(*self.inputs)
+        for tensor in self.inputs:
+            if isinstance(tensor, Tensor):
+                storages.pop(tensor.untyped_storage().data_ptr(), None)
+        del output
+        return sum(storage.nbytes() for storage in storages.values())
+
+    def peak(self) -> int:
+        if self.case.device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.run()
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            self.run()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            profile.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        allocations = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+        held = highest = 0
+        for event in allocations:
+            held += event["args"]["Bytes"]
+            highest = max(highest, held)
+        return highest
+
+
+def _worker(pipe: Connection, contender: Contender, threads: int) -> None:
+    """Answer requests until the pipe closes: a Case to prepare, or the seconds of a round."""
+    torch.set_num_threads(threads)
+    task = None
+    with contextlib.suppress(EOFError):
+        while True:
+            request = pipe.recv()
+            try:
+                if isinstance(request, Case):
+                    task = None  # Free the last one first.
+                    task = _Task(contender, request)
+                    pipe.send((task.saved(), task.peak(), task.checksum))
+                elif task is not None:
+                    pipe.send(task.measure(request))
+            except Exception as error:
+                task = None
+                pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+class _Process:
+    """The parent's end of a worker."""
+
+    def __init__(self, contender: Contender, threads: int):
+        self.contender, self.threads = contender, threads
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        arguments = (other, self.contender, self.threads)
+        self.process = context.Process(target=_worker, args=arguments, daemon=True)
+        with _environment({**_WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.threads)}):
+            self.process.start()
+        other.close()
+
+    def ask(self, request: Case | float) -> Any:
+        """The answer; a string is an error. A worker that died is replaced."""
+        try:
+            self.pipe.send(request)
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode
+            self._start()
+            return f"its process died with exit status {code}"
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def compare(
+    contenders: Sequence[Contender], cases: Sequence[Case], threads: int, rounds: int = 5, seconds: float = 0.3
+) -> list[Result]:
+    """Run every contender on every case, in turn over several rounds."""
+    contenders = [*contenders, LIMIT]
+    processes = [_Process(contender, threads) for contender in contenders]
+    results = []
+    try:
+        with tqdm(total=len(cases) * (rounds + 1) * len(contenders), desc=f"{threads} threads", unit="round") as bar:
+            for case in cases:
+                results += _compare(processes, case, rounds, seconds, bar)
+    finally:
+        for process in processes:
+            process.close()
+    return results
+
+
+def _compare(processes: list[_Process], case: Case, rounds: int, seconds: float, bar: Any) -> list[Result]:
+    facts: dict[str, Any] = {}
+    times: dict[str, list[float]] = {}
+    for turn in range(rounds + 1):  # Turn 0 prepares.
+        for process in processes:
+            name = process.contender.name
+            bar.set_postfix_str(f"{case.title}, {name}")
+            if turn == 0:
+                facts[name], times[name] = process.ask(case), []
+            elif not isinstance(facts[name], str):
+                answer = process.ask(seconds)
+                if isinstance(answer, str):
+                    facts[name] = answer
+                else:
+                    times[name] += answer
+            time.sleep(0.01)  # The threads of the last one stop spinning.
+            bar.update()
+
+    medians = {name: statistics.median(values) for name, values in times.items() if values}
+    ours = next(process.contender.name for process in processes if process.contender.role == "ours")
+    results = []
+    for process in processes:
+        name = process.contender.name
+        row: dict[str, Any] = {"params": case.params, "backward": case.backward, "threads": process.threads}
+        row |= {"contender": name, "role": process.contender.role}
+        if isinstance(facts[name], str):
+            row["error"] = facts[name]
+        else:
+            quartiles = statistics.quantiles(times[name], n=4) if len(times[name]) > 1 else [math.nan] * 3
+            saved, peak, checksum = facts[name]
+            row |= {"median": medians[name], "iqr": quartiles[2] - quartiles[0], "measurements": len(times[name])}
+            row |= {"to_limit": medians[name] / medians.get(LIMIT.name, math.nan)}
+            row |= {"to_ours": medians[name] / medians.get(ours, math.nan)}
+            row |= {"saved": saved, "peak": peak, "checksum": checksum}
+        results.append(Result(case.title, **row))
+    return results
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as text, one block a case: slower than ours and faster than ours alike."""
+    lines = []
+    head = f"  {'':34}{'median ms':>10}{'IQR':>9}{'x limit':>9}{'x ours':>8}{'saved MB':>10}{'peak MB':>9}"
+    for index, r in enumerate(results):
+        if index == 0 or (r.case, r.threads) != (results[index - 1].case, results[index - 1].threads):
+            lines += ["", f"{r.case}, {r.threads} threads", head]
+        if r.error:
+            lines.append(f"  {r.contender:34}  cannot run: {r.error}")
+            continue
+        milliseconds = f"{r.median * 1e3:10.3f}{r.iqr * 1e3:9.3f}{r.to_limit:9.2f}{r.to_ours:8.2f}"
+        memory = "" if r.role == "limit" else f"{r.saved / 1e6:10.1f}{r.peak / 1e6:9.1f}"
+        lines.append(f"  {r.contender:34}{milliseconds}{memory}")
+        if r.role == "peer":
+            mine = next(o for o in results if o.role == "ours" and (o.case, o.threads) == (r.case, r.threads))
+            if abs(r.checksum - mine.checksum) > 0.02 * abs(mine.checksum):
+                lines.append(f"  {'':34}  computes something else: mean {r.checksum:.5g}, ours {mine.checksum:.5g}")
+    return "\n".join(lines)
+
+
+def as_dicts(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """For JSON, without what does not apply."""
+    return [{k: v for k, v in asdict(r).items() if v != "" and v == v} for r in results]

@@ -1,0 +1,26 @@
+"""What the package does, on real input: every section runs and goes into one report.
+
+python -m demo
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import paper_layers
+from demo import lip, report
+
+SECTIONS = (lip.section,)
+OUTPUT = Path("out/report.html")
+
+
+def main() -> None:
+    start = time.perf_counter()
+    print(paper_layers.show_config())
+    report.write(OUTPUT, [section() for section in SECTIONS])
+    print(f"\nwritten in {time.perf_counter() - start:.0f} s: {OUTPUT.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

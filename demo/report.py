@@ -1,0 +1,108 @@
+"""One HTML file that needs nothing else: sections of text, code, tables and pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from benchmarks.environment import environment
+
+ACCENT, MUTED, INK = "#c2410c", "#b8b4ad", "#292524"
+
+matplotlib.rcParams.update(
+    {
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": MUTED,
+        "axes.titlesize": 10.5,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "svg.fonttype": "path",
+    }
+)
+
+_STYLE = """
+body { max-width: 54rem; margin: 0 auto; padding: 3rem 1.5rem; color: #292524; background: #fdfcfa;
+       font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.02em; }
+h2 { font-size: 1.45rem; margin: 3.2rem 0 .4rem; padding-top: 1.6rem; border-top: 2px solid #c2410c; }
+h3 { font-size: 1.08rem; margin: 2.2rem 0 .3rem; }
+p { margin: .5rem 0 1rem; }
+pre { background: #f3f0ea; border-radius: 6px; padding: .9rem 1.1rem; overflow-x: auto; }
+code, pre { font-size: .86rem; line-height: 1.5;
+            font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem 1.1rem .35rem 0; text-align: right; border-bottom: 1px solid #e7e3db; }
+th { font-weight: 600; border-bottom-color: #b8b4ad; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1.2rem 0; }
+figure img { width: 100%; height: auto; }
+figcaption, footer { color: #78716c; font-size: .86rem; }
+footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid #e7e3db; }
+"""
+
+
+@dataclass
+class Section:
+    """A heading and its content, made of the pieces below."""
+
+    title: str
+    pieces: list[str]
+
+
+def heading(text: str) -> str:
+    return f"<h3>{escape(text)}</h3>"
+
+
+def text(content: str) -> str:
+    return f"<p>{escape(content)}</p>"
+
+
+def code(content: str) -> str:
+    return f"<pre>{escape(content)}</pre>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    columns = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{columns}</tr>{body}</table>"
+
+
+def picture(figure: Figure, caption: str) -> str:
+    """The figure as an SVG inside the page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True)
+    source = base64.b64encode(buffer.getvalue()).decode()
+    image = f'<img alt="{escape(caption)}" src="data:image/svg+xml;base64,{source}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def write(path: Path, sections: Sequence[Section]) -> None:
+    """All sections, and on what they were made."""
+    body = "".join(f"<section><h2>{escape(s.title)}</h2>{''.join(s.pieces)}</section>" for s in sections)
+    facts = environment()
+    made = (
+        f"{facts['date']}: torch {facts['torch']}, Python {facts['python']}, {facts['cpu']}, {facts['cores']} cores. "
+    )
+    made += "; ".join(facts["paper_layers"]) + "."
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>paper_layers</title><style>{_STYLE}</style></head><body>
+<h1>paper_layers</h1>
+<p>Ideas from papers as drop-in PyTorch layers. Everything on this page was computed by the run that wrote it.</p>
+{body}<footer>{escape(made)}</footer></body></html>
+"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
