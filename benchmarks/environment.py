@@ -23,7 +23,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "paper_layers": paper_layers.show_config().replace(f"{_FOLDER}{os.sep}", "").splitlines(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],  # Before the run; times mean little on a machine that others use.

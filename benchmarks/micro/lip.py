@@ -113,7 +113,7 @@ def targets(results: Sequence[Result]) -> str:
         text.append(_verdict(title, values, wanted, all(value >= wanted for value in values)))
     for contender, wanted in ((OURS, 0.5), (FORMULA, math.nan)):
         kept = [r.saved / _input_bytes(r) for key, r in found.items() if r.backward and key[-1] == contender]
-        title = f"saved for backward beyond the inputs, in inputs: {contender}"
+        title = f"saved for backward, in inputs: {contender}"
         text.append(_verdict(title, kept or [math.nan], wanted, bool(kept) and max(kept) <= wanted))
     return "\n".join(text)
 

@@ -207,6 +207,24 @@ def test_any_finite_logits(offset: float, spread: float) -> None:
         assert_close(got, want, torch.float32, scale=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", [(1, 64, 180, 190), (2, 3, 9, 5000), (1, 1, 500, 40)])
+def test_large(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype) -> None:
+    """Images of several blocks and tiles, whose logits drift so far that blocks differ, and past the caches."""
+    drift = torch.linspace(-150, 150, shape[2])[:, None] + torch.linspace(0, 40, shape[3])
+    case = Case((images(*shape), 2 * images(*shape).flip(-1) + drift), {"kernel_size": 3, "stride": 2, "padding": 1})
+    case = Case(tuple(t.to(dtype).contiguous(memory_format=layout) for t in case.tensors), case.options)
+    leaves, exact = case.leaves(), case.to(torch.float64).leaves()
+    actual, expected = lip_pool2d(*leaves, **case.options), formula(*exact, **case.options)
+    assert_close(actual, expected, dtype)
+    grad = images(*expected.shape).to(dtype)
+    for got, want in zip(
+        torch.autograd.grad(actual, leaves, grad), torch.autograd.grad(expected, exact, grad.double()), strict=True
+    ):
+        assert_close(got, want, dtype, scale=8)
+
+
 def test_special_logits() -> None:
     """Constant logits are average pooling, steep ones max pooling, one-hot ones subsampling."""
     input = images(2, 3, 12, 12)
