@@ -35,7 +35,7 @@ sanitize: $(INSTALLED)
 	$(BIN)/cmake --build build/sanitize
 	rm -rf $(STAGE) && mkdir -p $(STAGE) && cp -r paper_layers tests pyproject.toml $(STAGE)
 	$(BIN)/cmake --install build/sanitize --prefix $(STAGE)
-	cd $(STAGE) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
+	cd $(STAGE) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PAPER_LAYERS_EXAMPLES=20 \
 		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops -k "not compile and not export"
 
 # One wheel, built with the pinned torch, through the tests of the ops on the oldest torch and the newest (downloads
