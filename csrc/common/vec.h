@@ -178,13 +178,6 @@ PAPER_LAYERS_INLINE bool any(BitLanes mask) {
   return bits != 0;
 }
 
-template <typename V>
-PAPER_LAYERS_INLINE auto sum(V v) {
-  auto result = v.lanes[0];
-  for (int64_t i = 1; i < v.size; ++i) result += v.lanes[i];
-  return result;
-}
-
 template <typename T>
 struct ExpTraits;
 template <>
