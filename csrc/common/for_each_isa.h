@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/scratch.h"
 
 namespace paper_layers {
 

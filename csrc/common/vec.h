@@ -150,12 +150,22 @@ PAPER_LAYERS_INLINE V even_lanes(V a, V b) {
   return even_lanes(a, b, std::make_index_sequence<V::size>());
 }
 
-
 template <typename V>
-PAPER_LAYERS_INLINE auto largest(V v) {
+PAPER_LAYERS_INLINE auto largest_of(V v) {
   auto result = v.lanes[0];
   for (int64_t i = 1; i < v.size; ++i) result = std::max(result, v.lanes[i]);
   return result;
+}
+
+template <typename T>
+PAPER_LAYERS_INLINE T sum(const T* p, int64_t n) {
+  Vec<T> lanes(T(0));
+  int64_t i = 0;
+  for (; i + lanes.size <= n; i += lanes.size) lanes = lanes + load(p + i);
+  T total = 0;
+  for (int64_t j = 0; j < lanes.size; ++j) total += lanes.lanes[j];
+  for (; i < n; ++i) total += p[i];
+  return total;
 }
 
 // Store the elements of v in turn at every second place, zeros between.
@@ -184,19 +194,25 @@ template <>
 struct ExpTraits<float> {
   static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
   static constexpr float round = 0x1.8p23f;  // adding it rounds to an integer in the low bits
-  static constexpr int32_t round_bits = 0x4b400000, bias = 127, mantissa = 23;
+  static constexpr int bias = 127, mantissa = 23;
   // e^r = 1 + r + r^2 p(r) on |r| <= ln(2)/2, relative error 4.4e-9
-  static constexpr float p[] = {0.4999999403953552f, 0.1666651964187622f, 0.04166839271783829f,
-                                0.008368780836462975f, 0.001381446490995586f};
+  static constexpr float p[] = {1,
+                                1,
+                                0.4999999403953552f,
+                                0.1666651964187622f,
+                                0.04166839271783829f,
+                                0.008368780836462975f,
+                                0.001381446490995586f};
 };
 template <>
 struct ExpTraits<double> {
   static constexpr double ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
   static constexpr double round = 0x1.8p52;
-  static constexpr int64_t round_bits = 0x4338000000000000, bias = 1023, mantissa = 52;
+  static constexpr int bias = 1023, mantissa = 52;
   // Taylor: the first term left out is 4e-18 of the whole.
-  static constexpr double p[] = {1. / 2,       1. / 6,       1. / 24,       1. / 120,       1. / 720,       1. / 5040,
-                                 1. / 40320,   1. / 362880,  1. / 3628800,  1. / 39916800,  1. / 479001600, 1. / 6227020800.};
+  static constexpr double p[] = {1,           1,            1. / 2,        1. / 6,         1. / 24,
+                                 1. / 120,    1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
 };
 
 // e^x 2^-exponent where that is a normal number and zero below, for x at most (exponent + 1) ln 2;
@@ -205,28 +221,25 @@ template <typename T>
 struct ScaledExp {
   using V = Vec<T>;
   using E = ExpTraits<T>;
-  T smallest;
-  decltype(E::bias) exponent_offset;
+  T zero, round;
 
+  // At x = zero and below, the biased exponent of the result is zero.
   explicit PAPER_LAYERS_INLINE ScaledExp(int64_t exponent)
-      : smallest(static_cast<T>((exponent + 2 - E::bias) * 0.6931471805599453)),
-        exponent_offset(static_cast<decltype(E::bias)>(E::bias - exponent - E::round_bits)) {}
+      : zero(static_cast<T>((exponent - E::bias) * 0.6931471805599453)), round(E::round + static_cast<T>(E::bias - exponent)) {}
 
   PAPER_LAYERS_INLINE V operator()(V x) const {
-    const V clamped = max_or_second(V(smallest), x);  // keeps NaN
-    const V rounding = multiply_add(clamped, V(T(1.4426950408889634)), V(E::round));
-    const V n = rounding - V(E::round);
+    const V clamped = max_or_second(V(zero), x);  // keeps NaN
+    // The low bits of `rounding` are the result's biased exponent.
+    const V rounding = multiply_add(clamped, V(T(1.4426950408889634)), V(round));
+    const V n = rounding - V(round);
     V r = multiply_add(n, V(-E::ln2_high), clamped);
     r = multiply_add(n, V(-E::ln2_low), r);
-    constexpr int degree = sizeof(E::p) / sizeof(T);
-    V poly = V(E::p[degree - 1]);
+    constexpr int degree = sizeof(E::p) / sizeof(T) - 1;
+    V poly = V(E::p[degree]);
 #pragma GCC unroll 16
-    for (int i = degree - 2; i >= 0; --i) poly = multiply_add(poly, r, V(E::p[i]));
-    poly = multiply_add(poly * r, r, r) + V(T(1));
+    for (int i = degree - 1; i >= 0; --i) poly = multiply_add(poly, r, V(E::p[i]));
     using Bits = typename V::BitLanes;
-    const V scale = V(typename V::Lanes((Bits(rounding.lanes) + exponent_offset) << E::mantissa));
-    const V result = poly * scale;
-    return V(x.lanes < V(smallest).lanes ? typename V::Lanes{} : result.lanes);
+    return poly * V(typename V::Lanes(Bits(rounding.lanes) << E::mantissa));
   }
 };
 
@@ -234,6 +247,15 @@ struct ScaledExp {
 // or the number of elements where length is less than one. The last vector overlaps the one before it, so
 // body must not mind doing an element twice.
 struct Full {};
+
+// The same where length is at least one vector.
+template <int64_t size, typename Body>
+PAPER_LAYERS_INLINE void cover_whole(int64_t length, Body&& body) {
+  int64_t i = 0;
+  for (; i + size <= length; i += size) body(i, Full{});
+  if (i < length) body(length - size, Full{});
+}
+
 template <typename T>
 PAPER_LAYERS_INLINE auto load(const T* p, Full) {
   return load(p);
@@ -245,10 +267,6 @@ PAPER_LAYERS_INLINE void store(T* p, V v, Full) {
 
 template <int64_t size, typename Body>
 PAPER_LAYERS_INLINE void cover(int64_t length, Body&& body) {
-  int64_t i = 0;
-  for (; i + size <= length; i += size) body(i, Full{});
-  if (i < length) {
-    if (length >= size) body(length - size, Full{});
-    else body(i, length);
-  }
+  if (length >= size) cover_whole<size>(length, body);
+  else if (length > 0) body(0, length);
 }

@@ -14,9 +14,18 @@
 namespace paper_layers {
 namespace {
 
+// The problem as the kernels take it: pixels of fewer channels than a vector holds go through NCHW, where a copy of the
+// image costs less than parts of vectors.
+LipPool2dProblem in_kernels_layout(LipPool2dProblem problem) {
+  constexpr int64_t kVectorElements = 16;
+  problem.channels_last &= problem.channels >= kVectorElements;
+  return problem;
+}
+
 Tensor lip_pool2d(const Tensor& input, const Tensor& logit, std::vector<int64_t> kernel_size,
                   std::vector<int64_t> stride, std::vector<int64_t> padding, bool ceil_mode) {
-  const auto problem = lip_pool2d_problem(input, logit, kernel_size, stride, padding, ceil_mode);
+  const auto given = lip_pool2d_problem(input, logit, kernel_size, stride, padding, ceil_mode);
+  const auto problem = in_kernels_layout(given);
   const auto format = memory_format(problem);
   Tensor output = new_empty(input, output_sizes(problem), input.scalar_type(), problem);
   if (output.numel() == 0) return output;
@@ -26,14 +35,15 @@ Tensor lip_pool2d(const Tensor& input, const Tensor& logit, std::vector<int64_t>
                                                   output.mutable_data_ptr<scalar_t>()));
                   }),
                   ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
-  return output;
+  return torch::stable::contiguous(output, memory_format(given));
 }
 
 std::tuple<Tensor, Tensor> lip_pool2d_backward(const Tensor& grad, const Tensor& input, const Tensor& logit,
                                                const Tensor& output, std::vector<int64_t> kernel_size,
                                                std::vector<int64_t> stride, std::vector<int64_t> padding,
                                                bool ceil_mode) {
-  const auto problem = lip_pool2d_problem(input, logit, kernel_size, stride, padding, ceil_mode);
+  const auto given = lip_pool2d_problem(input, logit, kernel_size, stride, padding, ceil_mode);
+  const auto problem = in_kernels_layout(given);
   check_like_output("grad", grad, input, problem);
   check_like_output("output", output, input, problem);
   const auto format = memory_format(problem);
@@ -54,7 +64,8 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(const Tensor& grad, const Tensor&
                                                    grad_logit.mutable_data_ptr<scalar_t>()));
                   }),
                   ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
-  return {grad_input, grad_logit};
+  return {torch::stable::contiguous(grad_input, memory_format(given)),
+          torch::stable::contiguous(grad_logit, memory_format(given))};
 }
 
 }  // namespace

@@ -1,5 +1,10 @@
 // The CPU kernels of local importance-based pooling, compiled once for each instruction set.
-#include "lip_pool2d/cpu_windows.h"
+#include "lip_pool2d/cpu_weights.h"
+#include "lip_pool2d/cpu_planar.h"
+#include "lip_pool2d/cpu_channels_last.h"
+
+// Gradients of more than this are written past the caches, which they would leave before they are read.
+constexpr int64_t kStreamingBytes = int64_t(8) << 20;
 
 // The taps of one window, by itself: for windows that the sums above cannot resolve.
 template <typename T>
@@ -40,6 +45,31 @@ struct Window {
   A share(int64_t r, int64_t c) const { return std::exp(logit_at(r, c) - largest) / weight_sum; }
 };
 
+// Whether all sums of weights are precise.
+template <typename A>
+struct Resolved {
+  typename Vec<A>::BitLanes too_small = {};
+  PAPER_LAYERS_INLINE void look_at(Vec<A> sums, Full) { too_small |= ~(sums.lanes >= Vec<A>(A(kSmallestSum)).lanes); }
+  PAPER_LAYERS_INLINE void look_at(Vec<A> sums, int64_t n) {
+    for (int64_t i = n; i < sums.size; ++i) sums.lanes[i] = 1;
+    look_at(sums, Full{});
+  }
+  bool all() const { return !any(too_small); }
+};
+
+// Calls body(element, column, channel) for the windows of a row whose sums are not.
+template <typename Windows, typename Body>
+void each_unresolved(Windows& windows, int64_t output_row, int64_t depth, Body&& body) {
+  using A = typename Windows::A;
+  std::vector<A> sums(windows.outputs().size() * depth);
+  windows.template sum<false>(output_row, [&](int64_t i, auto lanes, Vec<A> weights, Vec<A>) {
+    store(sums.data() + i, weights, lanes);
+  });
+  for (size_t i = 0; i < sums.size(); ++i) {
+    if (!(sums[i] >= A(kSmallestSum))) body(i, windows.outputs().begin + i / depth, i % depth);
+  }
+}
+
 // The work in pieces: for each tile of columns and band of rows, every plane, so that scratch serves many.
 struct Tasks {
   int64_t planes, columns, rows, tile, band, tiles, bands;
@@ -75,58 +105,61 @@ struct Tasks {
   }
 };
 
-template <typename T>
+template <typename Windows>
 class Forward {
+  using T = typename Windows::Element;
   using A = Accumulator<T>;
   using V = Vec<A>;
 
  public:
   Forward(const LipPool2dProblem& problem, Range columns, Range rows)
-      : problem_(problem), columns_(columns), rows_(rows), windows_(problem, columns) {}
+      : problem_(problem), rows_(rows), windows_(problem, columns) {}
 
   void run(Plane<const T> input, Plane<const T> logit, Plane<T> output) {
     windows_.begin(logit, input);
     for (int64_t o = rows_.begin; o < rows_.end; ++o) {
-      windows_.template sum<true>(o);
-      const A *weights = windows_.weight_sums(), *values = windows_.value_sums();
-      T* out = output.at(o, columns_.begin);
-      typename V::BitLanes unresolved = {};
-      cover<V::size>(windows_.count(), [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        const V weight = load(weights + i);
-        unresolved |= ~(weight.lanes >= V(A(kSmallestSum)).lanes);
-        store(out + i, load(values + i) / weight, lanes);
+      T* out = output.at(o, windows_.outputs().begin);
+      Resolved<A> resolved;
+      windows_.template sum<true>(o, [&](int64_t i, auto lanes, V weights, V values) __attribute__((always_inline)) {
+        resolved.look_at(weights, lanes);
+        store(out + i, values / weights, lanes);
       });
-      if (!any(unresolved)) continue;
-      for (int64_t i = 0; i < windows_.count(); ++i) {
-        if (weights[i] >= A(kSmallestSum)) continue;
-        const int64_t column = columns_.begin + i / input.depth;
-        out[i] = static_cast<T>(Window<T>(problem_, logit, input, o, column, i % input.depth).average());
-      }
+      if (resolved.all()) continue;
+      each_unresolved(windows_, o, output.depth, [&](int64_t i, int64_t column, int64_t channel) {
+        out[i] = static_cast<T>(Window<T>(problem_, logit, input, o, column, channel).average());
+      });
     }
   }
 
  private:
   const LipPool2dProblem& problem_;
-  const Range columns_, rows_;
-  Windows<T> windows_;
+  const Range rows_;
+  Windows windows_;
 };
 
-template <typename T>
+template <typename Windows, typename T>
 void forward(const LipPool2dProblem& problem, const T* input, const T* logit, T* output) {
   const Tasks tasks(problem.planes(), problem.width.outputs, problem.height.outputs,
                     kTileElements / (problem.depth() * problem.width.stride));
   tasks.run([&](Range columns, Range rows) {
-    return [&, task = Forward<T>(problem, columns, rows)](int64_t plane) mutable {
+    return [&, task = Forward<Windows>(problem, columns, rows)](int64_t plane) mutable {
       task.run(problem.input_plane(input, plane), problem.logit_plane(logit, plane), problem.output_plane(output, plane));
     };
   });
 }
 
+template <typename T>
+void forward(const LipPool2dProblem& problem, const T* input, const T* logit, T* output) {
+  if (problem.channels_last) forward<ChannelsLastWindows<T>>(problem, input, logit, output);
+  else forward<PlanarWindows<T>>(problem, input, logit, output);
+}
+
 // Gradients of some rows and columns of the input, streamed down the rows of windows that reach them.
 // With the gradient's share of a window s = g / sum(weights) and its product with the output, t = s * out,
 // dx = weight * sum(s) and dl = weight * (x * sum(s) - sum(t)), sums over the windows that hold the pixel.
-template <typename T>
+template <typename Windows, typename Shares>
 class Backward {
+  using T = typename Windows::Element;
   using A = Accumulator<T>;
   using V = Vec<A>;
 
@@ -139,21 +172,14 @@ class Backward {
         outputs_(problem.height.reaching(rows)),
         windows_(problem, problem.width.reaching(columns)),
         covered_(intersection(columns, windows_.columns())),
-        // Outputs apart by the stride, zeros between them, and a window's reach of zeros on either side.
-        spread_(depth_ == 1 ? (windows_.outputs().size() - 1) * problem.width.stride + 2 * problem.width.kernel + 2 * V::size : 0),
-        share_(windows_.count() + V::size),
-        product_(share_.size()),
-        slots_((problem.height.kernel + problem.height.stride - 1) / problem.height.stride),
-        slot_elements_(covered_.size() * depth_ + V::size),
-        share_sums_(slots_ * slot_elements_),
-        product_sums_(slots_ * slot_elements_),
-        exponents_(slots_),
-        logit_row_(slot_elements_),
+        shares_(problem, windows_.outputs(), covered_),
+        exponents_(problem.height.covering_at_most()),
+        row_scales_(exponents_.size()),
+        logit_row_(covered_.size() * depth_ + V::size),
         streaming_(problem.planes() * problem.height.length * problem.width.length * depth_ * int64_t(sizeof(T)) >
                    kStreamingBytes) {
     for (int64_t j = columns.begin; j < columns.end; ++j) {
-      holding_.push_back(problem.width.covering(j));
-      if (holding_.back().size() == 0) gaps_.push_back(j);
+      if (problem.width.covering(j).size() == 0) gaps_.push_back(j);
     }
   }
 
@@ -169,11 +195,7 @@ class Backward {
     unresolved_.clear();
     int64_t row = rows_.begin;
     for (int64_t o = outputs_.begin; o < outputs_.end; ++o) {
-      const int64_t slot = o % slots_;
-      exponents_[slot] = windows_.template sum<false>(o);
-      divide(grad, output, o);
-      spread(share_, share_sums_.data() + slot * slot_elements_);
-      spread(product_, product_sums_.data() + slot * slot_elements_);
+      share(grad, output, o);
       for (; row < rows_.end && problem_.height.covering(row).end <= o + 1; ++row) finish(row);
     }
     for (; row < rows_.end; ++row) finish(row);
@@ -188,54 +210,25 @@ class Backward {
   };
 
   // The gradient's share of each window in a row of them.
-  void divide(Plane<const T> grad_plane, Plane<const T> output_plane, int64_t o) {
+  void share(Plane<const T> grad_plane, Plane<const T> output_plane, int64_t o) {
     const T* grad = grad_plane.at(o, windows_.outputs().begin);
     const T* output = output_plane.at(o, windows_.outputs().begin);
-    const A* weights = windows_.weight_sums();
-    typename V::BitLanes unresolved = {};
-    cover<V::size>(windows_.count(), [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const V weight = load(weights + i);
-      unresolved |= ~(weight.lanes >= V(A(kSmallestSum)).lanes);
-      const V share = load(grad + i, lanes) / weight;
-      store(share_.data() + i, share, lanes);
-      store(product_.data() + i, share * load(output + i, lanes), lanes);
-    });
-    if (!any(unresolved)) return;
-    for (int64_t i = 0; i < windows_.count(); ++i) {
-      if (weights[i] >= A(kSmallestSum)) continue;
-      share_[i] = product_[i] = 0;
-      unresolved_.push_back({o, windows_.outputs().begin + i / depth_, i % depth_, static_cast<A>(grad[i])});
+    A *shares = shares_.share(o), *products = shares_.product(o);
+    Resolved<A> resolved;
+    const auto write = [&](int64_t i, auto lanes, V weights, V) __attribute__((always_inline)) {
+      resolved.look_at(weights, lanes);
+      const V share = load(grad + i, lanes) / weights;
+      store(shares + i, share, lanes);
+      store(products + i, share * load(output + i, lanes), lanes);
+    };
+    exponents_[o % exponents_.size()] = windows_.template sum<false>(o, write);
+    if (!resolved.all()) {
+      each_unresolved(windows_, o, depth_, [&](int64_t i, int64_t column, int64_t channel) {
+        shares[i] = products[i] = 0;
+        unresolved_.push_back({o, column, channel, static_cast<A>(grad[i])});
+      });
     }
-  }
-
-  // Sums over the windows of a row that hold each column.
-  void spread(const std::vector<A>& windows, A* sums) {
-    const int64_t kernel = problem_.width.kernel, stride = problem_.width.stride;
-    const int64_t first_output = windows_.outputs().begin;
-    if (depth_ > 1) {
-      for (int64_t j = 0; j < covered_.size(); ++j) {
-        const Range holding = holding_[covered_.begin - columns_.begin + j];
-        const A* from = windows.data() + (holding.begin - first_output) * depth_;
-        if (holding.size() == 1) {
-          std::copy_n(from, depth_, sums + j * depth_);
-        } else if (holding.size() > 1) {
-          cover<V::size>(depth_, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
-            store(sums + j * depth_ + d, sum_strided<0>(from + d, depth_, holding.size()), lanes);
-          });
-        }
-      }
-      return;
-    }
-    A* first = spread_.data() + kernel - 1;
-    if (stride == 2) {
-      for (int64_t o = 0; o < windows_.count(); o += V::size) spread_lanes(load(windows.data() + o), first + 2 * o);
-    } else {
-      for (int64_t o = 0; o < windows_.count(); ++o) first[o * stride] = windows[o];
-    }
-    const A* from = spread_.data() + covered_.begin - problem_.width.start(first_output);
-    for (int64_t j = 0; j < covered_.size(); j += V::size) {
-      store(sums + j, kernel == 3 ? sum_strided<3>(from + j, 1, 3) : sum_strided<0>(from + j, 1, kernel));
-    }
+    shares_.keep(o);
   }
 
   // Write a row of gradients once all windows that hold it are known.
@@ -246,17 +239,16 @@ class Backward {
       return;
     }
     if (shared_sums_) {
-      gradients(row, holding, logit_row_.data());
+      gradients<false>(row, holding, logit_row_.data());
       A* sums = shared_sums_ + (row - rows_.begin) * columns_.size() - columns_.begin;
       for (int64_t j = covered_.begin; j < covered_.end; ++j) sums[j] += logit_row_[j - covered_.begin];
     } else if (logit_.depth != depth_) {
-      gradients(row, holding, logit_row_.data());
+      gradients<true>(row, holding, logit_row_.data());
       for (int64_t j = covered_.begin; j < covered_.end; ++j) {
-        const A* sums = logit_row_.data() + (j - covered_.begin) * depth_;
-        *grad_logit_.at(row, j) = static_cast<T>(std::accumulate(sums, sums + depth_, A(0)));
+        *grad_logit_.at(row, j) = static_cast<T>(sum(logit_row_.data() + (j - covered_.begin) * depth_, depth_));
       }
     } else {
-      gradients(row, holding, grad_logit_.at(row, covered_.begin));
+      gradients<false>(row, holding, grad_logit_.at(row, covered_.begin));
     }
     for (const int64_t j : gaps_) clear(row, j);
   }
@@ -271,56 +263,33 @@ class Backward {
     }
   }
 
-  template <typename L>
+  template <bool one_weight_a_pixel, typename L>
   void gradients(int64_t row, Range holding, L* grad_logit) {
-    row_scales_.clear();
-    row_shares_.clear();
-    row_products_.clear();
     for (int64_t o = holding.begin; o < holding.end; ++o) {
-      const int64_t slot = o % slots_;
-      row_scales_.push_back(power_of_two<A>(windows_.weights().exponent(row) - exponents_[slot]));
-      row_shares_.push_back(share_sums_.data() + slot * slot_elements_);
-      row_products_.push_back(product_sums_.data() + slot * slot_elements_);
+      const int64_t exponent = exponents_[o % exponents_.size()];
+      row_scales_[o - holding.begin] = power_of_two(windows_.weights().exponent(row) - exponent);
     }
-    switch (holding.size()) {
-      case 1: return gradients<1>(row, 1, grad_logit);
-      case 2: return gradients<2>(row, 2, grad_logit);
-      default: return gradients<0>(row, holding.size(), grad_logit);
-    }
-  }
-
-  template <int fixed, typename L>
-  void gradients(int64_t row, int64_t holding, L* grad_logit) {
-    const int64_t count = fixed ? fixed : holding;
-    const Unrolled<A, fixed> scales(row_scales_);
-    const Unrolled<const A*, fixed> shares(row_shares_), products(row_products_);
-    const A* weight = windows_.weights().row(row) + (covered_.begin - windows_.columns().begin) * depth_;
+    const A* weights =
+        windows_.weights().row(row) + (covered_.begin - windows_.columns().begin) * (one_weight_a_pixel ? 1 : depth_);
     const T* input = input_.at(row, covered_.begin);
     T* grad_input = grad_input_.at(row, covered_.begin);
-    const int64_t elements = covered_.size() * depth_;
-    const auto both = [&](int64_t j, auto lanes, auto&& write) __attribute__((always_inline)) {
-      V share(A(0)), product(A(0));
-#pragma GCC unroll 4
-      for (int64_t o = 0; o < count; ++o) {
-        share = multiply_add(V(scales[o]), load(shares[o] + j), share);
-        product = multiply_add(V(scales[o]), load(products[o] + j), product);
-      }
-      const V w = load(weight + j);
-      write(grad_input + j, w * share);
-      write(grad_logit + j, w * (load(input + j, lanes) * share - product));
+    const auto gather = [&](auto&& write) __attribute__((always_inline)) {
+      shares_.gather(holding, row_scales_, [&](int64_t i, int64_t pixel, auto lanes, V share, V product)
+          __attribute__((always_inline)) {
+        const V weight = one_weight_a_pixel ? V(weights[pixel]) : load(weights + i);
+        write(grad_input + i, weight * share, lanes);
+        write(grad_logit + i, weight * (load(input + i, lanes) * share - product), lanes);
+      });
     };
     if constexpr (std::is_same_v<T, A> && std::is_same_v<L, A>) {
       const auto address = reinterpret_cast<uintptr_t>(grad_input) | reinterpret_cast<uintptr_t>(grad_logit);
-      if (streaming_ && elements % V::size == 0 && address % sizeof(V) == 0) {
-        for (int64_t j = 0; j < elements; j += V::size) {
-          both(j, Full{}, [](A* to, V value) __attribute__((always_inline)) { store_streaming(to, value); });
-        }
+      if (streaming_ && covered_.size() * depth_ % V::size == 0 && (depth_ == 1 || depth_ % V::size == 0) &&
+          address % sizeof(V) == 0) {
+        gather([](A* to, V value, auto) __attribute__((always_inline)) { store_streaming(to, value); });
         return;
       }
     }
-    cover<V::size>(elements, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-      both(j, lanes, [&](auto* to, V value) __attribute__((always_inline)) { store(to, value, lanes); });
-    });
+    gather([](auto* to, V value, auto lanes) __attribute__((always_inline)) { store(to, value, lanes); });
   }
 
   // Add the gradients of a window that the sums could not resolve.
@@ -346,16 +315,13 @@ class Backward {
   const int64_t depth_;
   const Range columns_, rows_;
   const Range outputs_;  // rows of windows
-  Windows<T> windows_;
+  Windows windows_;
   const Range covered_;
-  std::vector<Range> holding_;  // the outputs that hold each column
-  std::vector<int64_t> gaps_;   // columns that none holds
-  std::vector<A> spread_, share_, product_;
-  const int64_t slots_, slot_elements_;  // rows of windows that may hold one row of the image
-  std::vector<A> share_sums_, product_sums_;
+  Shares shares_;
+  std::vector<int64_t> gaps_;  // columns that no window holds
   std::vector<int64_t> exponents_;
-  std::vector<A> logit_row_, row_scales_;
-  std::vector<const A*> row_shares_, row_products_;
+  std::vector<A> row_scales_;
+  Scratch<A> logit_row_;
   const bool streaming_;
   std::vector<Unresolved> unresolved_;
   Plane<const T> input_, logit_;
@@ -363,7 +329,7 @@ class Backward {
   A* shared_sums_ = nullptr;
 };
 
-template <typename T>
+template <typename Windows, typename Shares, typename T>
 void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, const T* output,
               T* grad_input, T* grad_logit) {
   // Planes that share logits are one piece of work, which adds up their gradients in order.
@@ -372,7 +338,7 @@ void backward(const LipPool2dProblem& problem, const T* grad, const T* input, co
                     kTileElements / problem.depth());
   tasks.run([&](Range columns, Range rows) {
     std::vector<Accumulator<T>> sums(together > 1 ? rows.size() * columns.size() : 0);
-    return [&, columns, rows, task = Backward<T>(problem, columns, rows), sums](int64_t group) mutable {
+    return [&, columns, rows, task = Backward<Windows, Shares>(problem, columns, rows), sums](int64_t group) mutable {
       std::fill(sums.begin(), sums.end(), 0);
       const auto grad_logits = problem.logit_plane(grad_logit, group * together);
       for (int64_t plane = group * together; plane < (group + 1) * together; ++plane) {
@@ -385,4 +351,14 @@ void backward(const LipPool2dProblem& problem, const T* grad, const T* input, co
       }
     };
   });
+}
+
+template <typename T>
+void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, const T* output,
+              T* grad_input, T* grad_logit) {
+  if (problem.channels_last) {
+    backward<ChannelsLastWindows<T>, ChannelsLastShares<T>>(problem, grad, input, logit, output, grad_input, grad_logit);
+  } else {
+    backward<PlanarWindows<T>, PlanarShares<T>>(problem, grad, input, logit, output, grad_input, grad_logit);
+  }
 }

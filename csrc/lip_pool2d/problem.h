@@ -29,6 +29,7 @@ struct Side {
     const int64_t above = position + padding - kernel + 1;
     return {above > 0 ? (above + stride - 1) / stride : 0, std::min(outputs, (position + padding) / stride + 1)};
   }
+  int64_t covering_at_most() const { return (kernel + stride - 1) / stride; }
   // The outputs whose windows reach into a range of positions; the first output where there is none.
   Range reaching(Range positions) const {
     const Range found = {covering(positions.begin).begin, covering(positions.end - 1).end};
