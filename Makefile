@@ -22,6 +22,7 @@ lint: $(INSTALLED)
 
 bench: $(KERNELS)
 	$(BIN)/python -m benchmarks.micro.lip --json benchmarks/results/lip_cpu.json
+	$(BIN)/python -m benchmarks.micro.knn --json benchmarks/results/knn_cpu.json
 
 claims: $(KERNELS)
 	$(BIN)/python -m benchmarks.claims.lip

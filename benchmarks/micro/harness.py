@@ -237,10 +237,15 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def compare(
-    contenders: Sequence[Contender], cases: Sequence[Case], threads: int, rounds: int = 5, seconds: float = 0.3
+    contenders: Sequence[Contender],
+    cases: Sequence[Case],
+    threads: int,
+    rounds: int = 5,
+    seconds: float = 0.3,
+    limit: Contender = LIMIT,
 ) -> list[Result]:
     """Run every contender on every case, in turn over several rounds."""
-    contenders = [*contenders, LIMIT]
+    contenders = [*contenders, limit]
     processes = [_Process(contender, threads) for contender in contenders]
     results = []
     try:
@@ -272,7 +277,7 @@ def _compare(processes: list[_Process], case: Case, rounds: int, seconds: float,
             bar.update()
 
     medians = {name: statistics.median(values) for name, values in times.items() if values}
-    ours = next(process.contender.name for process in processes if process.contender.role == "ours")
+    ours, limit = (next(p.contender.name for p in processes if p.contender.role == role) for role in ("ours", "limit"))
     results = []
     for process in processes:
         name = process.contender.name
@@ -284,7 +289,7 @@ def _compare(processes: list[_Process], case: Case, rounds: int, seconds: float,
             quartiles = statistics.quantiles(times[name], n=4) if len(times[name]) > 1 else [math.nan] * 3
             saved, peak, checksum = facts[name]
             row |= {"median": medians[name], "iqr": quartiles[2] - quartiles[0], "measurements": len(times[name])}
-            row |= {"to_limit": medians[name] / medians.get(LIMIT.name, math.nan)}
+            row |= {"to_limit": medians[name] / medians.get(limit, math.nan)}
             row |= {"to_ours": medians[name] / medians.get(ours, math.nan)}
             row |= {"saved": saved, "peak": peak, "checksum": checksum}
         results.append(Result(case.title, **row))

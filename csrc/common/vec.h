@@ -140,6 +140,12 @@ PAPER_LAYERS_INLINE void store(T* p, V v, int64_t n) {
   std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
 }
 
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+PAPER_LAYERS_INLINE Vec<float> load(const float* p, int64_t n) {
+  return Vec<float>(Vec<float>::Lanes(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << n) - 1), p)));
+}
+#endif
+
 // The even-numbered elements of the two, in order.
 template <typename V, size_t... I>
 PAPER_LAYERS_INLINE V even_lanes(V a, V b, std::index_sequence<I...>) {
@@ -181,11 +187,23 @@ PAPER_LAYERS_INLINE void spread_lanes(Vec<T> v, T* to) {
   spread_lanes(v, to, std::make_index_sequence<Vec<T>::size>());
 }
 
+// Bit i: whether lane i of a comparison holds.
 template <typename BitLanes>
-PAPER_LAYERS_INLINE bool any(BitLanes mask) {
-  auto bits = mask[0];
-  for (size_t i = 1; i < sizeof(mask) / sizeof(bits); ++i) bits |= mask[i];
-  return bits != 0;
+PAPER_LAYERS_INLINE uint32_t lanes_set(BitLanes mask) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  if constexpr (sizeof(mask[0]) == 4) return _mm512_movepi32_mask(__m512i(mask));
+  else return _mm512_movepi64_mask(__m512i(mask));
+#elif PAPER_LAYERS_VECTOR_BYTES == 32
+  if constexpr (sizeof(mask[0]) == 4) return _mm256_movemask_ps(__m256(mask));
+  else return _mm256_movemask_pd(__m256d(mask));
+#elif defined(PAPER_LAYERS_X86)
+  if constexpr (sizeof(mask[0]) == 4) return _mm_movemask_ps(__m128(mask));
+  else return _mm_movemask_pd(__m128d(mask));
+#else
+  uint32_t bits = 0;
+  for (size_t i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) bits |= static_cast<uint32_t>(mask[i] != 0) << i;
+  return bits;
+#endif
 }
 
 template <typename T>

@@ -54,7 +54,7 @@ struct Resolved {
     for (int64_t i = n; i < sums.size; ++i) sums.lanes[i] = 1;
     look_at(sums, Full{});
   }
-  bool all() const { return !any(too_small); }
+  bool all() const { return lanes_set(too_small) == 0; }
 };
 
 // Calls body(element, column, channel) for the windows of a row whose sums are not.

@@ -4,45 +4,19 @@
 #include <array>
 #include <cstdint>
 #include <limits>
-#include <sstream>
-#include <string>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include "common/checks.h"
 #include "lip_pool2d/problem.h"
 
 namespace paper_layers {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 using Sizes = std::array<int64_t, 4>;
-
-inline std::string to_string(IntHeaderOnlyArrayRef sizes) {
-  std::ostringstream text;
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "(") << sizes[i];
-  text << (sizes.size() == 0 ? "()" : ")");
-  return text.str();
-}
-
-inline bool equal(IntHeaderOnlyArrayRef sizes, const Sizes& others) {
-  return sizes.size() == others.size() && std::equal(others.begin(), others.end(), sizes.begin());
-}
-
-inline void check_same_dtype_and_device(const char* name, const Tensor& tensor, const Tensor& input) {
-  STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, ": expected the dtype of input, ",
-                  input.scalar_type(), ", got ", tensor.scalar_type());
-  STD_TORCH_CHECK(tensor.device() == input.device(), name, ": expected the device of input, type ",
-                  static_cast<int>(input.device().type()), " index ", input.get_device_index(), ", got type ",
-                  static_cast<int>(tensor.device().type()), " index ", tensor.get_device_index());
-}
 
 // torch's pools, too, take 32-bit numbers here, and 64-bit arithmetic on them cannot overflow.
 inline void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t minimum) {
@@ -84,7 +58,7 @@ inline LipPool2dProblem lip_pool2d_problem(const Tensor& input, const Tensor& lo
   const Sizes shared = {full[0], 1, full[2], full[3]};
   STD_TORCH_CHECK(equal(logit.sizes(), full) || equal(logit.sizes(), shared), "logit: expected shape ",
                   to_string(full), " or ", to_string(shared), ", got ", to_string(logit.sizes()));
-  check_same_dtype_and_device("logit", logit, input);
+  check_same_dtype_and_device("logit", logit, "input", input);
   check_pair("kernel_size", kernel_size, 1);
   check_pair("stride", stride, 1);
   check_pair("padding", padding, 0);
@@ -108,7 +82,7 @@ inline void check_like_output(const char* name, const Tensor& tensor, const Tens
                               const LipPool2dProblem& problem) {
   STD_TORCH_CHECK(equal(tensor.sizes(), output_sizes(problem)), name, ": expected shape ",
                   to_string(output_sizes(problem)), ", got ", to_string(tensor.sizes()));
-  check_same_dtype_and_device(name, tensor, input);
+  check_same_dtype_and_device(name, tensor, "input", input);
 }
 
 inline MemoryFormat memory_format(const LipPool2dProblem& problem) {

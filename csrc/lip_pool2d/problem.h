@@ -4,15 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/range.h"
+
 namespace paper_layers {
-
-// A range of rows or columns.
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return std::max<int64_t>(0, end - begin); }
-};
-
-inline Range intersection(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 
 // The windows along one side of the image.
 struct Side {

@@ -31,3 +31,11 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
     """Two tensors on one device."""
     if value.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")
+
+
+def integer(name: str, value: int, minimum: int) -> None:
+    """An integer of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value!r}")

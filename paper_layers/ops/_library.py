@@ -21,10 +21,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"paper_layers::{name}", fake, lib=library)
-    op = getattr(torch.ops.paper_layers, name).default
-    # ONNX export knows no op of ours, only what it is made of.
-    torch._decomp.register_decomposition(op)(reference)
-    return op
+    return getattr(torch.ops.paper_layers, name).default
 
 
 def _load(name: str, unusable: str | None) -> None:

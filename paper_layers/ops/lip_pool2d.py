@@ -140,6 +140,9 @@ _backward_op = define(
     _backward_reference,
     _backward_fake,
 )
+# ONNX export knows no op of ours, only what it is made of.
+torch._decomp.register_decomposition(_forward_op)(_reference)
+torch._decomp.register_decomposition(_backward_op)(_backward_reference)
 
 
 def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:

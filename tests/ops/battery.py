@@ -62,6 +62,7 @@ class OpBattery:
     formula: Callable[..., Tensor]  # differentiable to any order, the oracle in float64
     ops: dict[str, Any]  # the op and its backward, by name
     bad_inputs: dict[str, tuple[Callable[[], Any], type[Exception], str]]
+    grad_scale = 4.0  # absolute tolerance of gradients, in those of values
 
     @staticmethod
     def cases() -> st.SearchStrategy[Case]:
@@ -76,6 +77,11 @@ class OpBattery:
         """The arguments of each of `ops`."""
         raise NotImplementedError
 
+    @staticmethod
+    def output_dtype(dtype: torch.dtype) -> torch.dtype:
+        """The dtype of what the function returns for tensors of a dtype."""
+        return dtype
+
     def test_kernels_are_loaded(self) -> None:
         for name in self.ops:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"paper_layers::{name}", "CPU")
@@ -88,9 +94,9 @@ class OpBattery:
             case = case.to(dtype)
             tensors, exact = case.leaves(), case.to(torch.float64).leaves()
             actual, expected = self.function(*tensors, **case.options), self.formula(*exact, **case.options)
-            assert actual.dtype == dtype
+            assert actual.dtype == self.output_dtype(dtype)
             assert_close(actual, expected, dtype)
-            grad = torch.linspace(-1, 1, expected.numel(), dtype=dtype).reshape(expected.shape)
+            grad = torch.linspace(-1, 1, expected.numel(), dtype=actual.dtype).reshape(expected.shape)
             grads = torch.autograd.grad(actual, tensors, grad)
             for got, want, tensor in zip(
                 grads, torch.autograd.grad(expected, exact, grad.double()), tensors, strict=True
@@ -98,7 +104,9 @@ class OpBattery:
                 assert got.dtype == dtype
                 assert got.shape == tensor.shape
                 # Gradients of a shared tensor are sums over what shares it.
-                assert_close(got, want, dtype, scale=4 * max(1.0, (case.tensors[0].numel() / max(1, got.numel()))))
+                assert_close(
+                    got, want, dtype, scale=self.grad_scale * max(1.0, (case.tensors[0].numel() / max(1, got.numel())))
+                )
 
         check()
 
@@ -115,14 +123,18 @@ class OpBattery:
 
     def test_func_grad_and_vmap(self) -> None:
         def check(case: Case) -> None:
-            def grads(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                def loss(*tensors: Tensor) -> Tensor:
-                    return function(*tensors, **case.options).square().sum()
-
-                return torch.func.vmap(torch.func.grad(loss, argnums=tuple(range(len(tensors)))))(*tensors)
+            def loss(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
+                return function(*tensors, **case.options).square().sum()
 
             stacked = tuple(torch.stack([t, t.flip(-1), 2 * t]) for t in case.tensors)
-            torch.testing.assert_close(grads(self.function, stacked), grads(self.formula, stacked))
+            every = tuple(range(len(stacked)))
+            gradients = torch.func.grad(lambda *tensors: loss(self.function, tensors), argnums=every)
+            expected = []
+            for tensors in zip(*stacked, strict=True):
+                leaves = Case(tensors).leaves()
+                expected.append(torch.autograd.grad(loss(self.formula, leaves), leaves))
+            want = tuple(torch.stack(parts) for parts in zip(*expected, strict=True))
+            torch.testing.assert_close(torch.func.vmap(gradients)(*stacked), want)
             # Only the first tensor batched, in its last dimension.
             moved = stacked[0].movedim(0, -1)
             one = torch.func.vmap(lambda t: self.function(t, *case.tensors[1:], **case.options), in_dims=-1)(moved)
@@ -167,7 +179,8 @@ class OpBattery:
 
     def test_meta(self) -> None:
         for case in self.fixed_cases():
-            on_meta = self.function(*(t.to("meta") for t in case.tensors), **case.options)
+            options = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in case.options.items()}
+            on_meta = self.function(*(t.to("meta") for t in case.tensors), **options)
             real = self.function(*case.tensors, **case.options)
             assert (on_meta.shape, on_meta.dtype, on_meta.stride()) == (real.shape, real.dtype, real.stride())
 

@@ -1,0 +1,142 @@
+"""Exact k-nearest neighbours against torch-cluster, SciPy, Faiss, cdist with topk and the official DeepGCN formula.
+
+python -m benchmarks.micro.knn [--device cuda] [--threads 2 1] [--quick] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import environment, save
+from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from paper_layers import knn
+
+SHAPES = (  # B, N, C, k
+    (1, 1024, 3, 16),
+    (8, 4096, 3, 16),
+    (1, 16384, 3, 16),
+    (1, 100_000, 3, 16),
+    (1, 1_000_000, 3, 16),
+    (1, 4096, 64, 16),
+    (8, 4096, 64, 16),
+    (1, 4096, 64, 448),
+    (1, 16384, 64, 16),
+)
+LARGEST_MATRIX = 2**28  # Elements of the N x N matrix that the formulas may store.
+
+
+def ours(x: Tensor, k: int) -> Tensor:
+    return knn(x, k=k)[1]
+
+
+def official(x: Tensor, k: int) -> Tensor:
+    """|x|^2 - 2 x.y + |y|^2, as in the official dense code."""
+    _check_size(x)
+    square = x.square().sum(-1, keepdim=True)
+    distance = square - 2 * x @ x.mT + square.mT
+    return distance.topk(k, largest=False).values
+
+
+def cdist(x: Tensor, k: int) -> Tensor:
+    _check_size(x)
+    return torch.cdist(x, x).topk(k, largest=False).values.square()
+
+
+def torch_cluster(x: Tensor, k: int) -> Tensor:
+    from torch_cluster import knn as cluster_knn
+
+    flat, batch = x.flatten(0, 1), torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1])
+    query, point = cluster_knn(flat, flat, k, batch, batch)
+    return (flat[query] - flat[point]).square().sum(-1)
+
+
+def scipy(x: Tensor, k: int) -> Tensor:
+    from scipy.spatial import cKDTree
+
+    found = [cKDTree(cloud).query(cloud, k, workers=torch.get_num_threads())[0] for cloud in x.numpy()]
+    return torch.stack([torch.from_numpy(distance).square() for distance in found])
+
+
+def faiss(x: Tensor, k: int) -> Tensor:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    found = [faiss.knn(cloud, cloud, k)[0] for cloud in x.numpy()]
+    return torch.stack([torch.from_numpy(distance) for distance in found])
+
+
+def _check_size(x: Tensor) -> None:
+    if x.shape[0] * x.shape[1] ** 2 > LARGEST_MATRIX:
+        raise MemoryError(f"an N x N matrix of {x.shape[0] * x.shape[1] ** 2 * 4 / 2**30:.0f} GiB")
+
+
+def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """All inner products, a block at a time over the same memory."""
+    if x.shape[0] * x.shape[1] ** 2 > 2**32:
+        raise ValueError("all pairs would take minutes")
+    for cloud, others in zip(x, y, strict=True):
+        for rows in cloud.split(len(out)):
+            for columns in others.split(out.shape[1]):
+                torch.mm(rows, columns.mT, out=out[: len(rows), : len(columns)])
+    return out
+
+
+def _product_inputs(case: Case) -> Inputs:
+    (x, _) = inputs(case)
+    return x, x.clone(), torch.empty(min(256, x.shape[1]), min(1024, x.shape[1]), device=x.device)
+
+
+# What any method without an index multiplies; trees on three channels do less.
+LIMIT = Contender("limit: sgemm of all pairs", _product, "limit", inputs=_product_inputs)
+CONTENDERS = (
+    Contender("paper_layers.knn", ours, "ours"),
+    Contender("torch-cluster", torch_cluster, "peer"),
+    Contender("scipy cKDTree", scipy, "peer"),
+    Contender("faiss flat", faiss, "peer"),
+    Contender("cdist + topk", cdist, "peer"),
+    Contender("official formula", official, "peer"),
+)
+
+
+def inputs(case: Case) -> Inputs:
+    b, n, c, k = case.params["shape"]
+    return torch.randn(b, n, c, device=case.device), k
+
+
+def make_case(shape: tuple[int, int, int, int], device: str) -> Case:
+    b, n, c, k = shape
+    return Case({"shape": shape}, inputs, b * n * (4 * c + 12 * k), False, device)
+
+
+def measure(
+    shapes: tuple[tuple[int, int, int, int], ...], device: str, threads: int, quick: bool = False
+) -> list[Result]:
+    cases = [make_case(shape, device) for shape in shapes]
+    return compare(CONTENDERS, cases, threads, *((3, 0.1) if quick else (5, 0.3)), limit=LIMIT)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads, one run each")
+    parser.add_argument("--quick", action="store_true", help="up to 16384 points, fewer rounds")
+    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
+    options = parser.parse_args()
+    shapes = tuple(shape for shape in SHAPES if shape[1] <= 16384) if options.quick else SHAPES
+
+    head = environment(options.device)
+    print("\n".join(f"{name}: {value}" for name, value in head.items()))
+    results = []
+    for threads in options.threads:
+        part = measure(shapes, options.device, threads, options.quick)
+        print(table(part))
+        results += part
+    if options.json:
+        save(options.json, {"benchmark": "knn", **head, "results": as_dicts(results)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+// Exact k-nearest neighbours on the CPU.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/Dispatch_v2.h>
+
+#include <numeric>
+#include <optional>
+#include <tuple>
+
+#include "knn/problem.h"
+
+#define PAPER_LAYERS_KERNEL "knn/cpu_kernel.h"
+#include "common/for_each_isa.h"
+
+namespace paper_layers {
+namespace {
+
+// Half types are exact in float32, and so is what is computed.
+ScalarType accumulation_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::optional<Tensor> query_ptr,
+                               std::optional<Tensor> points_ptr, int64_t k, int64_t dilation, bool inner,
+                               bool include_self) {
+  const KnnProblem problem = knn_problem(query, points, query_ptr, points_ptr, k, dilation, inner, include_self);
+  const ScalarType dtype = accumulation_dtype(query);
+  const Tensor q = torch::stable::contiguous(torch::stable::to(query, dtype));
+  const bool same = points.const_data_ptr() == query.const_data_ptr() && equal(points.sizes(), query.sizes()) &&
+                    equal(points.strides(), query.strides());
+  const Tensor p = same ? q : torch::stable::contiguous(torch::stable::to(points, dtype));
+  std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end());
+  shape.back() = k;
+  Tensor index = torch::stable::new_empty(q, shape, ScalarType::Long);
+  Tensor distance = torch::stable::new_empty(q, shape, dtype);
+  THO_DISPATCH_V2(dtype, "knn", AT_WRAP([&] {
+                    PAPER_LAYERS_DISPATCH(knn(problem, q.const_data_ptr<scalar_t>(), p.const_data_ptr<scalar_t>(),
+                                              index.mutable_data_ptr<int64_t>(),
+                                              distance.mutable_data_ptr<scalar_t>()));
+                  }),
+                  ScalarType::Float, ScalarType::Double);
+  return {index, distance};
+}
+
+std::tuple<Tensor, Tensor> knn_backward(const Tensor& grad, const Tensor& query, const Tensor& points,
+                                        const Tensor& index, bool inner) {
+  STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
+                  to_string(query.sizes()));
+  check_points("points", points, query);
+  const int64_t last = query.dim() - 1;
+  std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end());
+  shape.back() = index.dim() > 0 ? index.size(index.dim() - 1) : 0;
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && equal(index.sizes(), shape),
+                  "index: expected int64 of shape ", to_string(shape), ", got ", index.scalar_type(), " of shape ",
+                  to_string(index.sizes()));
+  STD_TORCH_CHECK(equal(grad.sizes(), shape), "grad: expected shape ", to_string(shape), ", got ",
+                  to_string(grad.sizes()));
+  const ScalarType dtype = accumulation_dtype(query);
+  const auto dense = [&](const Tensor& tensor) { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); };
+  const Tensor g = dense(grad), q = dense(query), p = dense(points), i = torch::stable::contiguous(index);
+  Tensor grad_query = torch::stable::empty_like(q), grad_points = torch::stable::empty_like(p);
+  const int64_t channels = query.size(last), k = shape.back();
+  const NeighbourTable table{i.const_data_ptr<int64_t>(),
+                             i.numel() / std::max<int64_t>(k, 1),
+                             k,
+                             last == 2 ? points.size(0) * points.size(1) : points.size(0),
+                             std::max<int64_t>(1, query.size(last - 1)),
+                             last == 2 ? points.size(1) : 0};
+  THO_DISPATCH_V2(dtype, "knn_backward", AT_WRAP([&] {
+                    PAPER_LAYERS_DISPATCH(knn_backward(table, channels, inner, g.const_data_ptr<scalar_t>(),
+                                                       q.const_data_ptr<scalar_t>(), p.const_data_ptr<scalar_t>(),
+                                                       grad_query.mutable_data_ptr<scalar_t>(),
+                                                       grad_points.mutable_data_ptr<scalar_t>()));
+                  }),
+                  ScalarType::Float, ScalarType::Double);
+  return {torch::stable::to(grad_query, query.scalar_type()), torch::stable::to(grad_points, query.scalar_type())};
+}
+
+}  // namespace
+}  // namespace paper_layers
+
+STABLE_TORCH_LIBRARY_IMPL(paper_layers, CPU, m) {
+  m.impl("knn", TORCH_BOX(&paper_layers::knn));
+  m.impl("knn_backward", TORCH_BOX(&paper_layers::knn_backward));
+}

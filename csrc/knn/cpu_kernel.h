@@ -1,0 +1,37 @@
+// Exact k-nearest neighbours on the CPU, compiled once for each instruction set.
+#include "knn/cpu_exact.h"
+#include "knn/cpu_tree.h"
+#include "knn/cpu_panels.h"
+#include "knn/cpu_backward.h"
+
+// Pairs of so few are not worth a tree or panels.
+constexpr int64_t kFewPairs = 4096;
+
+template <typename T>
+bool all_finite_or_nan(const T* values, int64_t count) {
+  return std::none_of(values, values + count, [](T x) { return std::isinf(x); });
+}
+
+template <typename T>
+void knn(const KnnProblem& problem, const T* query, const T* points, int64_t* index, T* distance) {
+  for (const Cloud& cloud : problem.clouds) {
+    const int64_t q = cloud.queries.begin, p = cloud.points.begin;
+    const Search<T> search{problem,
+                           cloud.queries.size(),
+                           cloud.points.size(),
+                           query + q * problem.channels,
+                           points + p * problem.channels,
+                           index + q * problem.k,
+                           distance + q * problem.k,
+                           cloud.offset};
+    if (search.queries * search.points <= kFewPairs || problem.channels == 0 ||
+        !all_finite_or_nan(search.query, search.queries * problem.channels) ||
+        !all_finite_or_nan(search.point, search.points * problem.channels)) {
+      search_pairs(search);
+    } else if (problem.channels <= kDimensions && !problem.inner) {
+      search_tree(search);
+    } else {
+      search_panels(search);
+    }
+  }
+}

@@ -1,0 +1,339 @@
+// Up to three channels: a balanced k-d tree over leaves of points. Queries of one leaf walk it together.
+
+constexpr int64_t kLeaf = 32;
+constexpr int64_t kDimensions = 3;
+// A subtree of so many leaves is built by one thread.
+constexpr int64_t kSubtreeLeaves = 128;
+
+template <typename T>
+struct TreePoint {
+  T x[kDimensions];
+  int32_t index;
+};
+
+template <typename T>
+struct Box {
+  T low[kDimensions], high[kDimensions];
+
+  static Box empty() {
+    Box box;
+    std::fill_n(box.low, kDimensions, std::numeric_limits<T>::infinity());
+    std::fill_n(box.high, kDimensions, -std::numeric_limits<T>::infinity());
+    return box;
+  }
+  void add(const T* x) {
+    for (int64_t d = 0; d < kDimensions; ++d) {
+      low[d] = std::min(low[d], x[d]);
+      high[d] = std::max(high[d], x[d]);
+    }
+  }
+  // The squared distance between the nearest points of two boxes.
+  T distance(const Box& other) const {
+    T total = 0;
+    for (int64_t d = 0; d < kDimensions; ++d) {
+      const T gap = std::max(std::max(low[d] - other.high[d], other.low[d] - high[d]), T(0));
+      total += gap * gap;
+    }
+    return total;
+  }
+};
+
+template <typename T>
+class Tree {
+ public:
+  struct Node {
+    Range leaves;
+    Box<T> box;
+    int32_t first_index;  // the least of its points
+    int64_t dimension;
+    T split;
+  };
+
+  // `points` without NaN.
+  explicit Tree(std::vector<TreePoint<T>> points)
+      : points_(std::move(points)), leaves_((points_.size() + kLeaf - 1) / kLeaf), coordinates_(leaves_ * kDimensions * kLeaf), indices_(leaves_ * kLeaf) {
+    int64_t nodes = 2;
+    while (nodes < 2 * leaves_) nodes *= 2;
+    nodes_.resize(2 * nodes);
+    std::vector<int64_t> level;
+    if (leaves_ > 0) {
+      nodes_[1].leaves = {0, leaves_};
+      level.push_back(1);
+    }
+    while (!level.empty()) {  // a level at a time, its nodes in parallel
+      torch::stable::parallel_for(0, level.size(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (nodes_[level[i]].leaves.size() <= kSubtreeLeaves) build_all(level[i]);
+          else build(level[i]);
+        }
+      });
+      std::vector<int64_t> next;
+      for (const int64_t node : level) {
+        if (nodes_[node].leaves.size() > kSubtreeLeaves) next.insert(next.end(), {2 * node, 2 * node + 1});
+      }
+      level = std::move(next);
+    }
+  }
+
+  int64_t leaves() const { return leaves_; }
+  const Node& node(int64_t i) const { return nodes_[i]; }
+  // Leaf l: kLeaf numbers of each dimension, NaN after its last point, and the points' indices.
+  const T* coordinates(int64_t leaf) const { return coordinates_.data() + leaf * kDimensions * kLeaf; }
+  const int32_t* indices(int64_t leaf) const { return indices_.data() + leaf * kLeaf; }
+
+  int64_t leaf_of(const T* x) const {
+    int64_t i = 1;
+    while (nodes_[i].leaves.size() > 1) i = 2 * i + (x[nodes_[i].dimension] >= nodes_[i].split);
+    return nodes_[i].leaves.begin;
+  }
+
+ private:
+  void build_all(int64_t i) {
+    build(i);
+    if (nodes_[i].leaves.size() > 1) {
+      build_all(2 * i);
+      build_all(2 * i + 1);
+    }
+  }
+
+  // Bounds a node; fills it if it is a leaf, else halves its leaves along its longest side.
+  void build(int64_t i) {
+    Node& node = nodes_[i];
+    const Range rows = {node.leaves.begin * kLeaf, std::min<int64_t>(node.leaves.end * kLeaf, points_.size())};
+    node.box = Box<T>::empty();
+    node.first_index = std::numeric_limits<int32_t>::max();
+    for (int64_t p = rows.begin; p < rows.end; ++p) {
+      node.box.add(points_[p].x);
+      node.first_index = std::min(node.first_index, points_[p].index);
+    }
+    if (node.leaves.size() == 1) return fill(node.leaves.begin, rows);
+    node.dimension = 0;
+    for (int64_t d = 1; d < kDimensions; ++d) {
+      if (node.box.high[d] - node.box.low[d] > node.box.high[node.dimension] - node.box.low[node.dimension]) node.dimension = d;
+    }
+    const int64_t middle = (node.leaves.begin + node.leaves.end) / 2, d = node.dimension;
+    std::nth_element(points_.begin() + rows.begin, points_.begin() + middle * kLeaf, points_.begin() + rows.end,
+                     [d](const TreePoint<T>& a, const TreePoint<T>& b) {
+                       return a.x[d] < b.x[d] || (a.x[d] == b.x[d] && a.index < b.index);
+                     });
+    node.split = points_[middle * kLeaf].x[d];
+    nodes_[2 * i].leaves = {node.leaves.begin, middle};
+    nodes_[2 * i + 1].leaves = {middle, node.leaves.end};
+  }
+
+  void fill(int64_t leaf, Range rows) {
+    for (int64_t p = 0; p < kLeaf; ++p) {
+      const bool there = rows.begin + p < rows.end;
+      for (int64_t d = 0; d < kDimensions; ++d) {
+        coordinates_[(leaf * kDimensions + d) * kLeaf + p] =
+            there ? points_[rows.begin + p].x[d] : std::numeric_limits<T>::quiet_NaN();
+      }
+      indices_[leaf * kLeaf + p] = there ? points_[rows.begin + p].index : -1;
+    }
+  }
+
+  std::vector<TreePoint<T>> points_;
+  const int64_t leaves_;
+  std::vector<Node> nodes_;  // node i has the children 2 i and 2 i + 1
+  Scratch<T> coordinates_;
+  Scratch<int32_t> indices_;
+};
+
+// The neighbours of some queries that lie together.
+template <typename T>
+class TreeWalk {
+  using V = Vec<T>;
+
+ public:
+  TreeWalk(const Search<T>& search, const Tree<T>& tree)
+      : search_(search),
+        tree_(tree),
+        wanted_(search.wanted()),
+        capacity_(2 * wanted_ + 2 * kLeaf),
+        candidates_(kLeaf * capacity_),
+        distances_(std::max(capacity_, kFew)),
+        found_(capacity_) {}
+
+  // At most kLeaf queries.
+  void run(const TreePoint<T>* queries, int64_t count) {
+    queries_ = queries;
+    count_ = count;
+    std::fill_n(counts_, count, 0);
+    std::fill_n(limits_, count, std::numeric_limits<T>::infinity());
+    std::fill_n(last_coincident_, count, std::numeric_limits<int32_t>::max());
+    last_coincident_of_all_ = std::numeric_limits<int32_t>::max();
+    group_ = Box<T>::empty();
+    for (int64_t q = 0; q < count; ++q) group_.add(queries[q].x);
+    limit_ = std::numeric_limits<T>::infinity();
+    if (tree_.leaves() > 0) visit(1, tree_.node(1).box.distance(group_));
+    for (int64_t q = 0; q < count; ++q) {
+      if (counts_[q] > 2 * wanted_) shrink(q);
+      exact(q);
+      write_neighbours(search_, queries[q].index, found_.data(), counts_[q]);
+    }
+  }
+
+ private:
+  struct Candidate {
+    T distance;        // rounded
+    int32_t position;  // in the leaves
+  };
+
+  // Rounded distances are relatively this near to the exact ones, but for those that underflow.
+  static constexpr T kMargin = 8 * std::numeric_limits<T>::epsilon();
+  static T limit_of(T distance) { return distance * (1 + 2 * kMargin) + 16 * std::numeric_limits<T>::min(); }
+
+  void visit(int64_t i, T distance) {
+    const auto& node = tree_.node(i);
+    if (distance > limit_ || node.first_index > last_coincident_of_all_) return;
+    if (node.leaves.size() == 1) return scan(node);
+    const T left = tree_.node(2 * i).box.distance(group_), right = tree_.node(2 * i + 1).box.distance(group_);
+    // Equally near, as where the group straddles both: its middle tells.
+    const int64_t d = node.dimension;
+    const bool right_first = left != right ? right < left : group_.low[d] / 2 + group_.high[d] / 2 > node.split;
+    visit(2 * i + right_first, right_first ? right : left);
+    visit(2 * i + !right_first, right_first ? left : right);
+  }
+
+  void scan(const typename Tree<T>::Node& leaf) {
+    T limit = 0;
+    int32_t last_coincident = 0;
+    for (int64_t q = 0; q < count_; ++q) {
+      Box<T> here;
+      std::copy_n(queries_[q].x, kDimensions, here.low);
+      std::copy_n(queries_[q].x, kDimensions, here.high);
+      if (leaf.box.distance(here) <= limits_[q] && leaf.first_index <= last_coincident_[q]) scan(leaf.leaves.begin, q);
+      limit = std::max(limit, limits_[q]);
+      last_coincident = std::max(last_coincident, last_coincident_[q]);
+    }
+    limit_ = limit;
+    last_coincident_of_all_ = last_coincident;
+  }
+
+  void scan(int64_t leaf, int64_t q) {
+    const T *x = queries_[q].x, *coordinates = tree_.coordinates(leaf);
+    Candidate* to = candidates_.data() + q * capacity_;
+    int64_t n = counts_[q];
+    const V limit(limits_[q]);
+    T distances[kLeaf];
+    for (int64_t p = 0; p < kLeaf; p += V::size) {
+      V total(T(0));
+#pragma GCC unroll 4
+      for (int64_t d = 0; d < kDimensions; ++d) {
+        const V difference = load(coordinates + d * kLeaf + p) - V(x[d]);
+        total = multiply_add(difference, difference, total);
+      }
+      store(distances + p, total);
+      for (uint32_t near = lanes_set(total.lanes <= limit.lanes); near != 0; near &= near - 1) {
+        const int64_t lane = p + __builtin_ctz(near);
+        to[n++] = {distances[lane], static_cast<int32_t>(leaf * kLeaf + lane)};
+      }
+    }
+    counts_[q] = n;
+    if (n >= wanted_ && (n > capacity_ - kLeaf || limits_[q] == std::numeric_limits<T>::infinity())) shrink(q);
+  }
+
+  // Keeps those that may be among the nearest, and limits what may come.
+  void shrink(int64_t q) {
+    Candidate* first = candidates_.data() + q * capacity_;
+    for (int64_t i = 0; i < counts_[q]; ++i) distances_[i] = first[i].distance;
+    limits_[q] = std::min(limits_[q], limit_of(value_of_rank(distances_.data(), counts_[q], wanted_ - 1)));
+    keep_within_limit(q);
+    if (counts_[q] <= capacity_ - kLeaf) return;
+    // Too many are equally near: their exact distances and indices decide.
+    exact(q);
+    std::vector<int64_t> order(counts_[q]);
+    std::iota(order.begin(), order.end(), 0);
+    std::nth_element(order.begin(), order.begin() + wanted_ - 1, order.end(),
+                     [&](int64_t a, int64_t b) { return found_[a] < found_[b]; });
+    limits_[q] = std::min(limits_[q], limit_of(static_cast<T>(found_[order[wanted_ - 1]].distance)));
+    if (found_[order[wanted_ - 1]].distance == 0) last_coincident_[q] = found_[order[wanted_ - 1]].index;
+    std::sort(order.begin(), order.begin() + wanted_);
+    for (int64_t i = 0; i < wanted_; ++i) first[i] = first[order[i]];
+    counts_[q] = wanted_;
+  }
+
+  void keep_within_limit(int64_t q) {
+    Candidate* first = candidates_.data() + q * capacity_;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < counts_[q]; ++i) {
+      first[kept] = first[i];
+      kept += first[i].distance <= limits_[q];
+    }
+    counts_[q] = kept;
+  }
+
+  // Fills found_ with a query's candidates.
+  void exact(int64_t q) {
+    const Candidate* from = candidates_.data() + q * capacity_;
+    for (int64_t i = 0; i < counts_[q]; ++i) {
+      const int64_t leaf = from[i].position / kLeaf, p = from[i].position % kLeaf;
+      double total = 0;
+      for (int64_t d = 0; d < kDimensions; ++d) {
+        const double difference = double(queries_[q].x[d]) - tree_.coordinates(leaf)[d * kLeaf + p];
+        total += difference * difference;
+      }
+      found_[i] = {total, tree_.indices(leaf)[p]};
+    }
+  }
+
+  const Search<T>& search_;
+  const Tree<T>& tree_;
+  const int64_t wanted_, capacity_;
+  std::vector<Candidate> candidates_;
+  Scratch<T> distances_;
+  std::vector<Found> found_;
+  const TreePoint<T>* queries_;
+  int64_t count_;
+  int64_t counts_[kLeaf];
+  T limits_[kLeaf];
+  T limit_;  // of all queries
+  // Where all the wanted points coincide with the query, only lower indices than the last one's count.
+  int32_t last_coincident_[kLeaf], last_coincident_of_all_;
+  Box<T> group_;
+};
+
+// The rows without NaN.
+template <typename T>
+std::vector<TreePoint<T>> tree_points(const T* rows, int64_t count, int64_t channels) {
+  std::vector<TreePoint<T>> result;
+  result.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    TreePoint<T> point{{}, static_cast<int32_t>(i)};
+    std::copy_n(rows + i * channels, channels, point.x);
+    if (std::none_of(point.x, point.x + channels, [](T x) { return std::isnan(x); })) result.push_back(point);
+  }
+  return result;
+}
+
+template <typename T>
+void search_tree(const Search<T>& search) {
+  const Tree<T> tree(tree_points(search.point, search.points, search.channels()));
+  auto unordered = tree_points(search.query, search.queries, search.channels());
+  if (static_cast<int64_t>(unordered.size()) < search.queries) {  // queries with NaN have no neighbours
+    std::fill_n(search.index, search.queries * search.problem.k, -1);
+    std::fill_n(search.distance, search.queries * search.problem.k, std::numeric_limits<T>::infinity());
+  }
+  // Queries in the order of the tree's leaves.
+  const int64_t count = unordered.size();
+  std::vector<int64_t> leaf(count), start(tree.leaves() + 2);
+  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) leaf[i] = tree.leaves() > 0 ? tree.leaf_of(unordered[i].x) : 0;
+  });
+  for (int64_t i = 0; i < count; ++i) ++start[leaf[i] + 1];
+  std::partial_sum(start.begin(), start.end(), start.begin());
+  std::vector<TreePoint<T>> queries(count);
+  std::vector<int64_t> group_starts;
+  for (size_t l = 0; l + 1 < start.size(); ++l) {
+    for (int64_t s = start[l]; s < start[l + 1]; s += kLeaf) group_starts.push_back(s);
+  }
+  group_starts.push_back(count);
+  for (int64_t i = 0; i < count; ++i) queries[start[leaf[i]]++] = unordered[i];
+
+  torch::stable::parallel_for(0, group_starts.size() - 1, 8, [&](int64_t begin, int64_t end) {
+    TreeWalk<T> walk(search, tree);
+    for (int64_t g = begin; g < end; ++g) {
+      walk.run(queries.data() + group_starts[g], group_starts[g + 1] - group_starts[g]);
+    }
+  });
+}

@@ -1,0 +1,101 @@
+// The argument checks of knn and the clouds that follow from them.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "common/checks.h"
+
+namespace paper_layers {
+
+// Rows of queries and of points that belong together, and what their indices start from.
+struct Cloud {
+  Range queries, points;
+  int64_t offset;
+};
+
+struct KnnProblem {
+  std::vector<Cloud> clouds;
+  int64_t channels;
+  int64_t k, dilation;
+  bool inner;         // the negative inner product in place of the squared distance
+  bool include_self;
+
+  // How many nearest points hold all the wanted ranks.
+  int64_t ranks() const { return (k - 1) * dilation + 1; }
+};
+
+// The starts of the clouds: from 0 to the number of rows, never descending.
+inline std::vector<int64_t> read_starts(const char* name, const Tensor& starts, int64_t rows) {
+  STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && starts.dim() == 1 && starts.numel() > 0, name,
+                  ": expected int64 of shape (B + 1,), got ", starts.scalar_type(), " of shape ",
+                  to_string(starts.sizes()));
+  const Tensor dense = torch::stable::contiguous(starts);
+  const int64_t* data = dense.const_data_ptr<int64_t>();
+  const std::vector<int64_t> result(data, data + dense.numel());
+  STD_TORCH_CHECK(result.front() == 0 && result.back() == rows && std::is_sorted(result.begin(), result.end()), name,
+                  ": expected numbers from 0 to ", rows, " that never descend");
+  return result;
+}
+
+inline void check_points(const char* name, const Tensor& points, const Tensor& query) {
+  const int64_t last = query.dim() - 1;
+  STD_TORCH_CHECK(points.dim() == query.dim() && points.size(last) == query.size(last) &&
+                      (last == 1 || points.size(0) == query.size(0)),
+                  name, ": expected the channels and clouds of query, ", to_string(query.sizes()), ", got ",
+                  to_string(points.sizes()));
+  check_same_dtype_and_device(name, points, "query", query);
+}
+
+inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
+                              const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation, bool inner,
+                              bool include_self) {
+  STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
+                  to_string(query.sizes()));
+  const int64_t last = query.dim() - 1;
+  check_points("points", points, query);
+  STD_TORCH_CHECK(query_ptr.has_value() == (last == 1) && points_ptr.has_value() == (last == 1),
+                  "query_ptr and points_ptr: expected with shape (M, C), and only there");
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(1 <= k && 1 <= dilation && k <= limit / dilation,
+                  "k and dilation: expected numbers from 1 with a product of at most ", limit, ", got ", k, " and ",
+                  dilation);
+
+  KnnProblem problem{{}, query.size(last), k, dilation, inner, include_self};
+  if (last == 2) {
+    const int64_t m = query.size(1), n = points.size(1);
+    for (int64_t b = 0; b < query.size(0); ++b) problem.clouds.push_back({{b * m, b * m + m}, {b * n, b * n + n}, 0});
+  } else {
+    const auto q = read_starts("query_ptr", *query_ptr, query.size(0));
+    const auto p = read_starts("points_ptr", *points_ptr, points.size(0));
+    STD_TORCH_CHECK(q.size() == p.size(), "points_ptr: expected as many clouds as query_ptr has, ", q.size() - 1,
+                    ", got ", p.size() - 1);
+    for (size_t b = 0; b + 1 < q.size(); ++b) problem.clouds.push_back({{q[b], q[b + 1]}, {p[b], p[b + 1]}, p[b]});
+  }
+  for (const Cloud& cloud : problem.clouds) {
+    STD_TORCH_CHECK(cloud.points.size() <= limit, "points: expected at most ", limit, " in a cloud, got ",
+                    cloud.points.size());
+    STD_TORCH_CHECK(include_self || cloud.queries.size() == cloud.points.size(),
+                    "include_self: expected true where the queries are not the points");
+  }
+  return problem;
+}
+
+// Which rows of points the neighbours are: indices count within clouds of so many rows, or (0 points) in all rows.
+struct NeighbourTable {
+  const int64_t* index;
+  int64_t queries, k, points;
+  int64_t cloud_queries, cloud_points;
+
+  // -1 where there is no neighbour.
+  int64_t row(int64_t edge) const {
+    return index[edge] < 0 ? -1 : index[edge] + edge / k / cloud_queries * cloud_points;
+  }
+};
+
+}  // namespace paper_layers

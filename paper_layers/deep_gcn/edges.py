@@ -1,0 +1,98 @@
+"""Tables of neighbours, as `paper_layers.knn` returns them, to and from PyG's `edge_index`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOWS = ("source_to_target", "target_to_source")
+
+
+def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
+    """List the edges of a table of neighbours as PyG does.
+
+    Args:
+        index: Neighbours of each node, int64 of shape (N, k), or (B, N, k) counting within each of B clouds of N
+            nodes; -1 is no neighbour.
+        flow: PyG's: with "source_to_target" row 0 holds the neighbours and row 1 the centres, with
+            "target_to_source" the other way round.
+
+    Returns:
+        Edges of shape (2, E), centre by centre, in the order of the table.
+
+    Raises:
+        TypeError: `index` is no int64 tensor.
+        ValueError: Its shape or `flow` does not fit.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.deep_gcn import to_edge_index
+        >>> to_edge_index(torch.tensor([[1, 2], [0, -1], [1, 0]]))
+        tensor([[1, 2, 0, 1, 0],
+                [0, 0, 1, 2, 2]])
+    """
+    _check_int64("index", index)
+    _check_flow(flow)
+    if index.dim() not in (2, 3):
+        raise ValueError(f"index: expected shape (N, k) or (B, N, k), got {tuple(index.shape)}")
+    there = index >= 0
+    if index.dim() == 3:
+        index = index + torch.arange(index.shape[0], device=index.device)[:, None, None] * index.shape[1]
+    center = torch.arange(index.shape[:-1].numel(), device=index.device).view(*index.shape[:-1], 1).expand_as(index)
+    edges = torch.stack([index[there], center[there]])
+    return edges if flow == FLOWS[0] else edges.flip(0)
+
+
+def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, flow: str = "source_to_target") -> Tensor:
+    """Make a table of neighbours from PyG's edges.
+
+    Args:
+        edge_index: Edges of shape (2, E), int64.
+        num_nodes: The number of nodes N.
+        k: Columns of the table; default as many as the node with the most neighbours needs.
+        flow: PyG's; which of the rows holds the centres, see `to_edge_index`.
+
+    Returns:
+        Neighbours of shape (N, k) in the order of the edges, then -1.
+
+    Raises:
+        TypeError: `edge_index` is no int64 tensor.
+        ValueError: Shapes or `flow` do not fit, an edge names no node, or a node has more than k neighbours.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.deep_gcn import from_edge_index
+        >>> from_edge_index(torch.tensor([[1, 2, 0], [0, 0, 1]]), num_nodes=3)
+        tensor([[ 1,  2],
+                [ 0, -1],
+                [-1, -1]])
+    """
+    _check_int64("edge_index", edge_index)
+    _check_flow(flow)
+    if edge_index.dim() != 2 or edge_index.shape[0] != 2:
+        raise ValueError(f"edge_index: expected shape (2, E), got {tuple(edge_index.shape)}")
+    least, most = (int(t) for t in edge_index.aminmax()) if edge_index.numel() else (0, -1)
+    if least < 0 or most >= num_nodes:
+        raise ValueError(f"edge_index: expected nodes from 0 to {num_nodes - 1}, got {least} to {most}")
+    neighbor, center = edge_index if flow == FLOWS[0] else edge_index.flip(0)
+    degree = torch.bincount(center, minlength=num_nodes)
+    most = int(degree.max()) if num_nodes else 0
+    if k is None:
+        k = most
+    elif most > k:
+        raise ValueError(f"k: expected at least {most}, the most neighbours of a node, got {k}")
+    center, order = center.sort(stable=True)
+    first = degree.cumsum(0) - degree
+    table = edge_index.new_full((num_nodes, k), -1)
+    table[center, torch.arange(len(center), device=center.device) - first[center]] = neighbor[order]
+    return table
+
+
+def _check_int64(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected an int64 Tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+
+
+def _check_flow(flow: str) -> None:
+    if flow not in FLOWS:
+        raise ValueError(f"flow: expected one of {', '.join(FLOWS)}, got {flow!r}")

@@ -1,0 +1,321 @@
+"""Exact dilated k-nearest neighbours: the op, the gradient of its distances, and the function that users call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paper_layers.ops import _checks
+from paper_layers.ops._index import flat_index
+from paper_layers.ops._library import define
+
+METRICS = ("sqeuclidean", "cosine", "inner")
+_CHUNK = 1 << 22  # Elements of the reference's largest tensor.
+
+
+class _Cloud(NamedTuple):
+    """Rows of queries and of points that belong together, and what their indices start from."""
+
+    query: slice
+    points: slice
+    offset: int
+
+
+def _clouds(query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr: Tensor | None) -> Iterator[_Cloud]:
+    """The clouds of flattened rows: indices count from the cloud's start in (B, N, C), from 0 in ragged rows."""
+    if query_ptr is None or points_ptr is None:
+        m, n = query.shape[1], points.shape[1]
+        for b in range(query.shape[0]):
+            yield _Cloud(slice(b * m, b * m + m), slice(b * n, b * n + n), 0)
+        return
+    q, p = query_ptr.tolist(), points_ptr.tolist()
+    for b in range(len(q) - 1):
+        yield _Cloud(slice(q[b], q[b + 1]), slice(p[b], p[b + 1]), p[b])
+
+
+def _distance_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pairwise(query: Tensor, points: Tensor, inner: bool) -> Tensor:
+    """Distances (M, N) in float64: from differences, so that nothing cancels."""
+    query, points = query.double(), points.double()
+    return -(query @ points.mT) if inner else (query[:, None] - points).square().sum(-1)
+
+
+def _reference(
+    query: Tensor,
+    points: Tensor,
+    query_ptr: Tensor | None,
+    points_ptr: Tensor | None,
+    k: int,
+    dilation: int,
+    inner: bool,
+    include_self: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, targets = query.flatten(0, -2), points.flatten(0, -2)
+    index = torch.full((rows.shape[0], k), -1, device=query.device)
+    distance = torch.full((rows.shape[0], k), torch.inf, dtype=torch.float64, device=query.device)
+    for cloud in _clouds(query, points, query_ptr, points_ptr):
+        mine, others = rows[cloud.query], targets[cloud.points]
+        step = max(1, _CHUNK // max(1, others.numel()))
+        for start in range(0, mine.shape[0], step):
+            found = _pairwise(mine[start : start + step], others, inner)
+            if not include_self:
+                found.diagonal(start).fill_(torch.nan)
+            # Sorting puts NaN last: what is NaN is nobody's neighbour.
+            ordered, order = found.sort(dim=1, stable=True)
+            ordered, order = (t[:, : (k - 1) * dilation + 1 : dilation] for t in (ordered, order))
+            valid = ~ordered.isnan()
+            block = slice(cloud.query.start + start, cloud.query.start + start + found.shape[0]), slice(order.shape[1])
+            index[block] = torch.where(valid, order + cloud.offset, -1)
+            distance[block] = torch.where(valid, ordered, torch.inf)
+    shape = (*query.shape[:-1], k)
+    return index.view(shape), distance.to(_distance_dtype(query.dtype)).view(shape)
+
+
+def _fake(
+    query: Tensor,
+    points: Tensor,
+    query_ptr: Tensor | None,
+    points_ptr: Tensor | None,
+    k: int,
+    dilation: int,
+    inner: bool,
+    include_self: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (*query.shape[:-1], k)
+    return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=_distance_dtype(query.dtype))
+
+
+def _backward_reference(
+    grad: Tensor, query: Tensor, points: Tensor, index: Tensor, inner: bool
+) -> tuple[Tensor, Tensor]:
+    flat = index if index.dim() == 2 else flat_index(index, points.shape[1])
+    weight = grad.flatten(0, -2).masked_fill(flat < 0, 0)
+    flat = flat.clamp(min=0)
+    rows, targets = query.flatten(0, -2).to(weight.dtype), points.flatten(0, -2).to(weight.dtype)
+    grad_rows, grad_targets = torch.zeros_like(rows), torch.zeros_like(targets)
+    if targets.shape[0] > 0:
+        for column in range(flat.shape[1]):  # One neighbour of each query at a time: nothing of size M x k x C.
+            w, j = weight[:, column, None], flat[:, column]
+            if inner:
+                grad_rows, grad_targets = grad_rows - w * targets[j], grad_targets.index_add(0, j, -w * rows)
+            else:
+                difference = 2 * w * (rows - targets[j])
+                grad_rows, grad_targets = grad_rows + difference, grad_targets.index_add(0, j, -difference)
+    return grad_rows.to(query.dtype).view(query.shape), grad_targets.to(points.dtype).view(points.shape)
+
+
+def _backward_fake(grad: Tensor, query: Tensor, points: Tensor, index: Tensor, inner: bool) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), points.new_empty(points.shape)
+
+
+_knn_op = define(
+    "knn(Tensor query, Tensor points, Tensor? query_ptr, Tensor? points_ptr, int k, int dilation, bool inner, "
+    "bool include_self) -> (Tensor, Tensor)",
+    _reference,
+    _fake,
+)
+_backward_op = define(
+    "knn_backward(Tensor grad, Tensor query, Tensor points, Tensor index, bool inner) -> (Tensor, Tensor)",
+    _backward_reference,
+    _backward_fake,
+)
+
+_Settings = tuple[int, int, bool, bool]  # k, dilation, inner, include_self
+
+
+class _KNN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr: Tensor | None, settings: _Settings
+    ) -> tuple[Tensor, Tensor]:
+        return _knn_op(query, points, query_ptr, points_ptr, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, points, _, _, settings = inputs
+        ctx.inner = settings[2]
+        ctx.mark_non_differentiable(output[0])
+        ctx.save_for_backward(query, points, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_KNNBackward.apply(grad, *ctx.saved_tensors, ctx.inner), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return _one_by_one(_KNN.apply, info.batch_size, in_dims, arguments)
+
+
+class _KNNBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(grad: Tensor, query: Tensor, points: Tensor, index: Tensor, inner: bool) -> tuple[Tensor, Tensor]:
+        return _backward_op(grad, query, points, index, inner)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.inner = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, query, points, index = ctx.saved_tensors
+
+        def first_order(grad: Tensor, query: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+            return _backward_reference(grad, query, points, index, ctx.inner)
+
+        return *torch.func.vjp(first_order, grad, query, points)[1](grads), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return _one_by_one(_KNNBackward.apply, info.batch_size, in_dims, arguments)
+
+
+def _one_by_one(function: Any, batch_size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
+    """Clouds that are vmapped over may be ragged: each is a call."""
+    results = [
+        function(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=False)))
+        for i in range(batch_size)
+    ]
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0)
+
+
+def knn(
+    query: Tensor,
+    points: Tensor | None = None,
+    k: int = 16,
+    *,
+    dilation: int = 1,
+    batch: Tensor | None = None,
+    points_batch: Tensor | None = None,
+    ptr: Tensor | None = None,
+    points_ptr: Tensor | None = None,
+    metric: str = "sqeuclidean",
+    include_self: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""Find the k nearest points of each query, or every `dilation`-th of the ``k * dilation`` nearest.
+
+    .. math:: d(x, y) = \lVert x - y \rVert^2
+
+    The dilated k-NN of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019, section 3.3:
+    ranks 0, dilation, 2 dilation, ... of the neighbours, ordered by distance, then by index. Exact, whatever the
+    distance of the cloud from the origin: candidates are compared by differences in float64. A point with a NaN is
+    nobody's neighbour and has none. The distances are differentiable, the indices are not.
+
+    Args:
+        query: Features of shape (B, M, C), or (M, C) of one cloud or, with `batch` or `ptr`, of several; float32,
+            float64, bfloat16 or float16.
+        points: The points to search, of shape (B, N, C) or (N, C); default the queries themselves.
+        k: Neighbours of each query.
+        dilation: Keep every `dilation`-th neighbour.
+        batch: The cloud of each query, int64 of shape (M,) in ascending order, as in PyG. Reads the number of clouds
+            from the data; under `torch.compile` use `ptr`.
+        points_batch: The same for `points`.
+        ptr: Where each cloud starts, int64 of shape (B + 1,), from 0 to M.
+        points_ptr: The same for `points`.
+        metric: "sqeuclidean"; "cosine", :math:`1 - \cos(x, y)`; or "inner", the inner product with its sign changed.
+        include_self: Whether a point is its own neighbour, where the queries are the points.
+
+    Returns:
+        Indices, int64, and distances, float32 (float64 for float64), of shape (B, M, k) or (M, k). The indices count
+        within the cloud for (B, N, C), and in the rows of `points` for (N, C). Where a cloud has too few points the
+        index is -1 and the distance infinite.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, sizes, devices or values do not fit.
+
+    Example:
+        >>> import torch, paper_layers
+        >>> x = torch.randn(2, 1024, 64)
+        >>> index, distance = paper_layers.knn(x, k=16, dilation=4)
+        >>> index.shape, distance.shape
+        (torch.Size([2, 1024, 16]), torch.Size([2, 1024, 16]))
+    """
+    _checks.floating("query", query)
+    if query.dim() not in (2, 3):
+        raise ValueError(f"query: expected shape (B, M, C) or (M, C), got {tuple(query.shape)}")
+    targets = query if points is None else points
+    _checks.floating("points", targets)
+    _checks.same_device("points", targets, "query", query)
+    if targets.dim() != query.dim() or targets.shape[-1] != query.shape[-1] or targets.shape[:-2] != query.shape[:-2]:
+        expected = "(N, C)" if query.dim() == 2 else f"({query.shape[0]}, N, C)"
+        expected = expected.replace("C", str(query.shape[-1]))
+        raise ValueError(f"points: expected shape {expected}, got {tuple(targets.shape)}")
+    _checks.integer("k", k, 1)
+    _checks.integer("dilation", dilation, 1)
+    if metric not in METRICS:
+        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    if not include_self and points is not None:
+        raise ValueError("include_self: expected True where points are given, got False")
+    starts = _starts(query, targets, points is None, batch, points_batch, ptr, points_ptr)
+
+    dtype = torch.promote_types(query.dtype, targets.dtype)
+    if metric == "cosine":
+        dtype = _distance_dtype(dtype)
+        query = F.normalize(query.to(dtype), dim=-1)
+        targets = query if points is None else F.normalize(targets.to(dtype), dim=-1)
+    query, targets = query.to(dtype), targets.to(dtype)
+    if points is None:
+        targets = query.view_as(query)  # Dynamo refuses the same tensor twice.
+    single = query.dim() == 2 and starts[0] is None
+    if single:
+        query, targets = query[None], targets[None]
+    settings = (k, dilation, metric == "inner", bool(include_self))
+    index, distance = _KNN.apply(query, targets, *starts, settings)
+    if metric == "cosine":
+        distance = distance / 2  # |x - y|^2 / 2 = 1 - x.y for vectors of length one
+    return (index[0], distance[0]) if single else (index, distance)
+
+
+def _starts(
+    query: Tensor,
+    points: Tensor,
+    same: bool,
+    batch: Tensor | None,
+    points_batch: Tensor | None,
+    ptr: Tensor | None,
+    points_ptr: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where the clouds of queries and points start, from either form; None for (B, N, C) and for one cloud."""
+    named = {"batch": batch, "points_batch": points_batch, "ptr": ptr, "points_ptr": points_ptr}
+    given = {name: value for name, value in named.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
+            got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: expected an int64 Tensor of one dimension, got {got}")
+        _checks.same_device(name, value, "query", query)
+        if query.dim() != 2:
+            raise ValueError(f"{name}: expected None for query of shape (B, M, C), got a Tensor")
+        if same and name.startswith("points"):
+            raise ValueError(f"{name}: expected None where no points are given, got a Tensor")
+    if not given:
+        return None, None
+    if any("batch" in name for name in given) and any("ptr" in name for name in given):
+        raise ValueError(f"ptr: expected either batch or ptr, got both: {', '.join(given)}")
+    names = ("batch", "points_batch") if any("batch" in name for name in given) else ("ptr", "points_ptr")
+    if same:
+        names = (names[0], names[0])
+    for name in names:
+        if name not in given:
+            raise ValueError(f"{name}: expected a Tensor beside {next(iter(given))}, got None")
+    first, second = (given[name] for name in names)
+    if names[0] == "ptr":
+        if len(first) == 0 or first.shape != second.shape:
+            expected = f"{tuple(first.shape)}, as of ptr" if len(first) else "(B + 1,)"
+            raise ValueError(f"{names[1]}: expected shape {expected}, got {tuple(second.shape)}")
+        return first, second
+    for name, numbers, rows in zip(names, (first, second), (query, points), strict=True):
+        if len(numbers) != len(rows):
+            raise ValueError(f"{name}: expected shape ({len(rows)},), got {tuple(numbers.shape)}")
+        if bool((numbers[1:] < numbers[:-1]).any()) or bool((numbers[:1] < 0).any()):
+            raise ValueError(f"{name}: expected numbers from 0 in ascending order, got others")
+    clouds = max((int(numbers[-1]) + 1 for numbers in (first, second) if len(numbers)), default=0)
+    bounds = torch.arange(clouds + 1, device=query.device)
+    return torch.searchsorted(first, bounds), torch.searchsorted(second, bounds)

@@ -1,0 +1,183 @@
+"""Reductions over the rows that a table of neighbours names: the op, its backward, and the function that users call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paper_layers.ops import _checks
+from paper_layers.ops._index import flat_index
+from paper_layers.ops._library import define
+
+REDUCTIONS = ("max", "min", "sum", "mean")
+
+
+def _gathered(input: Tensor, index: Tensor, column: int) -> tuple[Tensor, Tensor]:
+    """One neighbour of each row, and where there is one: nothing of size M x k x C."""
+    return input[index[:, column].clamp(min=0)], index[:, column, None] >= 0
+
+
+def _reference(input: Tensor, index: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    shape = (index.shape[0], input.shape[1])
+    output = input.new_zeros(shape, dtype=dtype)
+    columns = range(index.shape[1] if len(input) else 0)
+    if reduce in ("sum", "mean"):
+        for column in columns:
+            rows, there = _gathered(input, index, column)
+            output = output + rows.to(dtype).where(there, 0)
+        if reduce == "mean":
+            output = output / (index >= 0).sum(1, keepdim=True).clamp(min=1)
+        return output.to(input.dtype), index.new_empty(0, dtype=torch.int32)
+    arg = index.new_full(shape, -1, dtype=torch.int32)
+    for column in columns:
+        rows, there = _gathered(input, index, column)
+        better = rows > output if reduce == "max" else rows < output
+        # The first of equals; NaN counts as beyond all others, as in torch.
+        better = there & ((arg < 0) | better | (rows.isnan() & ~output.isnan()))
+        output, arg = rows.to(dtype).where(better, output), arg.where(~better, column)
+    return output.to(input.dtype), arg
+
+
+def _fake(input: Tensor, index: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
+    shape = (index.shape[0], input.shape[1])
+    return input.new_empty(shape), index.new_empty(shape if reduce in ("max", "min") else 0, dtype=torch.int32)
+
+
+def _backward_reference(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str) -> Tensor:
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    result = grad.new_zeros(rows, grad.shape[1], dtype=dtype)
+    weight = grad.to(dtype)
+    if reduce == "mean":
+        weight = weight / (index >= 0).sum(1, keepdim=True).clamp(min=1)
+    for column in range(index.shape[1] if rows else 0):
+        there = index[:, column, None] >= 0
+        part = weight.where(there & (arg == column) if reduce in ("max", "min") else there, 0)
+        result = result.index_add(0, index[:, column].clamp(min=0), part)
+    return result.to(grad.dtype)
+
+
+def _backward_fake(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str) -> Tensor:
+    return grad.new_empty(rows, grad.shape[1])
+
+
+_reduce_op = define("neighbor_reduce(Tensor input, Tensor index, str reduce) -> (Tensor, Tensor)", _reference, _fake)
+_backward_op = define(
+    "neighbor_reduce_backward(Tensor grad, Tensor index, Tensor arg, SymInt rows, str reduce) -> Tensor",
+    _backward_reference,
+    _backward_fake,
+)
+
+
+class _NeighborReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(input: Tensor, index: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
+        return _reduce_op(input, index, reduce)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, index, ctx.reduce = inputs
+        ctx.rows = input.shape[0]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(index, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _NeighborReduceBackward.apply(grad, *ctx.saved_tensors, ctx.rows, ctx.reduce), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, index: Tensor, reduce: str) -> Any:
+        # Copies side by side, each with its own rows.
+        input, index = (
+            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip((input, index), in_dims, strict=False)
+        )
+        output, arg = _NeighborReduce.apply(input.flatten(0, 1), flat_index(index, input.shape[1]), reduce)
+        split = (info.batch_size, index.shape[1])
+        return (output.unflatten(0, split), arg.unflatten(0, split) if arg.dim() == 2 else arg.expand(split[0], 0)), (
+            0,
+            0,
+        )
+
+
+class _NeighborReduceBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str) -> Tensor:
+        return _backward_op(grad, index, arg, rows, reduce)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, index, arg, _, ctx.reduce = inputs
+        ctx.save_for_backward(index, arg)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # The reduction is linear once the choice is made.
+        index, arg = ctx.saved_tensors
+        if ctx.reduce in ("sum", "mean"):
+            return _NeighborReduce.apply(grad, index, ctx.reduce)[0], None, None, None, None
+        chosen = index.gather(1, arg.clamp(min=0).long())
+        return grad.gather(0, chosen.clamp(min=0)).where(arg >= 0, 0), None, None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str
+    ) -> Any:
+        grad, index, arg = (
+            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip((grad, index, arg), in_dims, strict=False)
+        )
+        arg = arg.flatten(0, 1) if arg.dim() == 3 else arg[0]
+        result = _NeighborReduceBackward.apply(
+            grad.flatten(0, 1), flat_index(index, rows), arg, info.batch_size * rows, reduce
+        )
+        return result.unflatten(0, (info.batch_size, rows)), 0
+
+
+def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max") -> Tensor:
+    r"""Reduce the rows of each node's neighbours, without storing them.
+
+    .. math:: y_i = \max_{j \in \mathcal{N}(i)} x_j
+
+    The aggregation of graph convolutions, equation 2 of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as
+    CNNs?", ICCV 2019. For max-relative features, ``neighbor_reduce(x, index) - x`` equals the maximum of the
+    differences bit by bit.
+
+    Args:
+        input: Features of shape (N, C) or (B, N, C); float32, float64, bfloat16 or float16.
+        index: Neighbours, int64 of shape (M, k) or (B, M, k), the rows of `input` (in (B, N, C), of its own cloud);
+            -1 is no neighbour.
+        reduce: "max", "min", "sum" or "mean". Of equal values the first takes the gradient; half types are summed in
+            float32.
+
+    Returns:
+        Features of shape (M, C) or (B, M, C); 0 where a node has no neighbours.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or `reduce` do not fit.
+
+    Example:
+        >>> import torch, paper_layers
+        >>> x = torch.randn(2, 1024, 64)
+        >>> index, _ = paper_layers.knn(x, k=16)
+        >>> paper_layers.neighbor_reduce(x, index, "max").shape
+        torch.Size([2, 1024, 64])
+    """
+    _checks.floating("input", input)
+    if input.dim() not in (2, 3):
+        raise ValueError(f"input: expected shape (N, C) or (B, N, C), got {tuple(input.shape)}")
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise TypeError(f"index: expected an int64 Tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+    _checks.same_device("index", index, "input", input)
+    if index.dim() != input.dim() or index.shape[:-2] != input.shape[:-2]:
+        expected = "(M, k)" if input.dim() == 2 else f"({input.shape[0]}, M, k)"
+        raise ValueError(f"index: expected shape {expected}, got {tuple(index.shape)}")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce: expected one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    if input.dim() == 2:
+        return _NeighborReduce.apply(input, index, reduce)[0]
+    output = _NeighborReduce.apply(input.flatten(0, 1), flat_index(index, input.shape[1]), reduce)[0]
+    return output.unflatten(0, index.shape[:2])
