@@ -174,17 +174,16 @@ PAPER_LAYERS_INLINE T sum(const T* p, int64_t n) {
   return total;
 }
 
-// Store the elements of v in turn at every second place, zeros between.
-template <typename T, typename V, size_t... I>
-PAPER_LAYERS_INLINE void spread_lanes(V v, T* to, std::index_sequence<I...>) {
-  constexpr int half = V::size / 2;
-  const typename V::Lanes zero = {};
-  store(to, V(__builtin_shufflevector(v.lanes, zero, (I % 2 ? int(V::size) : int(I / 2))...)));
-  store(to + V::size, V(__builtin_shufflevector(v.lanes, zero, (I % 2 ? int(V::size) : int(half + I / 2))...)));
+// Store the elements of the two in turn: a0 b0 a1 b1 ...
+template <typename T, size_t... I>
+PAPER_LAYERS_INLINE void store_in_turn(T* to, Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+  constexpr int size = Vec<T>::size, half = size / 2;
+  store(to, Vec<T>(__builtin_shufflevector(a.lanes, b.lanes, int(I / 2 + I % 2 * size)...)));
+  store(to + size, Vec<T>(__builtin_shufflevector(a.lanes, b.lanes, int(half + I / 2 + I % 2 * size)...)));
 }
 template <typename T>
-PAPER_LAYERS_INLINE void spread_lanes(Vec<T> v, T* to) {
-  spread_lanes(v, to, std::make_index_sequence<Vec<T>::size>());
+PAPER_LAYERS_INLINE void store_in_turn(T* to, Vec<T> a, Vec<T> b) {
+  store_in_turn(to, a, b, std::make_index_sequence<Vec<T>::size>());
 }
 
 // Bit i: whether lane i of a comparison holds.

@@ -160,15 +160,32 @@ class PanelSearch {
 
   // A panel for kRows queries.
   void multiply(int64_t panel, int64_t first) {
-    const T* points = panels_.values.data() + panel * width * channels_;
-    const T* queries = values_.data() + first * channels_;
+    alignas(64) T scores[kRows * width];
+    product(panels_.starts.data() + panel * width, panels_.values.data() + panel * width * channels_,
+            values_.data() + first * channels_, channels_, scores);
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t q = first + r;
+      const V limit(limits_[q] - error(q, panel));
+      uint64_t near = 0;
+#pragma GCC unroll 3
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const V score = load(scores + r * width + v * V::size);
+        near |= static_cast<uint64_t>(lanes_set(score.lanes > limit.lanes)) << (v * V::size);
+      }
+      if (near != 0) keep(q, panel, scores + r * width, near);
+    }
+  }
+
+  // A function of its own, so that the compiler keeps all sums in registers.
+  static __attribute__((noinline)) void product(const T* starts, const T* points, const T* queries, int64_t channels,
+                                                T* scores) {
     V sums[kRows][kVectors];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
-      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = load(panels_.starts.data() + panel * width + v * V::size);
+      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = load(starts + v * V::size);
     }
-    for (int64_t c = 0; c < channels_; ++c) {
+    for (int64_t c = 0; c < channels; ++c) {
       V y[kVectors];
 #pragma GCC unroll 3
       for (int64_t v = 0; v < kVectors; ++v) y[v] = load(points + c * width + v * V::size);
@@ -181,23 +198,12 @@ class PanelSearch {
     }
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) {
-      const int64_t q = first + r;
-      const V limit(limits_[q] - error(q, panel));
-      uint64_t near = 0;
 #pragma GCC unroll 3
-      for (int64_t v = 0; v < kVectors; ++v) {
-        near |= static_cast<uint64_t>(lanes_set(sums[r][v].lanes > limit.lanes)) << (v * V::size);
-      }
-      if (near != 0) {
-        const V row[kVectors] = {sums[r][0], sums[r][1], sums[r][2]};  // sums itself stays in registers
-        keep(q, panel, row, near);
-      }
+      for (int64_t v = 0; v < kVectors; ++v) store(scores + r * width + v * V::size, sums[r][v]);
     }
   }
 
-  __attribute__((noinline)) void keep(int64_t q, int64_t panel, const V* sums, uint64_t near) {
-    T scores[width];
-    for (int64_t v = 0; v < kVectors; ++v) store(scores + v * V::size, sums[v]);
+  void keep(int64_t q, int64_t panel, const T* scores, uint64_t near) {
     Candidate* to = candidates_.data() + q * capacity_;
     int64_t n = counts_[q];
     for (; near != 0; near &= near - 1) {

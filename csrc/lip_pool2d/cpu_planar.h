@@ -111,20 +111,22 @@ class PlanarShares {
       : side_(problem.width),
         columns_(columns),
         first_(columns.begin - side_.start(outputs.begin)),
-        share_(outputs.size() + V::size),
+        outputs_(outputs.size()),
+        // Zeros on either side.
+        share_(outputs_ + 4 * V::size),
         product_(share_.size()),
         // Outputs apart by the stride, zeros between them, and a window's reach of zeros on either side.
         spread_((outputs.size() - 1) * side_.stride + 2 * side_.kernel + 2 * V::size),
         slots_(problem.height.covering_at_most()),
-        slot_elements_((columns.size() / V::size + 2) * V::size),
+        slot_elements_((columns.size() / V::size + 3) * V::size),
         share_sums_(slots_ * slot_elements_),
         product_sums_(slots_ * slot_elements_),
         shares_(slots_),
         products_(slots_) {}
 
   // Where the two numbers of a row of windows go; then keep() takes them.
-  A* share(int64_t) { return share_.data(); }
-  A* product(int64_t) { return product_.data(); }
+  A* share(int64_t) { return share_.data() + V::size; }
+  A* product(int64_t) { return product_.data() + V::size; }
   void keep(int64_t output_row) {
     spread(share_, share_sums_.data() + output_row % slots_ * slot_elements_);
     spread(product_, product_sums_.data() + output_row % slots_ * slot_elements_);
@@ -154,14 +156,21 @@ class PlanarShares {
   }
 
  private:
-  void spread(const Scratch<A>& windows, A* sums) {
-    const int64_t kernel = side_.kernel, stride = side_.stride, count = windows.size() - V::size;
-    A* first = spread_.data() + kernel - 1;
-    if (stride == 2) {
-      for (int64_t o = 0; o < count; o += V::size) spread_lanes(load(windows.data() + o), first + 2 * o);
-    } else {
-      for (int64_t o = 0; o < count; ++o) first[o * stride] = windows[o];
+  void spread(const Scratch<A>& padded, A* sums) {
+    const int64_t kernel = side_.kernel, stride = side_.stride;
+    const A* windows = padded.data() + V::size;
+    if (kernel == 3 && stride == 2) {
+      // Columns are in turn held by one window and by two.
+      const A* from = windows + first_ / 2;
+      for (int64_t j = 0; j < columns_.size(); j += 2 * V::size, from += V::size) {
+        const V here = load(from), both = here + load(from + 1);
+        if (first_ % 2 == 1) store_in_turn(sums + j, here, both);
+        else store_in_turn(sums + j, load(from - 1) + here, here);
+      }
+      return;
     }
+    A* first = spread_.data() + kernel - 1;
+    for (int64_t o = 0; o < outputs_; ++o) first[o * stride] = windows[o];
     const A* from = spread_.data() + first_;
     with_constant<3>(kernel, [&](auto fixed) __attribute__((always_inline)) {
       for (int64_t j = 0; j < columns_.size(); j += V::size) store(sums + j, sum_neighbours<fixed>(from + j, kernel));
@@ -170,7 +179,7 @@ class PlanarShares {
 
   const Side side_;
   const Range columns_;
-  const int64_t first_;
+  const int64_t first_, outputs_;
   Scratch<A> share_, product_, spread_;
   const int64_t slots_, slot_elements_;
   Scratch<A> share_sums_, product_sums_;
