@@ -54,41 +54,74 @@ struct Found {
   }
 };
 
-// Sorting so few by counting costs no mispredicted branches, which is what sorting mostly costs.
+// So few are ordered by counting, for each, those that are smaller: partial sorting mostly takes mispredicted branches.
 constexpr int64_t kFew = 128;
 
-// Counts for each of at most kFew values those that are smaller. `values` is overwritten up to kFew.
+// Of count values, where there is room for one vector more.
 template <typename T>
-PAPER_LAYERS_INLINE void count_smaller(T* values, int64_t count, typename Vec<T>::BitLanes* smaller) {
-  using V = Vec<T>;
-  std::fill(values + count, values + kFew, std::numeric_limits<T>::infinity());
-  for (int64_t i = 0; i < count; i += V::size) {
-    const V block = load(values + i);
-    typename V::BitLanes total = {};
-    for (int64_t j = 0; j < count; ++j) total -= V(values[j]).lanes < block.lanes;
-    smaller[i / V::size] = total;
-  }
+PAPER_LAYERS_INLINE typename Vec<T>::BitLanes count_smaller(const T* values, int64_t count, Vec<T> than) {
+  typename Vec<T>::BitLanes smaller = {};
+  for (int64_t i = 0; i < count; ++i) smaller -= Vec<T>(values[i]).lanes < than.lanes;
+  return smaller;
 }
 
-// The value of rank k, from 0, of room for max(count, kFew), in any order afterwards.
 template <typename T>
-T value_of_rank(T* values, int64_t count, int64_t k) {
+T value_of_rank_among_few(T* values, int64_t count, int64_t k) {
   using V = Vec<T>;
-  if (count > kFew) {
-    std::nth_element(values, values + k, values + count);
-    return values[k];
-  }
-  typename V::BitLanes smaller[kFew / V::size];
-  count_smaller(values, count, smaller);
+  std::fill_n(values + count, V::size, -std::numeric_limits<T>::infinity());  // never the largest
+  using Bits = typename V::BitLanes;
+  const Bits most = static_cast<std::decay_t<decltype(Bits()[0])>>(k) - Bits{};
   // The largest that at most k are smaller than.
-  using Bit = std::decay_t<decltype(smaller[0][0])>;
-  const auto most = static_cast<Bit>(k) - typename V::BitLanes{};
   V largest(-std::numeric_limits<T>::infinity());
   for (int64_t i = 0; i < count; i += V::size) {
-    const auto low = smaller[i / V::size] <= most;
-    largest = max_or_second(V(low ? load(values + i).lanes : largest.lanes), largest);
+    const V block = load(values + i);
+    largest = max_or_second(V(count_smaller(values, count, block) <= most ? block.lanes : largest.lanes), largest);
   }
   return largest_of(largest);
+}
+
+// The value of rank k, from 0, none of them NaN; there is room for one vector more. By bisection.
+template <typename T>
+T value_of_rank(T* values, int64_t count, int64_t k) {
+  if (count <= kFew) return value_of_rank_among_few(values, count, k);
+  using V = Vec<T>;
+  using Bits = typename V::BitLanes;
+  using Key = std::decay_t<decltype(Bits()[0])>;
+  constexpr Key magnitude = std::numeric_limits<Key>::max();
+  // Integers in the order of the numbers: of negative ones the magnitude's bits are flipped. It is its own inverse.
+  const auto key = [](auto bits) { return bits ^ ((bits >> (8 * sizeof(Key) - 1)) & magnitude); };
+  std::fill_n(values + count, V::size, std::numeric_limits<T>::infinity());
+  Key low = magnitude, high = -magnitude - 1;
+  for (int64_t i = 0; i < count; i += V::size) {
+    const Bits keys = key(Bits(load(values + i).lanes));
+    std::memcpy(static_cast<void*>(values + i), &keys, sizeof(keys));
+  }
+  const auto key_at = [&](int64_t i) {
+    Key result;
+    std::memcpy(&result, values + i, sizeof(result));
+    return result;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    low = std::min(low, key_at(i));
+    high = std::max(high, key_at(i));
+  }
+  while (low < high) {
+    const Key middle = (low & high) + ((low ^ high) >> 1);  // rounded down, without overflow
+    Bits most = {};
+    for (int64_t i = 0; i < count; i += V::size) {
+      Bits keys;
+      std::memcpy(&keys, values + i, sizeof(keys));
+      most -= keys <= middle;
+    }
+    int64_t reached = 0;
+    for (int64_t i = 0; i < V::size; ++i) reached += most[i];
+    if (reached > k) high = middle;
+    else low = middle + 1;
+  }
+  const Key bits = key(low);
+  T result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
 }
 
 // Puts the elements of ranks 0, dilation, 2 dilation ... in their places.
@@ -107,20 +140,21 @@ inline void order_ranks(Found* first, Found* last, int64_t rank, int64_t dilatio
   }
 }
 
-// The same for a few without ties; false, and nothing done, otherwise.
+// Sorts a few without ties; false, and nothing done, otherwise.
 inline bool order_few(Found* found, int64_t count) {
   using V = Vec<double>;
   if (count > kFew) return false;
-  alignas(64) double distances[kFew];
-  typename V::BitLanes smaller[kFew / V::size];
+  alignas(64) double distances[kFew + V::size];
   for (int64_t i = 0; i < count; ++i) distances[i] = found[i].distance;
-  count_smaller(distances, count, smaller);
+  std::fill_n(distances + count, V::size, std::numeric_limits<double>::infinity());
   Found ordered[kFew];
   int64_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t rank = smaller[i / V::size][i % V::size];
-    ordered[rank] = found[i];
-    sum += rank;
+  for (int64_t i = 0; i < count; i += V::size) {
+    const auto nearer = count_smaller(distances, count, load(distances + i));
+    for (int64_t lane = 0; lane < std::min(V::size, count - i); ++lane) {
+      ordered[nearer[lane]] = found[i + lane];
+      sum += nearer[lane];
+    }
   }
   if (sum != count * (count - 1) / 2) return false;
   std::copy_n(ordered, count, found);

@@ -111,7 +111,7 @@ class PanelSearch {
         counts_(kQueryBlock),
         limits_(kQueryBlock),
         candidates_(kQueryBlock * capacity_),
-        scores_(std::max(capacity_, kFew)),
+        scores_(capacity_ + V::size),
         found_(capacity_) {}
 
   void run(Range queries) {
@@ -163,9 +163,11 @@ class PanelSearch {
     alignas(64) T scores[kRows * width];
     product(panels_.starts.data() + panel * width, panels_.values.data() + panel * width * channels_,
             values_.data() + first * channels_, channels_, scores);
+    T limits[kRows];
+    for (int64_t r = 0; r < kRows; ++r) limits[r] = limits_[first + r] - error(first + r, panel);
     for (int64_t r = 0; r < kRows; ++r) {
       const int64_t q = first + r;
-      const V limit(limits_[q] - error(q, panel));
+      const V limit(limits[r]);
       uint64_t near = 0;
 #pragma GCC unroll 3
       for (int64_t v = 0; v < kVectors; ++v) {

@@ -151,7 +151,7 @@ class TreeWalk {
         wanted_(search.wanted()),
         capacity_(2 * wanted_ + 2 * kLeaf),
         candidates_(kLeaf * capacity_),
-        distances_(std::max(capacity_, kFew)),
+        distances_(capacity_ + V::size),
         found_(capacity_) {}
 
   // At most kLeaf queries.
