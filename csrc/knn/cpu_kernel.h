@@ -4,12 +4,14 @@
 #include "knn/cpu_panels.h"
 #include "knn/cpu_backward.h"
 
-// Pairs of so few are not worth a tree or panels.
+// So few pairs are not worth a tree or panels.
 constexpr int64_t kFewPairs = 4096;
 
+// Whether squared distances are finite, or NaN, in float64.
 template <typename T>
-bool all_finite_or_nan(const T* values, int64_t count) {
-  return std::none_of(values, values + count, [](T x) { return std::isinf(x); });
+bool squares_are_finite(const T* values, int64_t count) {
+  constexpr T limit = std::is_same_v<T, float> ? std::numeric_limits<T>::max() : T(1e150);
+  return std::none_of(values, values + count, [](T x) { return std::abs(x) > limit; });
 }
 
 template <typename T>
@@ -25,8 +27,8 @@ void knn(const KnnProblem& problem, const T* query, const T* points, int64_t* in
                            distance + q * problem.k,
                            cloud.offset};
     if (search.queries * search.points <= kFewPairs || problem.channels == 0 ||
-        !all_finite_or_nan(search.query, search.queries * problem.channels) ||
-        !all_finite_or_nan(search.point, search.points * problem.channels)) {
+        !squares_are_finite(search.query, search.queries * problem.channels) ||
+        !squares_are_finite(search.point, search.points * problem.channels)) {
       search_pairs(search);
     } else if (problem.channels <= kDimensions && !problem.inner) {
       search_tree(search);

@@ -65,7 +65,7 @@ struct Panels {
     };
     look_at(search.point, search.points);
     if (search.query != search.point) look_at(search.query, search.queries);
-    if (largest > 0) scale = std::ldexp(1.0, -std::ilogb(largest));
+    if (largest > 0) scale = std::ldexp(1.0, std::min(-std::ilogb(largest), 500));  // its square is finite
   }
 
   void pack(const Search<T>& search, int64_t panel) {
