@@ -6,6 +6,13 @@
 #include <immintrin.h>
 #endif
 
+// Instrumented loops are not unrolled: that would take the compiler many minutes.
+#ifdef __SANITIZE_ADDRESS__
+#define PAPER_LAYERS_UNROLL
+#else
+#define PAPER_LAYERS_UNROLL _Pragma("GCC unroll 4")
+#endif
+
 namespace paper_layers {
 
 enum class Capability { baseline, avx2, avx512 };

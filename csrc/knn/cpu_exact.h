@@ -1,6 +1,6 @@
 // Exact distances and the order of neighbours, compiled once for each instruction set.
 
-// One cloud, its rows from its own start. D is the distances' dtype.
+// One cloud, its rows from its own start.
 template <typename T>
 struct Search {
   const KnnProblem& problem;

@@ -46,40 +46,37 @@ class ChannelsLastWindows {
   // The weights are computed a few columns ahead of the windows, so that these find them in the first-level cache.
   template <bool values, typename Write>
   void each_window(int64_t rows, Write& write) {
-    const auto body = [&](auto shared) {
-      with_constant<2, 3>(rows, [&](auto fixed_rows) {
-        int64_t filled = taps_.columns.begin;
-        for (int64_t o = outputs_.begin; o < outputs_.end; ++o) {
-          const Range columns = width_.taps(o);
-          if (columns.end > filled) {
-            const int64_t end = width_.taps(std::min(o + together_, outputs_.end) - 1).end;
-            taps_.source.fill({filled, end});
-            filled = end;
-          }
-          with_constant<2, 3>(columns.size(), [&](auto fixed_columns) {
-            window<values, shared, fixed_rows, fixed_columns>(rows, columns, (o - outputs_.begin) * depth_, write);
-          });
-        }
+    int64_t filled = taps_.columns.begin;
+    for (int64_t o = outputs_.begin; o < outputs_.end; ++o) {
+      const Range columns = width_.taps(o);
+      if (columns.end > filled) {
+        const int64_t end = width_.taps(std::min(o + together_, outputs_.end) - 1).end;
+        taps_.source.fill({filled, end});
+        filled = end;
+      }
+      // Only square windows are unrolled: there are enough functions of these.
+      with_constant<2, 3>(rows == columns.size() ? rows : 0, [&](auto fixed) {
+        const int64_t output = (o - outputs_.begin) * depth_;
+        if (shared_) window<values, true, fixed>(rows, columns, output, write);
+        else window<values, false, fixed>(rows, columns, output, write);
       });
-    };
-    if (shared_) body(std::true_type());
-    else body(std::false_type());
+    }
   }
 
-  template <bool values, bool shared, int fixed_rows, int fixed_columns, typename Write>
+  template <bool values, bool shared, int fixed, typename Write>
   void window(int64_t rows, Range columns, int64_t output, Write& write) const {
-    const int64_t row_count = fixed_rows ? fixed_rows : rows;
-    const int64_t column_count = fixed_columns ? fixed_columns : columns.size();
-    const Unrolled<const A*, fixed_rows> weights(taps_.weights);
-    const Unrolled<const T*, fixed_rows> inputs(taps_.values);
-    const Unrolled<A, fixed_rows> scales(taps_.scales);
+    const int64_t row_count = fixed ? fixed : rows;
+    const int64_t column_count = fixed ? fixed : columns.size();
+    const Unrolled<const A*, fixed> weights(taps_.weights);
+    const Unrolled<const T*, fixed> inputs(taps_.values);
+    const Unrolled<A, fixed> scales(taps_.scales);
     const int64_t first = columns.begin - taps_.columns.begin, depth = depth_;
     cover_whole<V::size>(depth, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
       V weight_sum(A(0)), value_sum(A(0));
-#pragma GCC unroll 4
+PAPER_LAYERS_UNROLL
       for (int64_t r = 0; r < row_count; ++r) {
         V row_weight(A(0)), row_value(A(0));
-#pragma GCC unroll 4
+PAPER_LAYERS_UNROLL
         for (int64_t c = 0; c < column_count; ++c) {
           const int64_t element = (first + c) * depth + d;
           const V weight = shared ? V(weights[r][first + c]) : load(weights[r] + element);
@@ -135,14 +132,14 @@ class ChannelsLastShares {
       shares_[o - rows.begin] = share(o);
       products_[o - rows.begin] = product(o);
     }
-    with_constant<1, 2>(rows.size(), [&](auto fixed_rows) {
-      for (int64_t j = 0; j < columns_.size(); ++j) {
-        if (holding_[j].size() == 0) continue;
-        with_constant<1, 2>(holding_[j].size(), [&](auto fixed_columns) {
-          pixel<fixed_rows, fixed_columns>(rows.size(), holding_[j], scales, j, write);
-        });
-      }
-    });
+    for (int64_t j = 0; j < columns_.size(); ++j) {
+      const int64_t r = rows.size(), c = holding_[j].size();
+      if (c == 0) continue;
+      with_constant<3, 4, 5, 6>(r <= 2 && c <= 2 ? 2 * r + c : 0, [&](auto both) {
+        constexpr int fixed_rows = both > 0 ? (both - 1) / 2 : 0, fixed_columns = both - 2 * fixed_rows;
+        pixel<fixed_rows, fixed_columns>(r, holding_[j], scales, j, write);
+      });
+    }
   }
 
  private:
@@ -155,10 +152,10 @@ class ChannelsLastShares {
     const int64_t depth = depth_, first = holding.begin * depth;
     cover_whole<V::size>(depth, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
       V share(A(0)), product(A(0));
-#pragma GCC unroll 4
+PAPER_LAYERS_UNROLL
       for (int64_t r = 0; r < row_count; ++r) {
         V row_share(A(0)), row_product(A(0));
-#pragma GCC unroll 4
+PAPER_LAYERS_UNROLL
         for (int64_t c = 0; c < column_count; ++c) {
           row_share = row_share + load(shares[r] + first + c * depth + d);
           row_product = row_product + load(products[r] + first + c * depth + d);

@@ -57,14 +57,21 @@ struct Resolved {
   bool all() const { return lanes_set(too_small) == 0; }
 };
 
-// Calls body(element, column, channel) for the windows of a row whose sums are not.
-template <typename Windows, typename Body>
-void each_unresolved(Windows& windows, int64_t output_row, int64_t depth, Body&& body) {
+template <typename Windows>
+std::vector<typename Windows::A> weight_sums(Windows& windows, int64_t output_row, int64_t depth) {
   using A = typename Windows::A;
   std::vector<A> sums(windows.outputs().size() * depth);
   windows.template sum<false>(output_row, [&](int64_t i, auto lanes, Vec<A> weights, Vec<A>) {
     store(sums.data() + i, weights, lanes);
   });
+  return sums;
+}
+
+// Calls body(element, column, channel) for the windows of a row whose sums are not.
+template <typename Windows, typename Body>
+void each_unresolved(Windows& windows, int64_t output_row, int64_t depth, Body&& body) {
+  using A = typename Windows::A;
+  const std::vector<A> sums = weight_sums(windows, output_row, depth);
   for (size_t i = 0; i < sums.size(); ++i) {
     if (!(sums[i] >= A(kSmallestSum))) body(i, windows.outputs().begin + i / depth, i % depth);
   }

@@ -4,7 +4,7 @@
 template <int fixed, typename A>
 PAPER_LAYERS_INLINE Vec<A> sum_neighbours(const A* first, int64_t count) {
   Vec<A> total = load(first);
-#pragma GCC unroll 4
+PAPER_LAYERS_UNROLL
   for (int64_t i = 1; i < (fixed ? fixed : count); ++i) total = total + load(first + i);
   return total;
 }
@@ -61,7 +61,7 @@ class PlanarWindows {
     A* value_out = value_columns_.data() + left;
     cover<V::size>(taps_.columns.size(), [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       V weight_sum(A(0)), value_sum(A(0));
-#pragma GCC unroll 4
+PAPER_LAYERS_UNROLL
       for (int64_t r = 0; r < count; ++r) {
         const V weight = load(weights[r] + j) * V(scales[r]);
         weight_sum = weight_sum + weight;
@@ -145,7 +145,7 @@ class PlanarShares {
       const Unrolled<const A*, fixed> shares(shares_), products(products_);
       cover<V::size>(columns_.size(), [&](int64_t j, auto lanes) __attribute__((always_inline)) {
         V share(A(0)), product(A(0));
-#pragma GCC unroll 4
+PAPER_LAYERS_UNROLL
         for (int64_t o = 0; o < count; ++o) {
           share = multiply_add(V(scales[o]), load(shares[o] + j), share);
           product = multiply_add(V(scales[o]), load(products[o] + j), product);
