@@ -99,7 +99,6 @@ class Weights {
 
   const A* row(int64_t r) const { return weights_.data() + slot(r) * row_elements_; }
   int64_t exponent(int64_t r) const { return exponents_[slot(r)]; }
-  int64_t row_elements() const { return row_elements_; }
 
  private:
   int64_t slot(int64_t r) const { return r & (capacity_ - 1); }

@@ -219,7 +219,8 @@ def knn(
         points_batch: The same for `points`.
         ptr: Where each cloud starts, int64 of shape (B + 1,), from 0 to M.
         points_ptr: The same for `points`.
-        metric: "sqeuclidean"; "cosine", :math:`1 - \cos(x, y)`; or "inner", the inner product with its sign changed.
+        metric: "sqeuclidean"; "cosine", :math:`1 - \cos(x, y)`, where zero vectors are 1/2 from all that are not; or
+            "inner", the inner product with its sign changed.
         include_self: Whether a point is its own neighbour, where the queries are the points.
 
     Returns:
