@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from paper_layers import deep_gcn, lip, swap
 from paper_layers.lip import LazyLIPPool2d, LIPPool2d
 from paper_layers.ops._library import show_config
+from paper_layers.ops.edge_conv import edge_conv
 from paper_layers.ops.knn import knn
 from paper_layers.ops.lip_pool2d import lip_pool2d
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
@@ -13,6 +14,7 @@ __all__ = [
     "LIPPool2d",
     "LazyLIPPool2d",
     "deep_gcn",
+    "edge_conv",
     "knn",
     "lip",
     "lip_pool2d",

@@ -12,6 +12,7 @@ from torch import Tensor
 from paper_layers.ops import _checks
 from paper_layers.ops._index import flat_index
 from paper_layers.ops._library import define
+from paper_layers.ops._vmap import one_by_one
 
 METRICS = ("sqeuclidean", "cosine", "inner")
 _CHUNK = 1 << 22  # Elements of the reference's largest tensor.
@@ -150,7 +151,8 @@ class _KNN(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return _one_by_one(_KNN.apply, info.batch_size, in_dims, arguments)
+        # Clouds may be ragged: each is a call.
+        return one_by_one(_KNN.apply, info.batch_size, in_dims, arguments)
 
 
 class _KNNBackward(torch.autograd.Function):
@@ -174,16 +176,7 @@ class _KNNBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return _one_by_one(_KNNBackward.apply, info.batch_size, in_dims, arguments)
-
-
-def _one_by_one(function: Any, batch_size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
-    """Clouds that are vmapped over may be ragged: each is a call."""
-    results = [
-        function(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=False)))
-        for i in range(batch_size)
-    ]
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0)
+        return one_by_one(_KNNBackward.apply, info.batch_size, in_dims, arguments)
 
 
 def knn(

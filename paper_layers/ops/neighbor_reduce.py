@@ -169,12 +169,8 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max") -> Tensor
     _checks.floating("input", input)
     if input.dim() not in (2, 3):
         raise ValueError(f"input: expected shape (N, C) or (B, N, C), got {tuple(input.shape)}")
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        raise TypeError(f"index: expected an int64 Tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+    _checks.neighbors("index", index, *input.shape[:-2], "M")
     _checks.same_device("index", index, "input", input)
-    if index.dim() != input.dim() or index.shape[:-2] != input.shape[:-2]:
-        expected = "(M, k)" if input.dim() == 2 else f"({input.shape[0]}, M, k)"
-        raise ValueError(f"index: expected shape {expected}, got {tuple(index.shape)}")
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce: expected one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     if input.dim() == 2:

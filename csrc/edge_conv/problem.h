@@ -1,0 +1,45 @@
+// The argument checks of edge_conv and the problem that follows from them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "common/accumulator.h"
+#include "common/checks.h"
+#include "common/table.h"
+
+namespace paper_layers {
+
+struct EdgeConvProblem {
+  int64_t nodes, rows, k, channels;
+};
+
+// How many edges a table has, at least one.
+inline double count_edges(const EdgeConvProblem& problem, const int64_t* index) {
+  const int64_t* end = index + problem.nodes * problem.k;
+  return std::max<int64_t>(1, std::count_if(index, end, [](int64_t row) { return row >= 0; }));
+}
+
+inline void check_vector(const char* name, const Tensor& tensor, int64_t length, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == length && tensor.scalar_type() == dtype, name, ": expected ",
+                  length, " elements of ", dtype, ", got ", tensor.scalar_type(), " of shape ",
+                  to_string(tensor.sizes()));
+}
+
+inline EdgeConvProblem edge_conv_problem(const Tensor& center, const Tensor& neighbor, const Tensor& index,
+                                         const Tensor& slope) {
+  STD_TORCH_CHECK(center.dim() == 2, "center: expected shape (M, C), got ", to_string(center.sizes()));
+  STD_TORCH_CHECK(neighbor.dim() == 2 && neighbor.size(1) == center.size(1), "neighbor: expected shape (N, ",
+                  center.size(1), "), got ", to_string(neighbor.sizes()));
+  check_same_dtype_and_device("neighbor", neighbor, "center", center);
+  check_table(index);
+  STD_TORCH_CHECK(index.size(0) == center.size(0), "index: expected the rows of center, ", center.size(0), ", got ",
+                  index.size(0));
+  STD_TORCH_CHECK(slope.numel() == 1 && slope.scalar_type() == accumulation_dtype(center.scalar_type()),
+                  "slope: expected one element of ", accumulation_dtype(center.scalar_type()), ", got ",
+                  slope.scalar_type(), " of shape ", to_string(slope.sizes()));
+  return {center.size(0), neighbor.size(0), index.size(1), center.size(1)};
+}
+
+}  // namespace paper_layers

@@ -1,0 +1,263 @@
+"""The edge pass of EdgeConv: the op, its backward, and the function that users call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paper_layers.ops import _checks
+from paper_layers.ops._index import flat_index
+from paper_layers.ops._library import define
+from paper_layers.ops._vmap import one_by_one
+
+
+def _activate(z: Tensor, slope: Tensor) -> Tensor:
+    """z above zero and slope z below; with a slope of zero also for infinities."""
+    return torch.where(slope == 0, z.clamp(min=0), torch.where(z > 0, z, slope * z))
+
+
+def _edges(center: Tensor, neighbor: Tensor, index: Tensor, column: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One edge of each node, and where there is one: nothing of size M x k x C."""
+    return center.to(dtype) + neighbor[index[:, column].clamp(min=0)].to(dtype), index[:, column, None] >= 0
+
+
+def _reference(
+    center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = slope.dtype
+    best = torch.zeros_like(center, dtype=dtype)
+    found = index.new_zeros(index.shape[0], 1, dtype=torch.bool)
+    mean, var = (center.new_zeros(center.shape[1] if statistics else 0, dtype=dtype) for _ in range(2))
+    columns = range(index.shape[1] if len(neighbor) else 0)
+    count = (index >= 0).sum().clamp(min=1)
+    for column in columns:
+        z, there = _edges(center, neighbor, index, column, dtype)
+        y = _activate(z, slope)
+        better = y > best if smallest is None else torch.where(smallest, y < best, y > best)
+        best = torch.where(there & (~found | better | (y.isnan() & ~best.isnan())), y, best)
+        found = found | there
+        if statistics:
+            mean = mean + y.where(there, 0).sum(0) / count
+    for column in columns if statistics else ():
+        z, there = _edges(center, neighbor, index, column, dtype)
+        var = var + (_activate(z, slope) - mean).square().where(there, 0).sum(0) / count
+    return best.to(center.dtype), mean, var
+
+
+def _fake(
+    center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var = (slope.new_empty(center.shape[1] if statistics else 0) for _ in range(2))
+    return center.new_empty(center.shape), mean, var
+
+
+def _backward_reference(
+    grad: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+    center: Tensor,
+    neighbor: Tensor,
+    index: Tensor,
+    slope: Tensor,
+    output: Tensor,
+    mean: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = slope.dtype
+    grad_center = torch.zeros_like(center, dtype=dtype)
+    grad_neighbor = torch.zeros_like(neighbor, dtype=dtype)
+    grad_slope = torch.zeros_like(slope)
+    found = torch.zeros_like(center, dtype=torch.bool)
+    count = (index >= 0).sum().clamp(min=1)
+    for column in range(index.shape[1] if len(neighbor) else 0):
+        z, there = _edges(center, neighbor, index, column, dtype)
+        y = _activate(z, slope)
+        rounded = y.to(center.dtype)
+        chosen = there & ~found & ((rounded == output) | (rounded.isnan() & output.isnan()))
+        found = found | chosen
+        part = grad.to(dtype).where(chosen, 0)
+        if len(mean):
+            part = part + ((grad_mean + 2 * grad_var * (y - mean)) / count).where(there, 0)
+        slanted = part * torch.where(z > 0, 1, slope)
+        grad_center = grad_center + slanted
+        grad_neighbor = grad_neighbor.index_add(0, index[:, column].clamp(min=0), slanted)
+        grad_slope = grad_slope + (part * z).where(there & ~(z > 0), 0).sum()
+    return grad_center.to(center.dtype), grad_neighbor.to(neighbor.dtype), grad_slope
+
+
+def _backward_fake(
+    grad: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+    center: Tensor,
+    neighbor: Tensor,
+    index: Tensor,
+    slope: Tensor,
+    output: Tensor,
+    mean: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return center.new_empty(center.shape), neighbor.new_empty(neighbor.shape), slope.new_empty(())
+
+
+_edge_conv_op = define(
+    "edge_conv(Tensor center, Tensor neighbor, Tensor index, Tensor slope, Tensor? smallest, bool statistics) "
+    "-> (Tensor, Tensor, Tensor)",
+    _reference,
+    _fake,
+)
+_backward_op = define(
+    "edge_conv_backward(Tensor grad, Tensor grad_mean, Tensor grad_var, Tensor center, Tensor neighbor, Tensor index, "
+    "Tensor slope, Tensor output, Tensor mean) -> (Tensor, Tensor, Tensor)",
+    _backward_reference,
+    _backward_fake,
+)
+
+
+class _EdgeConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None, statistics: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _edge_conv_op(center, neighbor, index, slope, smallest, statistics)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        center, neighbor, index, slope, _, _ = inputs
+        ctx.save_for_backward(center, neighbor, index, slope, *output[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        center, neighbor, slope = _EdgeConvBackward.apply(*grads, *ctx.saved_tensors)
+        return center, neighbor, None, slope, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return one_by_one(_EdgeConv.apply, info.batch_size, in_dims, arguments)
+
+
+class _EdgeConvBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        grad_mean: Tensor,
+        grad_var: Tensor,
+        center: Tensor,
+        neighbor: Tensor,
+        index: Tensor,
+        slope: Tensor,
+        output: Tensor,
+        mean: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward_op(grad, grad_mean, grad_var, center, neighbor, index, slope, output, mean)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *others, index, slope, output, mean = ctx.saved_tensors
+
+        def first_order(
+            grad: Tensor,
+            grad_mean: Tensor,
+            grad_var: Tensor,
+            center: Tensor,
+            neighbor: Tensor,
+            slope: Tensor,
+            mean: Tensor,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            return _backward_reference(grad, grad_mean, grad_var, center, neighbor, index, slope, output, mean)
+
+        *others, slope, mean = torch.func.vjp(first_order, *others, slope, mean)[1](grads)
+        return *others, None, slope, None, mean
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return one_by_one(_EdgeConvBackward.apply, info.batch_size, in_dims, arguments)
+
+
+def edge_conv(
+    center: Tensor,
+    neighbor: Tensor,
+    index: Tensor,
+    *,
+    negative_slope: float | Tensor = 0.0,
+    smallest: Tensor | None = None,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Activate all edges of a graph and keep each node's largest, with the statistics of all, and store no edge.
+
+    .. math:: y_{ij} = \sigma(a_i + b_j), \quad o_i = \max_{j \in \mathcal{N}(i)} y_{ij}, \quad
+              \mu, v = \operatorname{mean}_{ij} y_{ij}, \operatorname{var}_{ij} y_{ij}
+
+    The heart of EdgeConv in Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019, section
+    3.4: a linear layer on :math:`(x_i, x_j - x_i)` is :math:`a_i + b_j` with :math:`a = (W_1 - W_2) x` and
+    :math:`b = W_2 x`. A batch norm of the edges needs their statistics and, as it is monotonic, only the largest edge
+    of each node, or the smallest where its weight is negative. `paper_layers.deep_gcn.EdgeConv` is built on it.
+
+    Args:
+        center: Centre terms a, of shape (M, C) or (B, M, C); float32, float64, bfloat16 or float16.
+        neighbor: Neighbour terms b, of shape (N, C) or (B, N, C).
+        index: Neighbours, int64 of shape (M, k) or (B, M, k), the rows of `neighbor` (in (B, N, C), of its own cloud);
+            -1 is no neighbour.
+        negative_slope: The activation is :math:`\sigma(z) = \max(z, 0) + s \min(z, 0)`: 0 is ReLU, 1 none. A Tensor of
+            one element is differentiable, as in PReLU.
+        smallest: Bool of shape (C,): where true, the smallest edge is kept in place of the largest.
+        statistics: Whether the mean and variance are wanted; they are empty otherwise.
+
+    Returns:
+        The kept edges, of the shape and dtype of `center` and 0 where a node has no neighbours; the mean and the biased
+        variance of all edges, of shape (C,), float32 (float64 for float64) and 0 where there are no edges. Of equal
+        edges the first takes the gradient.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or devices do not fit.
+
+    Example:
+        >>> import torch, paper_layers
+        >>> x = torch.randn(2, 1024, 64)
+        >>> index, _ = paper_layers.knn(x, k=16)
+        >>> w1, w2 = torch.randn(2, 32, 64)
+        >>> output, mean, var = paper_layers.edge_conv(x @ (w1 - w2).T, x @ w2.T, index)
+        >>> output.shape, mean.shape, var.shape
+        (torch.Size([2, 1024, 32]), torch.Size([32]), torch.Size([32]))
+    """
+    _checks.floating("center", center)
+    _checks.floating("neighbor", neighbor)
+    _checks.same_device("neighbor", neighbor, "center", center)
+    if center.dim() not in (2, 3):
+        raise ValueError(f"center: expected shape (M, C) or (B, M, C), got {tuple(center.shape)}")
+    clouds, channels = center.shape[:-2], center.shape[-1]
+    if neighbor.dim() != center.dim() or neighbor.shape[:-2] != clouds or neighbor.shape[-1] != channels:
+        expected = ", ".join(str(size) for size in (*clouds, "N", channels))
+        raise ValueError(f"neighbor: expected shape ({expected}), got {tuple(neighbor.shape)}")
+    _checks.neighbors("index", index, *center.shape[:-1])
+    _checks.same_device("index", index, "center", center)
+    if smallest is not None:
+        if not isinstance(smallest, Tensor) or smallest.dtype != torch.bool:
+            got = smallest.dtype if isinstance(smallest, Tensor) else type(smallest).__name__
+            raise TypeError(f"smallest: expected a bool Tensor, got {got}")
+        if smallest.shape != (channels,):
+            raise ValueError(f"smallest: expected shape ({channels},), got {tuple(smallest.shape)}")
+        _checks.same_device("smallest", smallest, "center", center)
+
+    dtype = torch.promote_types(center.dtype, neighbor.dtype)
+    center, neighbor = center.to(dtype), neighbor.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    if isinstance(negative_slope, Tensor):
+        if negative_slope.numel() != 1:
+            raise ValueError(f"negative_slope: expected one element, got shape {tuple(negative_slope.shape)}")
+        _checks.same_device("negative_slope", negative_slope, "center", center)
+        slope = negative_slope.to(wide).reshape(())
+    else:
+        slope = torch.full((), negative_slope, dtype=wide, device=center.device)
+    if center.dim() == 2:
+        return _EdgeConv.apply(center, neighbor, index, slope, smallest, bool(statistics))
+    flat = flat_index(index, neighbor.shape[1])
+    output, mean, var = _EdgeConv.apply(
+        center.flatten(0, 1), neighbor.flatten(0, 1), flat, slope, smallest, bool(statistics)
+    )
+    return output.view(center.shape), mean, var
