@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
+
+from paper_layers._official import StateDict, load
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -47,7 +46,7 @@ def _candidates(official: str) -> Iterator[str]:
             yield key[: layer.start()] + place + key[layer.end() :]
 
 
-def load_official(module: _Module, state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> _Module:
+def load_official(module: _Module, state_dict: StateDict) -> _Module:
     """Load a checkpoint of the official LIP code into a model, a block or a pooling of this package.
 
     For Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019: `LIPResNet`, `LIPDenseNet`,
@@ -66,6 +65,7 @@ def load_official(module: _Module, state_dict: Mapping[str, Any] | str | os.Path
         ValueError: Keys are missing or unexpected, or shapes differ.
 
     Example:
+        >>> import torch
         >>> from paper_layers.lip import LIPPool2d
         >>> norm = {"logit.bn.weight": torch.ones(8), "logit.bn.bias": torch.zeros(8)}
         >>> official = {"logit.conv.weight": torch.randn(8, 8, 3, 3), **norm}
@@ -73,37 +73,4 @@ def load_official(module: _Module, state_dict: Mapping[str, Any] | str | os.Path
         >>> bool((pool.logit.conv.weight == official["logit.conv.weight"]).all())
         True
     """
-    found: Any = state_dict
-    if isinstance(state_dict, str | os.PathLike):
-        found = torch.load(state_dict, map_location="cpu", weights_only=True)
-    if isinstance(found, Mapping) and "state_dict" in found:
-        found = found["state_dict"]
-    if not isinstance(found, Mapping):
-        raise TypeError(f"state_dict: expected a mapping or a path, got {type(found).__name__}")
-    official: dict[str, Any] = dict(found)
-    if official and all(key.startswith("module.") for key in official):
-        official = {key.removeprefix("module."): value for key, value in official.items()}
-
-    own = module.state_dict()
-    renamed: dict[str, Tensor] = {}
-    problems: list[str] = []
-    for key, value in official.items():
-        name = next((name for name in _candidates(key) if name in own and name not in renamed), None)
-        if name is None or not isinstance(value, Tensor):
-            problems.append(f"unexpected {key}")
-            continue
-        renamed[name] = value
-        if not is_lazy(own[name]) and own[name].shape != value.shape:
-            problems.append(f"{key} of shape {tuple(value.shape)} where {name} has {tuple(own[name].shape)}")
-    for name in own:
-        if name in renamed:
-            continue
-        if name.endswith("num_batches_tracked"):  # Older versions of torch did not save it.
-            renamed[name] = own[name]
-        else:
-            problems.append(f"missing {name}")
-    if problems:
-        kind = type(module).__name__
-        raise ValueError(f"state_dict: expected the official checkpoint of this {kind}, got " + "; ".join(problems))
-    module.load_state_dict(renamed)
-    return module
+    return load(module, state_dict, _candidates)

@@ -49,3 +49,10 @@ def neighbors(name: str, value: Tensor, *sizes: int | str) -> None:
     if value.dim() != len(sizes) + 1 or any(isinstance(want, int) and got != want for got, want in fits):
         expected = ", ".join(str(size) for size in (*sizes, "k"))
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(value.shape)}")
+
+
+def numbers(name: str, value: Tensor) -> None:
+    """An int64 tensor of one dimension."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
+        got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected an int64 Tensor of one dimension, got {got}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paper_layers.ops import _checks
-from paper_layers.ops._index import flat_index
+from paper_layers.ops._index import batch_starts, cloud_count, flat_index
 from paper_layers.ops._library import define
 from paper_layers.ops._vmap import one_by_one
 
@@ -281,9 +281,7 @@ def _starts(
     named = {"batch": batch, "points_batch": points_batch, "ptr": ptr, "points_ptr": points_ptr}
     given = {name: value for name, value in named.items() if value is not None}
     for name, value in given.items():
-        if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
-            got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected an int64 Tensor of one dimension, got {got}")
+        _checks.numbers(name, value)
         _checks.same_device(name, value, "query", query)
         if query.dim() != 2:
             raise ValueError(f"{name}: expected None for query of shape (B, M, C), got a Tensor")
@@ -305,11 +303,5 @@ def _starts(
             expected = f"{tuple(first.shape)}, as of ptr" if len(first) else "(B + 1,)"
             raise ValueError(f"{names[1]}: expected shape {expected}, got {tuple(second.shape)}")
         return first, second
-    for name, numbers, rows in zip(names, (first, second), (query, points), strict=True):
-        if len(numbers) != len(rows):
-            raise ValueError(f"{name}: expected shape ({len(rows)},), got {tuple(numbers.shape)}")
-        if bool((numbers[1:] < numbers[:-1]).any()) or bool((numbers[:1] < 0).any()):
-            raise ValueError(f"{name}: expected numbers from 0 in ascending order, got others")
-    clouds = max((int(numbers[-1]) + 1 for numbers in (first, second) if len(numbers)), default=0)
-    bounds = torch.arange(clouds + 1, device=query.device)
-    return torch.searchsorted(first, bounds), torch.searchsorted(second, bounds)
+    clouds = max(cloud_count(first), cloud_count(second))
+    return batch_starts(names[0], first, query, clouds), batch_starts(names[1], second, points, clouds)

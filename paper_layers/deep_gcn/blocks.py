@@ -1,0 +1,144 @@
+"""Blocks of a graph convolution and, where the graph is dynamic, the search for its neighbours."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from paper_layers.deep_gcn.convs import CONVS
+from paper_layers.deep_gcn.knn import DilatedKNN
+from paper_layers.deep_gcn.perceptron import Act, Norm, Order
+
+Conv = Literal["edge", "mr", "gin", "sage"]
+
+
+class PlainGCNBlock(nn.Module):
+    r"""A graph convolution on the neighbours of its own input.
+
+    .. math:: x_{l+1} = \mathcal{F}(x_l)
+
+    The block of PlainGCN in Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        conv: "edge", "mr", "gin" or "sage".
+        k: Neighbours of each point.
+        dilation: Of the neighbours, as in `DilatedKNN`.
+        stochastic: As in `DilatedKNN`.
+        epsilon: As in `DilatedKNN`.
+        act: As in `Perceptron`, as are all that follow.
+        norm: Of the convolution.
+        bias: Whether the linear layer has one.
+        order: Of activation and norm.
+        device: Where the parameters are.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: An argument is not one of those above.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.deep_gcn import PlainGCNBlock
+        >>> PlainGCNBlock(9, 64, k=16)(torch.randn(2, 1024, 9)).shape
+        torch.Size([2, 1024, 64])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        conv: Conv = "edge",
+        k: int = 16,
+        dilation: int = 1,
+        stochastic: bool = False,
+        epsilon: float = 0.2,
+        act: Act | None = "relu",
+        norm: Norm | None = "batch",
+        bias: bool = True,
+        order: Order = "act_norm",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if conv not in CONVS:
+            raise ValueError(f"conv: expected one of {', '.join(CONVS)}, got {conv!r}")
+        self.knn = DilatedKNN(k, dilation, stochastic, epsilon)
+        settings: dict[str, Any] = {"act": act, "norm": norm, "bias": bias, "order": order}
+        self.conv = CONVS[conv](in_channels, out_channels, **settings, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        *,
+        edge_index: Tensor | None = None,
+        batch: Tensor | None = None,
+        ptr: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the block to (B, N, C), or to (N, C) of one cloud or of those of `batch` or `ptr`.
+
+        A static graph, `index` or `edge_index` as in `EdgeConv`, takes the place of the nearest neighbours.
+        """
+        if index is None and edge_index is None:
+            index = self.knn(x, batch, ptr)
+        return self.combine(x, self.conv(x, index, edge_index=edge_index, ptr=ptr))
+
+    def combine(self, x: Tensor, output: Tensor) -> Tensor:
+        """What becomes of the convolution's output."""
+        return output
+
+
+class ResGCNBlock(PlainGCNBlock):
+    r"""A graph convolution whose output is added to its input.
+
+    .. math:: x_{l+1} = \mathcal{F}(x_l) + x_l
+
+    Equation 3 of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019.
+
+    Args:
+        channels: Channels of input and output.
+        **settings: All else as in `PlainGCNBlock`.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.deep_gcn import ResGCNBlock
+        >>> ResGCNBlock(64, k=16, dilation=4)(torch.randn(2, 1024, 64)).shape
+        torch.Size([2, 1024, 64])
+    """
+
+    def __init__(self, channels: int, **settings: Any):
+        super().__init__(channels, channels, **settings)
+
+    def combine(self, x: Tensor, output: Tensor) -> Tensor:
+        """Add the input."""
+        return output + x
+
+
+class DenseGCNBlock(PlainGCNBlock):
+    r"""A graph convolution whose output is appended to its input.
+
+    .. math:: x_{l+1} = [x_l, \mathcal{F}(x_l)]
+
+    Equation 5 of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019.
+
+    Args:
+        in_channels: Channels of the input.
+        growth: Channels that are appended.
+        **settings: All else as in `PlainGCNBlock`.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.deep_gcn import DenseGCNBlock
+        >>> DenseGCNBlock(64, growth=32, k=16)(torch.randn(2, 1024, 64)).shape
+        torch.Size([2, 1024, 96])
+    """
+
+    def __init__(self, in_channels: int, growth: int = 64, **settings: Any):
+        super().__init__(in_channels, growth, **settings)
+
+    def combine(self, x: Tensor, output: Tensor) -> Tensor:
+        """Append to the input."""
+        return torch.cat([x, output], -1)

@@ -1,0 +1,381 @@
+"""Graph convolutions on tables of neighbours, and on PyG's edges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paper_layers.deep_gcn.perceptron import Act, Norm, Order, Perceptron
+from paper_layers.ops import _checks
+from paper_layers.ops.neighbor_reduce import neighbor_reduce
+
+
+class _GraphConv(nn.Module):
+    """What the convolutions share: the two forms of a graph."""
+
+    in_channels: int
+    out_channels: int
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        *,
+        edge_index: Tensor | None = None,
+        ptr: Tensor | None = None,
+    ) -> Tensor:
+        """Convolve features with their neighbours'.
+
+        Args:
+            x: Features of shape (N, C) or (B, N, C).
+            index: Neighbours as `paper_layers.knn` returns them, int64 of shape (N, k) or (B, N, k); -1 is none.
+            edge_index: In place of `index`, for (N, C): edges as in PyG, int64 of shape (2, E), from sources (row 0)
+                to targets (row 1). Needs torch_geometric.
+            ptr: Where the clouds of (N, C) start, of shape (B + 1,); instance norm and dropout keep them apart.
+
+        Returns:
+            Features of shape (N, out_channels) or (B, N, out_channels).
+
+        Raises:
+            ImportError: `edge_index` is given and torch_geometric is not installed.
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: Not exactly one form of the graph is given, or shapes do not fit.
+        """
+        _checks.floating("x", x)
+        if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
+            expected = f"(N, {self.in_channels}) or (B, N, {self.in_channels})"
+            raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+        if (index is None) == (edge_index is None):
+            raise ValueError(f"index: expected either index or edge_index, got {'none' if index is None else 'both'}")
+        if edge_index is None:
+            assert index is not None
+            return self._on_table(x, index, ptr)
+        if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.shape[0] != 2:
+            got = tuple(edge_index.shape) if isinstance(edge_index, Tensor) else type(edge_index).__name__
+            raise ValueError(f"edge_index: expected shape (2, E), got {got}")
+        if x.dim() != 2:
+            raise ValueError(f"x: expected shape (N, C) with edge_index, got {tuple(x.shape)}")
+        return self._on_edges(x, edge_index, ptr)
+
+    def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+def _scatter(values: Tensor, target: Tensor, nodes: int, reduce: str) -> Tensor:
+    """PyG's aggregation of edges at their targets, 0 where there are none."""
+    from torch_geometric.utils import scatter
+
+    return scatter(values, target, 0, nodes, reduce)
+
+
+def _edge_ptr(target: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """An order of the edges by their target's cloud, and where the clouds start in it."""
+    if ptr is None:
+        return torch.arange(len(target), device=target.device), None
+    cloud, order = torch.searchsorted(ptr, target, right=True).sort(stable=True)
+    return order, torch.searchsorted(cloud, torch.arange(1, len(ptr) + 1, device=ptr.device))
+
+
+def _relative(largest: Tensor, x: Tensor, there: Tensor) -> Tensor:
+    return (largest - x).where(there, 0)
+
+
+class EdgeConv(_GraphConv):
+    r"""Edge convolution: the largest of a perceptron's outputs over each node's edges.
+
+    .. math:: x_i' = \max_{j \in \mathcal{N}(i)} h([x_i, x_j - x_i])
+
+    The convolution of ResGCN in Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019,
+    section 3.4, after Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019. A linear layer on an edge is
+    the sum of one on each of its nodes, so it costs k times less than the formula, and no edge is stored: neither
+    forward nor for the backward. Nodes without neighbours get 0.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        act: As in `Perceptron`, as are all that follow.
+        norm: Over all edges.
+        bias: Whether the linear layer has one.
+        order: Of activation and norm.
+        dropout: The probability that a channel is dropped.
+        device: Where the parameters are.
+        dtype: Their dtype.
+
+    Example:
+        >>> import torch, paper_layers
+        >>> from paper_layers.deep_gcn import EdgeConv
+        >>> x = torch.randn(2, 1024, 64)
+        >>> index, _ = paper_layers.knn(x, k=16)
+        >>> EdgeConv(64, 32)(x, index).shape
+        torch.Size([2, 1024, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        act: Act | None = "relu",
+        norm: Norm | None = "batch",
+        bias: bool = True,
+        order: Order = "act_norm",
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.nn = Perceptron(2 * in_channels, out_channels, act, norm, bias, order, dropout, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Start again, as in the official code."""
+        self.nn.reset_parameters()
+
+    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The linear layer on [x_i, x_j - x_i], as a sum of terms of i and of j."""
+        own, difference = self.nn.linear.weight.chunk(2, 1)
+        return F.linear(x, own - difference, self.nn.linear.bias), F.linear(x, difference)
+
+    def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
+        return self.nn.drop(self.nn.max_over_edges(*self._terms(x), index, ptr), ptr)
+
+    def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
+        order, edge_ptr = _edge_ptr(edge_index[1], ptr)
+        source, target = edge_index[:, order]
+        center, neighbor = self._terms(x)
+        edges = self.nn.activate_and_normalize(center[target] + neighbor[source], edge_ptr)
+        return self.nn.drop(_scatter(edges, target, len(x), "max"), ptr)
+
+
+class MRConv(_GraphConv):
+    r"""Max-relative graph convolution: a perceptron on each node and its largest difference to a neighbour.
+
+    .. math:: x_i' = h([x_i, \max_{j \in \mathcal{N}(i)} (x_j - x_i)])
+
+    Equation 4 of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019. The largest
+    difference of a node without neighbours is 0.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        act: As in `Perceptron`, as are all that follow.
+        norm: Over all nodes.
+        bias: Whether the linear layer has one.
+        order: Of activation and norm.
+        dropout: The probability that a channel is dropped.
+        device: Where the parameters are.
+        dtype: Their dtype.
+
+    Example:
+        >>> import torch, paper_layers
+        >>> from paper_layers.deep_gcn import MRConv
+        >>> x = torch.randn(2, 1024, 64)
+        >>> index, _ = paper_layers.knn(x, k=16)
+        >>> MRConv(64, 32)(x, index).shape
+        torch.Size([2, 1024, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        act: Act | None = "relu",
+        norm: Norm | None = "batch",
+        bias: bool = True,
+        order: Order = "act_norm",
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.nn = Perceptron(2 * in_channels, out_channels, act, norm, bias, order, dropout, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Start again, as in the official code."""
+        self.nn.reset_parameters()
+
+    def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
+        relative = _relative(neighbor_reduce(x, index, "max"), x, (index >= 0).any(-1, keepdim=True))
+        return self.nn(torch.cat([x, relative], -1), ptr)
+
+    def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
+        source, target = edge_index
+        relative = _scatter(x[source] - x[target], target, len(x), "max")
+        return self.nn(torch.cat([x, relative], -1), ptr)
+
+
+class GINConv(_GraphConv):
+    r"""Graph isomorphism convolution: a perceptron on each node plus the sum of its neighbours.
+
+    .. math:: x_i' = h((1 + \epsilon) x_i + \sum_{j \in \mathcal{N}(i)} x_j)
+
+    Equation 4.1 of Xu, Hu, Leskovec, Jegelka, "How Powerful are Graph Neural Networks?", ICLR 2019, as in the official
+    code of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019. :math:`\epsilon` is
+    learned.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        act: As in `Perceptron`, as are all that follow.
+        norm: Over all nodes.
+        bias: Whether the linear layer has one.
+        order: Of activation and norm.
+        dropout: The probability that a channel is dropped.
+        device: Where the parameters are.
+        dtype: Their dtype.
+
+    Example:
+        >>> import torch, paper_layers
+        >>> from paper_layers.deep_gcn import GINConv
+        >>> x = torch.randn(2, 1024, 64)
+        >>> index, _ = paper_layers.knn(x, k=16)
+        >>> GINConv(64, 32)(x, index).shape
+        torch.Size([2, 1024, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        act: Act | None = "relu",
+        norm: Norm | None = "batch",
+        bias: bool = True,
+        order: Order = "act_norm",
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.nn = Perceptron(in_channels, out_channels, act, norm, bias, order, dropout, device, dtype)
+        self.eps = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Start again, as in the official code."""
+        self.nn.reset_parameters()
+        nn.init.zeros_(self.eps)
+
+    def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
+        return self._combine(x, neighbor_reduce(x, index, "sum"), ptr)
+
+    def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
+        source, target = edge_index
+        return self._combine(x, _scatter(x[source], target, len(x), "sum"), ptr)
+
+    def _combine(self, x: Tensor, total: Tensor, ptr: Tensor | None) -> Tensor:
+        return self.nn((1 + self.eps) * x + total, ptr)
+
+
+class SAGEConv(_GraphConv):
+    r"""GraphSAGE: a perceptron on each node and an aggregate of its transformed neighbours.
+
+    .. math:: x_i' = h_2([x_i, \max_{j \in \mathcal{N}(i)} h_1(x_j)]) \quad \text{or} \quad
+              x_i' = \frac{h_2([x_i, m_i]) + b}{\lVert h_2([x_i, m_i]) + b \rVert}, \;
+              m_i = \operatorname{mean}_{j \in \mathcal{N}(i) \cup \{i\}} W x_j
+
+    Hamilton, Ying, Leskovec, "Inductive Representation Learning on Large Graphs", NeurIPS 2017, in the two forms of the
+    official code of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019: the dense code's
+    maximum, and the sparse code's mean, whose result has length one where `norm` is not None.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        aggr: "max" or "mean".
+        relative: With "mean", average the differences :math:`x_j - x_i`.
+        act: As in `Perceptron`, as are all that follow.
+        norm: Over all nodes; in :math:`h_1` over all edges.
+        bias: Whether the linear layers have one, and with "mean" b.
+        order: Of activation and norm.
+        dropout: The probability that a channel is dropped.
+        device: Where the parameters are.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: `aggr` or `relative` does not fit.
+
+    Example:
+        >>> import torch, paper_layers
+        >>> from paper_layers.deep_gcn import SAGEConv
+        >>> x = torch.randn(2, 1024, 64)
+        >>> index, _ = paper_layers.knn(x, k=16)
+        >>> SAGEConv(64, 32)(x, index).shape
+        torch.Size([2, 1024, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        aggr: str = "max",
+        relative: bool = False,
+        act: Act | None = "relu",
+        norm: Norm | None = "batch",
+        bias: bool = True,
+        order: Order = "act_norm",
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if aggr not in ("max", "mean"):
+            raise ValueError(f"aggr: expected max or mean, got {aggr!r}")
+        if relative and aggr == "max":
+            raise ValueError("relative: expected False with aggr='max', got True")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.aggr, self.relative, self.normalize = aggr, relative, aggr == "mean" and norm is not None
+        placement: dict[str, Any] = {"device": device, "dtype": dtype}
+        if aggr == "max":
+            self.nn1 = Perceptron(in_channels, in_channels, act, norm, bias, order, 0.0, **placement)
+        else:
+            self.nn1 = Perceptron(in_channels, out_channels, None, None, False, order, 0.0, **placement)
+        width = in_channels + self.nn1.linear.out_features
+        self.nn2 = Perceptron(width, out_channels, act, norm, bias, order, dropout, **placement)
+        self.bias = nn.Parameter(torch.zeros(out_channels, **placement)) if aggr == "mean" and bias else None
+
+    def reset_parameters(self) -> None:
+        """Start again, as in the official code."""
+        self.nn1.reset_parameters()
+        self.nn2.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """The aggregation."""
+        return f"aggr={self.aggr!r}, relative={self.relative}"
+
+    def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
+        if self.aggr == "max":
+            terms = self.nn1.linear(x)
+            return self._combine(x, self.nn1.max_over_edges(torch.zeros_like(terms), terms, index, ptr), ptr)
+        # Every node is its own neighbour, once.
+        own = torch.arange(x.shape[-2], device=x.device)[:, None].expand(*x.shape[:-1], 1)
+        index = torch.cat([own, torch.where(index == own, -1, index)], -1)
+        return self._combine(x, self._mean(x, neighbor_reduce(x, index, "mean")), ptr)
+
+    def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
+        if self.aggr == "max":
+            order, edge_ptr = _edge_ptr(edge_index[1], ptr)
+            source, target = edge_index[:, order]
+            edges = self.nn1.activate_and_normalize(self.nn1.linear(x)[source], edge_ptr)
+            return self._combine(x, _scatter(edges, target, len(x), "max"), ptr)
+        own = torch.arange(len(x), device=x.device).expand(2, -1)
+        source, target = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], own], 1)
+        return self._combine(x, self._mean(x, _scatter(x[source], target, len(x), "mean")), ptr)
+
+    def _mean(self, x: Tensor, mean: Tensor) -> Tensor:
+        return self.nn1.linear(mean - x if self.relative else mean)
+
+    def _combine(self, x: Tensor, aggregate: Tensor, ptr: Tensor | None) -> Tensor:
+        output = self.nn2(torch.cat([x, aggregate], -1), ptr)
+        if self.bias is not None:
+            output = output + self.bias
+        return F.normalize(output, dim=-1) if self.normalize else output
+
+
+CONVS: dict[str, type[_GraphConv]] = {"edge": EdgeConv, "mr": MRConv, "gin": GINConv, "sage": SAGEConv}

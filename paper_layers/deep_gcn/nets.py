@@ -1,0 +1,228 @@
+"""The deep network that labels points: a head, blocks whose outputs are all kept, and a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from paper_layers.deep_gcn.blocks import Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
+from paper_layers.deep_gcn.perceptron import Act, Norm, Order, Perceptron, frozen_statistics
+from paper_layers.ops import _checks
+from paper_layers.ops._index import batch_starts
+
+Block = Literal["res", "dense", "plain"]
+Dilations = Sequence[int] | Callable[[int], int]
+
+
+def _rates(dilations: Dilations | None, count: int, most: int | None) -> list[int]:
+    if most is not None and most < 1:
+        raise ValueError(f"max_dilation: expected at least 1, got {most}")
+    if dilations is None:
+        rates = list(range(1, count + 1))
+    elif callable(dilations):
+        rates = [dilations(i) for i in range(count)]
+    else:
+        rates = list(dilations)
+    if len(rates) != count:
+        raise ValueError(f"dilations: expected one for each of the {count} blocks after the head, got {len(rates)}")
+    return [min(rate, most or rate) for rate in rates]
+
+
+def starts(x: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor | None:
+    """Where the clouds of (N, C) start, from either form; None for (B, N, C) and for one cloud."""
+    for name, value in (("batch", batch), ("ptr", ptr)):
+        if value is not None:
+            _checks.numbers(name, value)
+            if x.dim() == 3:
+                raise ValueError(f"{name}: expected None for x of shape (B, N, C), got a Tensor")
+    if batch is None:
+        return ptr
+    if ptr is not None:
+        raise ValueError("ptr: expected either batch or ptr, got both")
+    return batch_starts("batch", batch, x)
+
+
+def pool(x: Tensor, ptr: Tensor | None, reduce: Literal["max", "mean"]) -> Tensor:
+    """One row a cloud: (B, C), with (1, C) for (N, C) without `ptr`."""
+    if ptr is not None:
+        return torch.segment_reduce(x, reduce, offsets=ptr, axis=0)
+    rows = x if x.dim() == 3 else x[None]
+    return rows.amax(1) if reduce == "max" else rows.mean(1)
+
+
+def spread(x: Tensor, like: Tensor, ptr: Tensor | None) -> Tensor:
+    """A row for each node of its cloud's."""
+    if ptr is not None:
+        return x.repeat_interleave(ptr.diff(), 0, output_size=len(like))
+    return x[:, None] if like.dim() == 3 else x
+
+
+class DeepGCN(nn.Module):
+    r"""ResGCN, DenseGCN or PlainGCN that labels the points of clouds, as for S3DIS.
+
+    .. math:: x_0 = \mathcal{F}_0(x), \quad x_{l+1} = \mathcal{F}_l(x_l) + x_l, \quad
+              y = h([\max_i f(X)_i, X]), \; X = [x_0, \ldots, x_L]
+
+    Figure 2 of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019. Block i finds its
+    neighbours among its own features with dilation 1 + i; the head among the first three channels, the coordinates.
+
+    Args:
+        in_channels: Channels of the input, coordinates first.
+        num_classes: Channels of the output.
+        channels: Channels of head and blocks.
+        blocks: Head and blocks together: the layers of ResGCN-28.
+        block: "res", "dense" or "plain"; plain has no dilation unless `dilations` says so, and no stochastic one.
+        conv: "edge", "mr", "gin" or "sage".
+        k: Neighbours of each point.
+        growth: With "dense": channels that each block appends; default `channels`.
+        dilations: One for each block after the head, or a function of its number from 0; default 1, 2, 3, ....
+            Clouds should have ``k * dilation`` points; neighbours beyond are left out.
+        max_dilation: The most that any dilation may be.
+        stochastic: As in `DilatedKNN`.
+        epsilon: As in `DilatedKNN`.
+        act: As in `Perceptron`.
+        norm: As in `Perceptron`.
+        bias: As in `Perceptron`.
+        order: As in `Perceptron`.
+        dropout: The probability that a feature is dropped before the last layer.
+        checkpointing: Compute the convolutions again in the backward pass and keep only their inputs.
+        device: Where the parameters are.
+        dtype: Their dtype.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A value does not fit.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.deep_gcn import DeepGCN
+        >>> net = DeepGCN(9, 13, blocks=7)
+        >>> net(torch.randn(2, 512, 9)).shape
+        torch.Size([2, 512, 13])
+    """
+
+    # What the head's convolution does otherwise than all others.
+    _head: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        channels: int = 64,
+        blocks: int = 28,
+        block: Block = "res",
+        conv: Conv = "edge",
+        k: int = 16,
+        growth: int | None = None,
+        dilations: Dilations | None = None,
+        max_dilation: int | None = None,
+        stochastic: bool = True,
+        epsilon: float = 0.2,
+        act: Act | None = "relu",
+        norm: Norm | None = "batch",
+        bias: bool = True,
+        order: Order = "act_norm",
+        dropout: float = 0.3,
+        checkpointing: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if block not in ("res", "dense", "plain"):
+            raise ValueError(f"block: expected res, dense or plain, got {block!r}")
+        for name, value in (("in_channels", in_channels), ("channels", channels), ("blocks", blocks)):
+            _checks.integer(name, value, 1)
+        if growth is not None and block != "dense":
+            raise ValueError(f"growth: expected None with block={block!r}, got {growth}")
+        if block == "plain":
+            stochastic, dilations = False, dilations or (lambda i: 1)
+        rates = _rates(dilations, blocks - 1, max_dilation)
+        appended = (growth or channels) if block == "dense" else 0
+        layer: dict[str, Any] = {"act": act, "norm": norm, "bias": bias, "order": order}
+        layer |= {"device": device, "dtype": dtype}
+        graph = {"conv": conv, "k": k, "stochastic": stochastic, "epsilon": epsilon, **layer}
+        self.in_channels, self.checkpointing = in_channels, checkpointing
+        self.num_features = channels * blocks + appended * (blocks * (blocks - 1) // 2)
+        self.head = PlainGCNBlock(in_channels, channels, **{**graph, **self._head})
+        self.blocks = nn.ModuleList()
+        for i, dilation in enumerate(rates):
+            if block == "dense":
+                made: PlainGCNBlock = DenseGCNBlock(channels + appended * i, appended, dilation=dilation, **graph)
+            elif block == "res":
+                made = ResGCNBlock(channels, dilation=dilation, **graph)
+            else:
+                made = PlainGCNBlock(channels, channels, dilation=dilation, **graph)
+            self.blocks.append(made)
+        self._add_prediction(num_classes, dropout, layer)
+
+    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
+        self.fusion = Perceptron(self.num_features, 1024, **layer)
+        self.prediction = nn.Sequential(
+            Perceptron(1024 + self.num_features, 512, **layer),
+            Perceptron(512, 256, **layer),
+            nn.Dropout(dropout),
+            Perceptron(256, num_classes, **{**layer, "act": None, "norm": None}),
+        )
+
+    def reset_parameters(self) -> None:
+        """Start again, as in the official code."""
+        for module in self.modules():
+            if isinstance(module, Perceptron):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
+        """Label the points of (B, N, C), or of (N, C) with the clouds of `batch` or `ptr`: (..., num_classes)."""
+        ptr = starts(x, batch, ptr)
+        features = self.features(x, ptr)
+        pooled = pool(self.fusion(features, ptr), ptr, "max")
+        return self.predict([spread(pooled, features, ptr), features], ptr)
+
+    def features(
+        self,
+        x: Tensor,
+        ptr: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        edge_index: Tensor | None = None,
+    ) -> Tensor:
+        """The outputs of head and blocks side by side, of shape (..., num_features); on a static graph where given."""
+        if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
+            expected = f"(N, {self.in_channels}) or (B, N, {self.in_channels})"
+            raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+        static = index is not None or edge_index is not None
+        outputs = [x]
+        for block in (self.head, *self.blocks):
+            if not static:
+                index = block.knn(x[..., :3] if block is self.head else outputs[-1], ptr=ptr)
+            outputs.append(self._run(block, outputs[-1], index, edge_index, ptr))
+        return torch.cat(outputs[1:], -1)
+
+    def _run(
+        self, block: nn.Module, x: Tensor, index: Tensor | None, edge_index: Tensor | None, ptr: Tensor | None
+    ) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return block(x, index, edge_index=edge_index, ptr=ptr)
+
+        if not self.checkpointing or not torch.is_grad_enabled():
+            return run(x)
+        return checkpoint(run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
+
+    def predict(self, parts: list[Tensor], ptr: Tensor | None = None) -> Tensor:
+        """The prediction from parts that stand side by side, some of them the same for all points of a cloud."""
+        first, *rest = cast(Iterable[Any], self.prediction)
+        # The linear layer part by part: no copy of a cloud's for each of its points.
+        weights = first.linear.weight.split([part.shape[-1] for part in parts], 1)
+        terms = [F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)]
+        z = sum(terms[1:], terms[0])
+        if first.linear.bias is not None:
+            z = z + first.linear.bias
+        z = first.drop(first.activate_and_normalize(z, ptr), ptr)
+        for layer in rest:
+            z = layer(z, ptr) if isinstance(layer, Perceptron) else layer(z)
+        return z

@@ -1,0 +1,180 @@
+"""DeepGCN's forms for whole clouds, for parts of objects and for graphs that are given."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paper_layers.deep_gcn.nets import DeepGCN, pool, spread, starts
+from paper_layers.deep_gcn.perceptron import Perceptron
+
+
+def _leaky_prediction(inputs: int, num_classes: int, dropout: float, layer: dict[str, Any]) -> nn.Sequential:
+    """As the official code has it: leaky activations, and biases whatever the others do."""
+    leaky = {**layer, "act": "leakyrelu", "bias": True}
+    return nn.Sequential(
+        Perceptron(inputs, 512, **leaky, dropout=dropout),
+        Perceptron(512, 256, **leaky, dropout=dropout),
+        Perceptron(256, num_classes, **{**leaky, "act": None, "norm": None}),
+    )
+
+
+class DeepGCNClassifier(DeepGCN):
+    r"""DeepGCN that classifies clouds, as for ModelNet40.
+
+    .. math:: y = h([\max_i f(X)_i, \operatorname{mean}_i f(X)_i])
+
+    The network of the journal version, Li et al., "DeepGCNs: Making GCNs Go as Deep as CNNs", 2021, section 4.3.
+
+    Args:
+        in_channels: Channels of the input, coordinates first.
+        num_classes: Channels of the output.
+        embedding_dim: Channels of f.
+        blocks: As in `DeepGCN`.
+        k: As in `DeepGCN`.
+        dropout: Between the last layers.
+        **settings: All else as in `DeepGCN`.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.deep_gcn import DeepGCNClassifier
+        >>> DeepGCNClassifier(3, 40, blocks=7)(torch.randn(2, 256, 3)).shape
+        torch.Size([2, 40])
+    """
+
+    _head: ClassVar[dict[str, Any]] = {"bias": False}
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_classes: int = 40,
+        *,
+        embedding_dim: int = 1024,
+        blocks: int = 14,
+        k: int = 9,
+        dropout: float = 0.5,
+        **settings: Any,
+    ):
+        self.embedding_dim = embedding_dim
+        super().__init__(in_channels, num_classes, blocks=blocks, k=k, dropout=dropout, **settings)
+
+    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
+        self.fusion = Perceptron(self.num_features, self.embedding_dim, **{**layer, "act": "leakyrelu", "bias": False})
+        self.prediction = _leaky_prediction(2 * self.embedding_dim, num_classes, dropout, layer)
+
+    def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
+        """Classify the clouds of (B, N, C), or of (N, C) with `batch` or `ptr`: (B, num_classes)."""
+        ptr = starts(x, batch, ptr)
+        fused = self.fusion(self.features(x, ptr), ptr)
+        return self.predict([pool(fused, ptr, "max"), pool(fused, ptr, "mean")])
+
+
+class DeepGCNPartSegmenter(DeepGCN):
+    r"""DeepGCN that labels the parts of objects, as for PartNet.
+
+    .. math:: y_i = \log \operatorname{softmax} h([\max_i f(X)_i, \operatorname{mean}_i f(X)_i, f(X)_i])
+
+    The network of the journal version, Li et al., "DeepGCNs: Making GCNs Go as Deep as CNNs", 2021, section 4.2. As in
+    the official code the output is the logarithm of probabilities; cross entropy takes it like any logits.
+
+    Args:
+        in_channels: Channels of the input, coordinates first.
+        num_classes: Channels of the output.
+        embedding_dim: Channels of f.
+        k: As in `DeepGCN`.
+        dropout: Between the last layers.
+        **settings: All else as in `DeepGCN`.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.deep_gcn import DeepGCNPartSegmenter
+        >>> DeepGCNPartSegmenter(3, 15, blocks=7)(torch.randn(2, 256, 3)).shape
+        torch.Size([2, 256, 15])
+    """
+
+    _head: ClassVar[dict[str, Any]] = {"bias": False}
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        embedding_dim: int = 1024,
+        k: int = 9,
+        dropout: float = 0.5,
+        **settings: Any,
+    ):
+        self.embedding_dim = embedding_dim
+        super().__init__(in_channels, num_classes, k=k, dropout=dropout, **settings)
+
+    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
+        self.fusion = Perceptron(self.num_features, self.embedding_dim, **{**layer, "act": "leakyrelu", "bias": False})
+        self.prediction = _leaky_prediction(3 * self.embedding_dim, num_classes, dropout, layer)
+
+    def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
+        """Label the points of (B, N, C), or of (N, C) with `batch` or `ptr`: log-probabilities (..., num_classes)."""
+        ptr = starts(x, batch, ptr)
+        fused = self.fusion(self.features(x, ptr), ptr)
+        pooled = [spread(pool(fused, ptr, reduce), fused, ptr) for reduce in ("max", "mean")]
+        return F.log_softmax(self.predict([*pooled, fused], ptr), -1)
+
+
+class StaticDeepGCN(DeepGCN):
+    r"""DeepGCN on a graph that is given, labelling its nodes, as for PPI.
+
+    .. math:: y_i = h([X_i, \max_c f(X)_{ic}])
+
+    The network of the journal version, Li et al., "DeepGCNs: Making GCNs Go as Deep as CNNs", 2021, section 4.4; as in
+    the official code the maximum is over the channels of f.
+
+    Args:
+        in_channels: Channels of the input.
+        num_classes: Channels of the output.
+        channels: As in `DeepGCN`.
+        blocks: As in `DeepGCN`.
+        conv: As in `DeepGCN`.
+        dropout: Between the last layers.
+        **settings: All else as in `DeepGCN`; those of nearest neighbours mean nothing here.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.deep_gcn import StaticDeepGCN, from_edge_index
+        >>> edges = torch.randint(100, (2, 800))
+        >>> net = StaticDeepGCN(50, 121, blocks=7)
+        >>> net(torch.randn(100, 50), from_edge_index(edges, 100)).shape
+        torch.Size([100, 121])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        channels: int = 256,
+        blocks: int = 14,
+        *,
+        conv: Any = "mr",
+        dropout: float = 0.2,
+        **settings: Any,
+    ):
+        super().__init__(in_channels, num_classes, channels, blocks, conv=conv, dropout=dropout, **settings)
+
+    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
+        self.fusion = Perceptron(self.num_features, 1024, **{**layer, "norm": None})
+        self.prediction = nn.Sequential(
+            Perceptron(1 + self.num_features, 512, **layer),
+            nn.Dropout(dropout),
+            Perceptron(512, 256, **layer),
+            nn.Dropout(dropout),
+            Perceptron(256, num_classes, **{**layer, "act": None, "norm": None}),
+        )
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, index: Tensor | None = None, *, edge_index: Tensor | None = None
+    ) -> Tensor:
+        """Label the nodes (N, C) of a graph in either form, as in `EdgeConv`: (N, num_classes)."""
+        if index is None and edge_index is None:
+            raise ValueError("index: expected either index or edge_index, got none")
+        features = self.features(x, index=index, edge_index=edge_index)
+        return self.predict([features, self.fusion(features).amax(-1, keepdim=True)])
