@@ -3,7 +3,7 @@
 from paper_layers.deep_gcn.blocks import DenseGCNBlock, PlainGCNBlock, ResGCNBlock
 from paper_layers.deep_gcn.checkpoints import load_official
 from paper_layers.deep_gcn.convs import EdgeConv, GINConv, MRConv, SAGEConv
-from paper_layers.deep_gcn.edges import from_edge_index, to_edge_index
+from paper_layers.deep_gcn.edges import from_edge_index, knn_graph, to_edge_index
 from paper_layers.deep_gcn.knn import DilatedKNN
 from paper_layers.deep_gcn.nets import DeepGCN
 from paper_layers.deep_gcn.perceptron import Perceptron
@@ -24,6 +24,7 @@ __all__ = [
     "SAGEConv",
     "StaticDeepGCN",
     "from_edge_index",
+    "knn_graph",
     "load_official",
     "to_edge_index",
 ]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from paper_layers.deep_gcn.convs import CONVS
+from paper_layers.deep_gcn.edge_norm import Order
 from paper_layers.deep_gcn.knn import DilatedKNN
-from paper_layers.deep_gcn.perceptron import Act, Norm, Order
+from paper_layers.deep_gcn.perceptron import Act, Norm
 
 Conv = Literal["edge", "mr", "gin", "sage"]
 

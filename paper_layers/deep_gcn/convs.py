@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers.deep_gcn.perceptron import Act, Norm, Order, Perceptron
+from paper_layers.deep_gcn.edge_norm import Order
+from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron
 from paper_layers.ops import _checks
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
 

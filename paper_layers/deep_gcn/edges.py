@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paper_layers.ops.knn import knn
+
 FLOWS = ("source_to_target", "target_to_source")
 
 
@@ -86,6 +88,42 @@ def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, fl
     table = edge_index.new_full((num_nodes, k), -1)
     table[center, torch.arange(len(center), device=center.device) - first[center]] = neighbor[order]
     return table
+
+
+def knn_graph(
+    x: Tensor,
+    k: int,
+    batch: Tensor | None = None,
+    loop: bool = False,
+    flow: str = "source_to_target",
+    cosine: bool = False,
+) -> Tensor:
+    """Find the edges to each node's k nearest, exactly: PyG's `knn_graph` without torch-cluster or pyg-lib.
+
+    Args:
+        x: Features of shape (N, C).
+        k: Neighbours of each node.
+        batch: The cloud of each node, as in `paper_layers.knn`.
+        loop: Whether a node may be its own neighbour.
+        flow: As in `to_edge_index`.
+        cosine: Whether the nearest are those of the smallest angle.
+
+    Returns:
+        Edges of shape (2, E), nearest first for each node; fewer than k where a cloud has too few nodes.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or values do not fit.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.deep_gcn import knn_graph
+        >>> knn_graph(torch.tensor([[0.0], [1.0], [3.0]]), k=1)
+        tensor([[1, 0, 1],
+                [0, 1, 2]])
+    """
+    metric = "cosine" if cosine else "sqeuclidean"
+    return to_edge_index(knn(x.detach(), k=k, batch=batch, metric=metric, include_self=loop)[0], flow)
 
 
 def _check_int64(name: str, value: Tensor) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paper_layers.deep_gcn.blocks import Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
-from paper_layers.deep_gcn.perceptron import Act, Norm, Order, Perceptron, frozen_statistics
+from paper_layers.deep_gcn.edge_norm import Order, frozen_statistics
+from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron
 from paper_layers.ops import _checks
 from paper_layers.ops._index import batch_starts
 

@@ -1,11 +1,4 @@
-"""One-line surgery on finished models.
-
-Every function here changes `model` in place and returns it. A chosen module becomes another one where it stands: the
-same object with a new class, as in torch's lazy modules and parametrizations. So it stays wherever it is registered,
-under one name or several or as the root, and keeps its training mode and its hooks (and a convolution its parameters).
-New parameters take device and dtype from the nearest ones of the model, and are trainable: give them to the optimizer,
-and swap before DDP or FSDP wrap the model. When an error is raised, nothing has been changed.
-"""
+"""Pools and strided convolutions become LIP pooling."""
 
 from __future__ import annotations
 
@@ -13,67 +6,18 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from paper_layers.lip.pool import LIPPool2d, Logit
-
-Filter = Callable[[nn.Module, str], bool]
-M = TypeVar("M", bound=nn.Module)
+from paper_layers.swap._surgery import Filter, M, become, called, placement, select
 
 _GUESSED_SIZE = 224
 # What a pool may be told that LIP cannot do, and the values that ask for nothing.
 _UNSUPPORTED = {"dilation": (1, (1, 1), [1, 1]), "return_indices": (False,), "divisor_override": (None,)}
-
-
-def _select(
-    model: nn.Module,
-    wanted: str,
-    kinds: tuple[type[M], ...],
-    result: type[nn.Module],
-    filter: Filter | None,
-    condition: Callable[[Any], bool] = lambda module: True,
-) -> dict[M, str]:
-    """The modules of exactly these classes that `filter` accepts, each with the name that it was accepted under.
-
-    Subclasses compute something else and are left alone. Empty if the model holds a `result`, of an earlier swap.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a Module, got {type(model).__name__}")
-    everything = list(model.named_modules(remove_duplicate=False))
-    found = [(name, m) for name, m in everything if type(m) in kinds and condition(m)]
-    chosen = {m: name for name, m in reversed(found) if filter is None or filter(m, name)}
-    if not chosen and not any(type(m) is result for _, m in everything):
-        rejected = f" that filter accepts ({len(found)} without it)" if found else ""
-        raise ValueError(f"model: expected at least one {wanted} to swap{rejected}, got none in {type(model).__name__}")
-    for module, name in chosen.items():
-        if "forward" in vars(module):
-            raise ValueError(f"{_called(name)}: expected the forward of its class, got one set on the object")
-    return dict(reversed(chosen.items()))
-
-
-def _called(name: str) -> str:
-    return f"model.{name}" if name else "model"
-
-
-def _become(old: nn.Module, new: nn.Module) -> None:
-    """Turn `old` into `new` where it stands. It keeps its hooks (the very dictionaries) and training mode."""
-    new.train(old.training)
-    kept = {key: value for key, value in vars(old).items() if "_hook" in key}
-    old.__class__ = type(new)
-    old.__dict__ = {**vars(new), **kept}
-
-
-def _placement(model: nn.Module, name: str) -> dict[str, Any]:
-    """Device and dtype of the module's parameters, or of the nearest ones around it."""
-    module = model.get_submodule(name)
-    for tensor in chain(module.parameters(), module.buffers()):
-        if tensor.is_floating_point():
-            return {"device": tensor.device, "dtype": tensor.dtype}
-    return _placement(model, name.rpartition(".")[0]) if name else {}
 
 
 def _own(logit: Logit, placement: dict[str, Any]) -> Logit:
@@ -129,12 +73,12 @@ def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: A
         if not seen[module] and failure is not None:
             raise ValueError(
                 f"example_input: expected an input that runs through the model on the meta device as far as "
-                f"{_called(name)}, got {type(failure).__name__}: {failure}. Pass another one, or swap the part of the "
+                f"{called(name)}, got {type(failure).__name__}: {failure}. Pass another one, or swap the part of the "
                 "model that holds the pools."
             ) from failure
         if len(seen[module]) != 1:
             counts = " and ".join(map(str, sorted(seen[module]))) or "no input at all in the trial run"
-            raise ValueError(f"{_called(name)}: expected one number of channels, got {counts}; filter can leave it out")
+            raise ValueError(f"{called(name)}: expected one number of channels, got {counts}; filter can leave it out")
     return {module: counts.pop() for module, counts in seen.items()}
 
 
@@ -180,20 +124,20 @@ def pooling(
         >>> model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 16, 15, 15])
     """
-    pools = _select(model, "nn.MaxPool2d or nn.AvgPool2d", (nn.MaxPool2d, nn.AvgPool2d), LIPPool2d, filter)
+    pools = select(model, "nn.MaxPool2d or nn.AvgPool2d", (nn.MaxPool2d, nn.AvgPool2d), (LIPPool2d,), filter)
     for pool, name in pools.items():
         for option, neutral in _UNSUPPORTED.items():
             value = getattr(pool, option, neutral[0])
             if value not in neutral:
                 raise ValueError(
-                    f"{_called(name)}: expected {option}={neutral[0]}, got {value}; filter can leave it out"
+                    f"{called(name)}: expected {option}={neutral[0]}, got {value}; filter can leave it out"
                 )
     if not pools:
         return model
     channels = _input_channels(model, pools, example_input)
     built = []
     for pool, name in pools.items():
-        place = _placement(model, name)
+        place = placement(model, name)
         geometry: dict[str, Any] = {
             key: getattr(pool, key) for key in ("kernel_size", "stride", "padding", "ceil_mode")
         }
@@ -202,7 +146,7 @@ def pooling(
         )
         built.append(lip)
     for pool, new in zip(pools, built, strict=True):
-        _become(pool, new)
+        become(pool, new)
     return model
 
 
@@ -240,7 +184,7 @@ class LIPConv2d(nn.Conv2d):
 
 
 def _stride_pool(conv: nn.Conv2d, logit: Logit, bottleneck_width: int) -> LIPPool2d:
-    place = _placement(conv, "")
+    place = placement(conv, "")
     rows, columns = conv.stride
     kernel_size = (rows | 1, columns | 1)
     padding = (rows // 2, columns // 2)  # Half the kernel, as rows | 1 is 2 * (rows // 2) + 1.
@@ -282,7 +226,7 @@ def strided_conv(
         >>> model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 16, 16, 16])
     """
-    convs = _select(model, "strided nn.Conv2d", (nn.Conv2d,), LIPConv2d, filter, lambda conv: max(conv.stride) > 1)
+    convs = select(model, "strided nn.Conv2d", (nn.Conv2d,), (LIPConv2d,), filter, lambda conv: max(conv.stride) > 1)
     pools = [_stride_pool(conv, logit, bottleneck_width) for conv in convs]
     for conv, pool in zip(convs, pools, strict=True):
         conv.__class__ = LIPConv2d

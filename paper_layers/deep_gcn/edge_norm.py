@@ -1,0 +1,150 @@
+"""Activation and norm of all edges of a graph, of which each node keeps the largest: no edge is stored."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from paper_layers.ops.edge_conv import edge_conv
+
+Order = Literal["act_norm", "norm_act"]
+BatchNorm = nn.BatchNorm1d | nn.SyncBatchNorm
+INSTANCE_EPS = 1e-5
+
+_frozen = threading.local()
+
+
+@contextlib.contextmanager
+def frozen_statistics() -> Iterator[None]:
+    """While a forward pass is computed again for its backward, running statistics do not follow a second time."""
+    _frozen.depth = getattr(_frozen, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _frozen.depth -= 1
+
+
+def max_over_edges(
+    center: Tensor,
+    neighbor: Tensor,
+    index: Tensor,
+    act: nn.Module | None,
+    norm: BatchNorm | Literal["instance"] | None,
+    order: Order = "act_norm",
+    ptr: Tensor | None = None,
+) -> Tensor:
+    """Activate and normalise the edges ``center[i] + neighbor[j]`` and keep the largest of each node.
+
+    Batch norm takes all edges together, instance norm those of each cloud. Nodes without neighbours get what a kept
+    edge of 0 would become.
+    """
+    if norm != "instance" or (center.dim() == 2 and ptr is None):
+        return _one_set(center, neighbor, index, act, norm, order)
+    if center.dim() == 3:
+        clouds = zip(center, neighbor, index, strict=True)
+        outputs = [_one_set(*cloud, act, norm, order) for cloud in clouds]
+        return torch.stack(outputs) if outputs else center
+    bounds = [] if ptr is None else ptr.tolist()
+    rows = [slice(first, last) for first, last in itertools.pairwise(bounds) if first < last]
+    return torch.cat([center[:0], *(_one_set(center[r], neighbor, index[r], act, norm, order) for r in rows)])
+
+
+def _one_set(
+    center: Tensor,
+    neighbor: Tensor,
+    index: Tensor,
+    act: nn.Module | None,
+    norm: BatchNorm | Literal["instance"] | None,
+    order: Order,
+) -> Tensor:
+    """Edges that are normalised together."""
+    act_first = order == "act_norm"
+    slope = _slope(act) if act_first else 1.0
+    batch_norm = None if isinstance(norm, str) else norm
+    # A negative factor of the norm makes the smallest edge the largest.
+    smallest = batch_norm.weight < 0 if batch_norm is not None and batch_norm.affine else None
+    wanted = norm == "instance" or (batch_norm is not None and _uses_batch_statistics(batch_norm))
+    if wanted and index.numel() == 1:
+        raise ValueError("input: expected more than one value to normalise each channel with, got 1")
+    kept, mean, var = edge_conv(center, neighbor, index, negative_slope=slope, smallest=smallest, statistics=wanted)
+    if norm is None:
+        return kept if act_first or act is None else act(kept)
+    if batch_norm is None:
+        scale = (var + INSTANCE_EPS).rsqrt()
+        shift = -mean * scale
+    else:
+        scale, shift = _scale_and_shift(batch_norm, mean, var, (index >= 0).sum())
+    output = _affine(kept, scale, shift)
+    if act_first or act is None:
+        return output
+    output = act(output)
+    if isinstance(act, nn.PReLU):
+        # It falls below zero where its slope is negative: then either end may become the largest.
+        opposite = torch.ones_like(scale, dtype=torch.bool) if smallest is None else ~smallest
+        other, _, _ = edge_conv(center, neighbor, index, negative_slope=1.0, smallest=opposite, statistics=False)
+        output = torch.maximum(output, act(_affine(other, scale, shift)))
+    return output
+
+
+def _slope(act: nn.Module | None) -> float | Tensor:
+    """The factor of the activation below zero."""
+    if isinstance(act, nn.PReLU):
+        return act.weight
+    if isinstance(act, nn.LeakyReLU):
+        return act.negative_slope
+    return 0.0 if isinstance(act, nn.ReLU) else 1.0
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
+
+
+def _uses_batch_statistics(norm: BatchNorm) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """What normalises: factor and summand of each channel. In training the running statistics follow."""
+    if norm.running_mean is not None and not norm.training:
+        mean, var = norm.running_mean, norm.running_var  # type: ignore[assignment]
+    else:
+        if isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized():
+            mean, var, count = _of_all_ranks(mean, var, count, norm.process_group)
+        if norm.running_mean is not None and not getattr(_frozen, "depth", 0):
+            _follow(norm, mean.detach(), var.detach(), count)
+    scale = (var + norm.eps).rsqrt()
+    if not norm.affine:
+        return scale, -mean * scale
+    scale = scale * norm.weight
+    return scale, norm.bias - mean * scale
+
+
+@torch.no_grad()
+def _follow(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    rate = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    unbiased = var * (count / (count - 1).clamp(min=1))
+    norm.running_mean.add_((mean - norm.running_mean) * rate)
+    norm.running_var.add_((unbiased - norm.running_var) * rate)
+
+
+def _of_all_ranks(mean: Tensor, var: Tensor, count: Tensor, group: object) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of all ranks' edges together, differentiable."""
+    from torch.distributed.nn.functional import all_reduce
+
+    group = group or dist.group.WORLD
+    mine = count.to(mean.dtype)
+    total = all_reduce(mine.clone(), group=group)
+    joined = all_reduce(mean * mine, group=group) / total.clamp(min=1)
+    spread = all_reduce((var + (mean - joined).square()) * mine, group=group) / total.clamp(min=1)
+    return joined, spread, total

@@ -1,0 +1,13 @@
+"""One-line surgery on finished models.
+
+Every function here changes `model` in place and returns it. A chosen module becomes another one where it stands: the
+same object with a new class, as in torch's lazy modules and parametrizations. So it stays wherever it is registered,
+under one name or several or as the root, and keeps its training mode and its hooks (and a convolution its parameters).
+New parameters take device and dtype from the nearest ones of the model, and are trainable: give them to the optimizer,
+and swap before DDP or FSDP wrap the model. When an error is raised, nothing has been changed.
+"""
+
+from paper_layers.swap.graph import graph_conv
+from paper_layers.swap.lip import LIPConv2d, pooling, strided_conv
+
+__all__ = ["LIPConv2d", "graph_conv", "pooling", "strided_conv"]

@@ -1,0 +1,178 @@
+"""Surgery on PyG's models."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch_geometric.nn as pyg
+from torch import Tensor, nn
+from torch_geometric.nn import MLP
+
+from paper_layers import knn, swap
+from paper_layers.deep_gcn import knn_graph
+from paper_layers.deep_gcn import pyg as fused
+from tests.ops.test_neighbor_reduce import features
+
+
+@pytest.fixture(autouse=True)
+def dynamic_edge_conv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyG's dynamic convolution without pyg-lib: neighbours by all distances in float64, messages as in PyG."""
+    monkeypatch.setattr("torch_geometric.typing.WITH_KNN", True)
+
+    def forward(self: Any, x: Tensor, batch: Tensor | None = None) -> Tensor:
+        points, queries = x if isinstance(x, tuple) else (x, x)
+        one, two = batch if isinstance(batch, tuple) else (batch, batch)
+        distance = (queries.double()[:, None] - points.double()).square().sum(-1)
+        if one is not None and two is not None:
+            distance = distance.masked_fill(two[:, None] != one, torch.inf)
+        found = distance.sort(stable=True, dim=1)
+        target, column = found.values[:, : self.k].isfinite().nonzero(as_tuple=True)
+        return self.propagate(torch.stack([found.indices[target, column], target]), x=(points, queries))
+
+    monkeypatch.setattr(pyg.DynamicEdgeConv, "forward", forward)
+
+
+class DGCNN(nn.Module):
+    """The classifier of PyG's examples, smaller."""
+
+    def __init__(self, aggr: str = "max"):
+        super().__init__()
+        self.conv1 = pyg.DynamicEdgeConv(MLP([2 * 3, 16, 16]), 6, aggr)
+        self.conv2 = pyg.DynamicEdgeConv(MLP([2 * 16, 32]), 6, aggr)
+        self.linear = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+        first = self.conv1(x, batch)
+        second = self.conv2(first, batch)
+        return self.linear(pyg.global_max_pool(torch.cat([first, second], 1), batch))
+
+
+NETWORKS = {
+    "linear": lambda: nn.Linear(8, 7),
+    "act": lambda: nn.Sequential(nn.Linear(8, 7), nn.LeakyReLU(0.1)),
+    "norm and act": lambda: nn.Sequential(nn.Linear(8, 7, bias=False), nn.BatchNorm1d(7), nn.PReLU()),
+    "act and norm": lambda: nn.Sequential(nn.Linear(8, 7), nn.ReLU(), pyg.BatchNorm(7), nn.Dropout(0.0)),
+    "two layers": lambda: nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Sequential(nn.Linear(7, 3), nn.Tanh())),
+    "mlp": lambda: MLP([8, 7, 6], plain_last=False, act="leaky_relu", act_first=True),
+    "one layer of mlp": lambda: MLP([8, 7], plain_last=False),
+    "no linear layer first": lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 7)),
+    "two norms": lambda: nn.Sequential(nn.Linear(8, 7), nn.BatchNorm1d(7), nn.BatchNorm1d(7)),
+}
+
+
+def negate_some(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm1d):
+            nn.init.normal_(part.weight)
+            nn.init.normal_(part.bias)
+
+
+def check_same(host: nn.Module, inputs: tuple[Any, ...], x: Tensor) -> None:
+    """Outputs, gradients, buffers; training and evaluation."""
+    host = host.double()
+    negate_some(host)
+    swapped = swap.graph_conv(copy.deepcopy(host))
+    for training in (True, False):
+        results = []
+        for model in (host.train(training), swapped.train(training)):
+            output = model(*inputs)
+            results.append((output, *torch.autograd.grad(output.square().sum(), [x, *model.parameters()])))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+        for (name, a), b in zip(host.state_dict().items(), swapped.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("aggr", ["max", "mean", "add"])
+def test_edge_conv(name: str, aggr: str) -> None:
+    torch.manual_seed(0)
+    x = features(60, 4).double().requires_grad_()
+    edges = knn_graph(x, 5)
+    edges = edges[:, torch.randperm(edges.shape[1])][:, 10:]  # any order, and not the same number everywhere
+    check_same(pyg.EdgeConv(NETWORKS[name](), aggr), (x, edges), x)
+    check_same(pyg.EdgeConv(NETWORKS[name](), aggr, flow="target_to_source"), (x, edges.flip(0)), x)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("aggr", ["max", "mean"])
+def test_dynamic_edge_conv(name: str, aggr: str) -> None:
+    torch.manual_seed(0)
+    x = features(60, 4).double().requires_grad_()
+    batch = torch.tensor([0] * 20 + [1] * 3 + [2] * 37)
+    check_same(pyg.DynamicEdgeConv(NETWORKS[name](), 5, aggr), (x, batch), x)
+    check_same(pyg.DynamicEdgeConv(NETWORKS[name](), 5, aggr), (x,), x)
+    points = features(40, 4, seed=3).double()
+    batches = (torch.arange(2).repeat_interleave(20), torch.arange(2).repeat_interleave(30))
+    check_same(pyg.DynamicEdgeConv(NETWORKS[name](), 5, aggr), ((points, x), batches), x)
+
+
+def test_dgcnn() -> None:
+    torch.manual_seed(0)
+    x = features(80, 3).double().requires_grad_()
+    batch = torch.arange(4).repeat_interleave(20)
+    for aggr in ("max", "mean"):
+        check_same(DGCNN(aggr), (x, batch), x)
+
+
+def test_hubs_and_pairs_stay_edge_by_edge() -> None:
+    x = features(50, 4).double().requires_grad_()
+    star = torch.stack([torch.arange(50), torch.zeros(50, dtype=torch.int64)])
+    check_same(pyg.EdgeConv(NETWORKS["act"]()), (x, star), x)
+    few = features(7, 4, seed=1).double()
+    edges = torch.stack([torch.randint(50, (28,)), torch.arange(7).repeat_interleave(4)])
+    check_same(pyg.EdgeConv(NETWORKS["act"]()), ((x, few), edges), x)
+    check_same(pyg.EdgeConv(NETWORKS["act"]()), (x, star[:, :0]), x)
+
+
+def test_keeps_what_the_host_had() -> None:
+    host = DGCNN().eval()
+    host.conv2.nn.requires_grad_(False)
+    called = []
+    host.conv1.register_forward_hook(lambda *_: called.append("conv1"))
+    host.conv1.nn.lins[1].register_forward_hook(lambda *_: called.append("inside"))
+    before, keys = dict(host.named_parameters()), list(host.state_dict())
+    assert swap.graph_conv(host) is host
+    assert type(host.conv1) is fused.DynamicEdgeConv
+    assert all(before[name] is p for name, p in host.named_parameters())
+    assert (keys, host.conv1.training, host.conv2.nn.lins[0].weight.requires_grad) == (
+        list(host.state_dict()),
+        False,
+        False,
+    )
+    x, batch = features(40, 3), torch.arange(2).repeat_interleave(20)
+    expected = host(x, batch)
+    assert called == ["inside", "conv1"]
+    assert swap.graph_conv(host) is host  # nothing left to do
+    torch.testing.assert_close(copy.deepcopy(host)(x, batch), expected)
+    assert "DynamicEdgeConv(nn=MLP(6, 16, 16), k=6)" in repr(host)
+    conv = swap.graph_conv(pyg.EdgeConv(nn.Linear(6, 4)))
+    twin = pickle.loads(pickle.dumps(conv))
+    edges = knn_graph(x, 4)
+    torch.testing.assert_close(twin(x, edges), conv(x, edges))
+
+
+def test_filter_and_nothing_to_swap() -> None:
+    host = swap.graph_conv(DGCNN(), filter=lambda module, name: name == "conv2")
+    assert (type(host.conv1), type(host.conv2)) == (pyg.DynamicEdgeConv, fused.DynamicEdgeConv)
+    with pytest.raises(ValueError, match="at least one PyG EdgeConv or DynamicEdgeConv to swap, got none in Linear"):
+        swap.graph_conv(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model: expected a Module, got int"):
+        swap.graph_conv(3)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_knn_graph(loop: bool, cosine: bool) -> None:
+    x, batch = features(50, 5), torch.tensor([0] * 20 + [1] * 3 + [2] * 27)
+    edges = knn_graph(x, 4, batch, loop, cosine=cosine)
+    index = knn(x, k=4, batch=batch, metric="cosine" if cosine else "sqeuclidean", include_self=loop)[0]
+    assert edges.shape == (2, 20 * 4 + 3 * (3 if loop else 2) + 27 * 4)
+    assert torch.equal(batch[edges[0]], batch[edges[1]])
+    assert bool((edges[0] == edges[1]).any()) == loop
+    assert torch.equal(edges[0, :80].view(20, 4), index[:20])
+    assert torch.equal(knn_graph(x, 4, batch, loop, "target_to_source", cosine), edges.flip(0))
