@@ -1,4 +1,4 @@
-"""Exact k-nearest neighbours against torch-cluster, SciPy, Faiss, cdist with topk and the official DeepGCN formula.
+"""Exact k-nearest neighbours against torch-cluster, SciPy, Faiss, PyKeOps, cdist with topk and DeepGCN's own formula.
 
 python -m benchmarks.micro.knn [--device cuda] [--threads 2 1] [--quick] [--json PATH]
 """
@@ -14,58 +14,71 @@ from benchmarks.environment import environment, save
 from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
 from paper_layers import knn
 
-SHAPES = (  # B, N, C, k
-    (1, 1024, 3, 16),
-    (8, 4096, 3, 16),
-    (1, 16384, 3, 16),
-    (1, 100_000, 3, 16),
-    (1, 1_000_000, 3, 16),
-    (1, 4096, 64, 16),
-    (8, 4096, 64, 16),
-    (1, 4096, 64, 448),
-    (1, 16384, 64, 16),
+SHAPES = (  # B, N, C, k, dilation
+    (1, 1024, 3, 16, 1),
+    (8, 4096, 3, 16, 1),
+    (1, 16384, 3, 16, 1),
+    (1, 100_000, 3, 16, 1),
+    (1, 1_000_000, 3, 16, 1),
+    (1, 4096, 64, 16, 1),
+    (8, 4096, 64, 16, 1),
+    (1, 4096, 64, 448, 1),
+    (1, 4096, 64, 16, 28),
+    (1, 16384, 64, 16, 1),
 )
+Shape = tuple[int, int, int, int, int]
 LARGEST_MATRIX = 2**28  # Elements of the N x N matrix that the formulas may store.
 
 
-def ours(x: Tensor, k: int) -> Tensor:
-    return knn(x, k=k)[1]
+def ours(x: Tensor, k: int, dilation: int) -> Tensor:
+    return knn(x, k=k, dilation=dilation)[1]
 
 
-def official(x: Tensor, k: int) -> Tensor:
+def official(x: Tensor, k: int, dilation: int) -> Tensor:
     """|x|^2 - 2 x.y + |y|^2, as in the official dense code."""
     _check_size(x)
     square = x.square().sum(-1, keepdim=True)
     distance = square - 2 * x @ x.mT + square.mT
-    return distance.topk(k, largest=False).values
+    return distance.topk(k * dilation, largest=False).values[..., ::dilation]
 
 
-def cdist(x: Tensor, k: int) -> Tensor:
+def cdist(x: Tensor, k: int, dilation: int) -> Tensor:
     _check_size(x)
-    return torch.cdist(x, x).topk(k, largest=False).values.square()
+    return torch.cdist(x, x).topk(k * dilation, largest=False).values[..., ::dilation].square()
 
 
-def torch_cluster(x: Tensor, k: int) -> Tensor:
+def torch_cluster(x: Tensor, k: int, dilation: int) -> Tensor:
     from torch_cluster import knn as cluster_knn
 
     flat, batch = x.flatten(0, 1), torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1])
-    query, point = cluster_knn(flat, flat, k, batch, batch)
-    return (flat[query] - flat[point]).square().sum(-1)
+    query, point = cluster_knn(flat, flat, k * dilation, batch, batch)
+    distance = (flat[query] - flat[point]).square().sum(-1)
+    return distance.view(*x.shape[:2], -1)[..., ::dilation]
 
 
-def scipy(x: Tensor, k: int) -> Tensor:
+def scipy(x: Tensor, k: int, dilation: int) -> Tensor:
     from scipy.spatial import cKDTree
 
-    found = [cKDTree(cloud).query(cloud, k, workers=torch.get_num_threads())[0] for cloud in x.numpy()]
-    return torch.stack([torch.from_numpy(distance).square() for distance in found])
+    threads = torch.get_num_threads()
+    found = [cKDTree(cloud).query(cloud, k * dilation, workers=threads)[0] for cloud in x.numpy()]
+    return torch.stack([torch.from_numpy(distance).square() for distance in found])[..., ::dilation]
 
 
-def faiss(x: Tensor, k: int) -> Tensor:
+def faiss(x: Tensor, k: int, dilation: int) -> Tensor:
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
-    found = [faiss.knn(cloud, cloud, k)[0] for cloud in x.numpy()]
-    return torch.stack([torch.from_numpy(distance) for distance in found])
+    found = [faiss.knn(cloud, cloud, k * dilation)[0] for cloud in x.numpy()]
+    return torch.stack([torch.from_numpy(distance) for distance in found])[..., ::dilation]
+
+
+def pykeops(x: Tensor, k: int, dilation: int) -> Tensor:
+    from pykeops.torch import LazyTensor
+
+    if x.shape[1] > 16384:
+        raise ValueError("all pairs would take minutes")
+    difference = LazyTensor(x[:, :, None].contiguous()) - LazyTensor(x[:, None].contiguous())
+    return (difference**2).sum(-1).Kmin(k * dilation, dim=2)[..., ::dilation]
 
 
 def _check_size(x: Tensor) -> None:
@@ -85,7 +98,7 @@ def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
 
 
 def _product_inputs(case: Case) -> Inputs:
-    (x, _) = inputs(case)
+    x, *_ = inputs(case)
     return x, x.clone(), torch.empty(min(256, x.shape[1]), min(1024, x.shape[1]), device=x.device)
 
 
@@ -96,24 +109,23 @@ CONTENDERS = (
     Contender("torch-cluster", torch_cluster, "peer"),
     Contender("scipy cKDTree", scipy, "peer"),
     Contender("faiss flat", faiss, "peer"),
+    Contender("PyKeOps", pykeops, "peer"),
     Contender("cdist + topk", cdist, "peer"),
     Contender("official formula", official, "peer"),
 )
 
 
 def inputs(case: Case) -> Inputs:
-    b, n, c, k = case.params["shape"]
-    return torch.randn(b, n, c, device=case.device), k
+    b, n, c, k, dilation = case.params["shape"]
+    return torch.randn(b, n, c, device=case.device), k, dilation
 
 
-def make_case(shape: tuple[int, int, int, int], device: str) -> Case:
-    b, n, c, k = shape
+def make_case(shape: Shape, device: str) -> Case:
+    b, n, c, k, _ = shape
     return Case({"shape": shape}, inputs, b * n * (4 * c + 12 * k), False, device)
 
 
-def measure(
-    shapes: tuple[tuple[int, int, int, int], ...], device: str, threads: int, quick: bool = False
-) -> list[Result]:
+def measure(shapes: tuple[Shape, ...], device: str, threads: int, quick: bool = False) -> list[Result]:
     cases = [make_case(shape, device) for shape in shapes]
     return compare(CONTENDERS, cases, threads, *((3, 0.1) if quick else (5, 0.3)), limit=LIMIT)
 

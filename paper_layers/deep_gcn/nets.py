@@ -52,7 +52,14 @@ def starts(x: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor | None
 def pool(x: Tensor, ptr: Tensor | None, reduce: Literal["max", "mean"]) -> Tensor:
     """One row a cloud: (B, C), with (1, C) for (N, C) without `ptr`."""
     if ptr is not None:
-        return torch.segment_reduce(x, reduce, offsets=ptr, axis=0)
+        cloud = _cloud(x, ptr)[:, None].expand_as(x)
+        counts = ptr.diff()[:, None]
+        if reduce == "mean":
+            return x.new_zeros(len(counts), x.shape[1]).scatter_add(0, cloud, x) / counts.clamp(min=1)
+        # From -inf, not 0: a start that equals the maximum would take a share of the gradient. And not segment_reduce,
+        # which hands a negative gradient to each of several equals in full.
+        largest = x.new_full((len(counts), x.shape[1]), -torch.inf).scatter_reduce(0, cloud, x, "amax")
+        return largest.where(counts > 0, 0)
     rows = x if x.dim() == 3 else x[None]
     return rows.amax(1) if reduce == "max" else rows.mean(1)
 
@@ -60,8 +67,13 @@ def pool(x: Tensor, ptr: Tensor | None, reduce: Literal["max", "mean"]) -> Tenso
 def spread(x: Tensor, like: Tensor, ptr: Tensor | None) -> Tensor:
     """A row for each node of its cloud's."""
     if ptr is not None:
-        return x.repeat_interleave(ptr.diff(), 0, output_size=len(like))
+        return x[_cloud(like, ptr)]
     return x[:, None] if like.dim() == 3 else x
+
+
+def _cloud(rows: Tensor, ptr: Tensor) -> Tensor:
+    """The number of each row's cloud."""
+    return torch.arange(len(ptr) - 1, device=ptr.device).repeat_interleave(ptr.diff(), output_size=len(rows))
 
 
 class DeepGCN(nn.Module):

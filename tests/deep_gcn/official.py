@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,11 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return torch.stack([cloud[:, i, 0] for cloud, i in zip(x, index, strict=True)])
 
 
+Search = Callable[[Tensor, int, int], Tensor]
+
+
 def neighbors(x: Tensor, k: int, dilation: int) -> Tensor:
+    """By differences; the official code, with products, loses neighbours far from the origin."""
     points = x[..., 0].mT
     distance = (points[:, :, None] - points[:, None]).square().sum(-1)
     return distance.sort(stable=True, dim=-1).indices[..., : k * dilation : dilation]
@@ -86,13 +92,14 @@ class Wrapped(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, kind: str, conv: nn.Module, k: int, dilation: int):
+    def __init__(self, kind: str, conv: nn.Module, k: int, dilation: int, search: Search = neighbors):
         super().__init__()
+        self.search = search
         self.body = Wrapped(conv)
         self.kind, self.k, self.dilation = kind, k, dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.body(x, neighbors(x, self.k, self.dilation))
+        y = self.body(x, self.search(x, self.k, self.dilation))
         return {"plain": lambda: y, "res": lambda: y + x, "dense": lambda: torch.cat([x, y], 1)}[self.kind]()
 
 
@@ -101,17 +108,17 @@ class Net(nn.Module):
 
     def __init__(
         self, form: str, inputs: int, classes: int, channels: int, blocks: int, kind: str = "res", conv: str = "edge",
-        k: int = 8, drop: float = 0.3,
+        k: int = 8, drop: float = 0.3, search: Search = neighbors,
     ):  # fmt: skip
         super().__init__()
-        self.form, self.k = form, k
+        self.form, self.k, self.search = form, k, search
         segments = form == "points"
         self.head = Wrapped(CONVS[conv](inputs, channels, bias=segments))
         growth = channels if kind == "dense" else 0
         widths = [channels + growth * i for i in range(blocks)]
         self.backbone = nn.Sequential(
             *(
-                Block(kind, CONVS[conv](widths[i], channels), k, 1 if kind == "plain" else 1 + i)
+                Block(kind, CONVS[conv](widths[i], channels), k, 1 if kind == "plain" else 1 + i, search)
                 for i in range(blocks - 1)
             )
         )
@@ -132,7 +139,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, N, 1) to (B, classes, N), or (B, classes)."""
-        features = [self.head(x, neighbors(x[:, :3], self.k, 1))]
+        features = [self.head(x, self.search(x[:, :3], self.k, 1))]
         for block in self.backbone:
             features.append(block(features[-1]))
         x = torch.cat(features, 1)

@@ -1,0 +1,65 @@
+"""Two ranks, each with its own cloud, against one process with both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from paper_layers.deep_gcn import DeepGCN
+from tests.ops.test_neighbor_reduce import features
+
+SIZES = (40, 56)  # uneven, so that ranks must weigh their statistics
+
+
+def network(order: str = "act_norm") -> nn.Module:
+    torch.manual_seed(0)
+    return DeepGCN(6, 3, channels=8, blocks=3, k=4, stochastic=False, dropout=0, order=order).double()
+
+
+def clouds() -> list[Tensor]:
+    return [features(n, 6, seed=n).double() for n in SIZES]
+
+
+def worker(rank: int, folder: str, order: str, synchronized: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    net: Any = network(order)
+    x = clouds()[rank]
+    if synchronized:  # DDP itself takes SyncBatchNorm on GPUs alone
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        output = net(x)
+        output.square().sum().backward()
+        for p in net.parameters():
+            dist.all_reduce(p.grad)
+    else:
+        net = DistributedDataParallel(net.eval())
+        output = net(x)
+        output.square().sum().backward()
+        for p in net.parameters():
+            p.grad *= 2  # a mean over ranks
+        net = net.module
+    torch.save((output, [p.grad for p in net.parameters()], list(net.buffers())), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("order", "synchronized"), [("act_norm", True), ("norm_act", True), ("act_norm", False)])
+def test_ranks_are_one_process(order: str, synchronized: bool, tmp_path: Path) -> None:
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    mp.spawn(worker, (str(tmp_path), order, synchronized), nprocs=2)
+    net = network(order).train(synchronized)
+    ptr = torch.tensor([0, SIZES[0], sum(SIZES)])
+    expected = net(torch.cat(clouds()), ptr=ptr)
+    expected.square().sum().backward()
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), expected)
+    for _, grads, buffers in parts:
+        torch.testing.assert_close(grads, [p.grad for p in net.parameters()])
+        torch.testing.assert_close(buffers, list(net.buffers()))
