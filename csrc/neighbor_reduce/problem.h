@@ -31,8 +31,9 @@ inline NeighborReduceProblem neighbor_reduce_problem(const char* name, const Ten
 }
 
 // That of the gradient of so many rows.
-inline NeighborReduceProblem neighbor_reduce_backward_problem(const Tensor& grad, const Tensor& index, const Tensor& arg,
-                                                              int64_t rows, const std::string& reduce) {
+inline NeighborReduceProblem neighbor_reduce_backward_problem(const Tensor& grad, const Tensor& index,
+                                                              const Tensor& arg, int64_t rows,
+                                                              const std::string& reduce) {
   NeighborReduceProblem problem = neighbor_reduce_problem("grad", grad, index, reduce);
   STD_TORCH_CHECK(grad.size(0) == problem.nodes, "grad: expected the rows of index, ", problem.nodes, ", got ",
                   grad.size(0));
