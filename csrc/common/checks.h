@@ -29,13 +29,17 @@ inline bool equal(IntHeaderOnlyArrayRef a, IntHeaderOnlyArrayRef b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end());
 }
 
+inline void check_same_device(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  STD_TORCH_CHECK(tensor.device() == other.device(), name, ": expected the device of ", other_name, ", type ",
+                  static_cast<int>(other.device().type()), " index ", other.get_device_index(), ", got type ",
+                  static_cast<int>(tensor.device().type()), " index ", tensor.get_device_index());
+}
+
 inline void check_same_dtype_and_device(const char* name, const Tensor& tensor, const char* other_name,
                                         const Tensor& other) {
   STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, ": expected the dtype of ", other_name, ", ",
                   other.scalar_type(), ", got ", tensor.scalar_type());
-  STD_TORCH_CHECK(tensor.device() == other.device(), name, ": expected the device of ", other_name, ", type ",
-                  static_cast<int>(other.device().type()), " index ", other.get_device_index(), ", got type ",
-                  static_cast<int>(tensor.device().type()), " index ", tensor.get_device_index());
+  check_same_device(name, tensor, other_name, other);
 }
 
 }  // namespace paper_layers

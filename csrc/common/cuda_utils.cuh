@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -16,10 +15,9 @@
 #include <torch/headeronly/macros/Macros.h>
 #include <torch/headeronly/util/Exception.h>
 
-namespace paper_layers {
+#include "common/accumulator.h"
 
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+namespace paper_layers {
 
 // N elements that are loaded and stored at once.
 template <typename T, int N>
@@ -60,6 +58,18 @@ class Divider<int32_t> {
   uint32_t multiplier_, shift_ = 0;
 };
 
+// Runs a kernel on the device's current stream.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int32_t device,
+            const Arguments&... arguments) {
+  if (blocks == 0) return;
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "expected at most 2^31 - 1 blocks, got ", blocks);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  kernel<<<static_cast<uint32_t>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 constexpr int kThreads = 256;
 
 template <typename Index, typename Body>
@@ -68,17 +78,10 @@ __global__ void __launch_bounds__(kThreads) for_each_index_kernel(int64_t count,
   if (index < count) body(static_cast<Index>(index));
 }
 
-// Runs body(index) for 0 <= index < count, a thread each, on the device's current stream.
+// Runs body(index) for 0 <= index < count, a thread each.
 template <typename Index, typename Body>
 void for_each_index(int64_t count, int32_t device, const Body& body) {
-  if (count == 0) return;
-  const int64_t blocks = (count + kThreads - 1) / kThreads;
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "expected at most 2^39 elements, got ", count);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  for_each_index_kernel<Index><<<static_cast<uint32_t>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      count, body);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(for_each_index_kernel<Index, Body>, (count + kThreads - 1) / kThreads, kThreads, device, count, body);
 }
 
 }  // namespace paper_layers

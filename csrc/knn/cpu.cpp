@@ -44,28 +44,13 @@ std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::o
 
 std::tuple<Tensor, Tensor> knn_backward(const Tensor& grad, const Tensor& query, const Tensor& points,
                                         const Tensor& index, bool inner) {
-  STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
-                  to_string(query.sizes()));
-  check_points("points", points, query);
-  const int64_t last = query.dim() - 1;
-  std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end());
-  shape.back() = index.dim() > 0 ? index.size(index.dim() - 1) : 0;
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && equal(index.sizes(), shape),
-                  "index: expected int64 of shape ", to_string(shape), ", got ", index.scalar_type(), " of shape ",
-                  to_string(index.sizes()));
-  STD_TORCH_CHECK(equal(grad.sizes(), shape), "grad: expected shape ", to_string(shape), ", got ",
-                  to_string(grad.sizes()));
+  check_knn_backward(grad, query, points, index);
   const ScalarType dtype = accumulation_dtype(query);
   const auto dense = [&](const Tensor& tensor) { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); };
   const Tensor g = dense(grad), q = dense(query), p = dense(points), i = torch::stable::contiguous(index);
   Tensor grad_query = torch::stable::empty_like(q), grad_points = torch::stable::empty_like(p);
-  const int64_t channels = query.size(last), k = shape.back();
-  const NeighbourTable table{i.const_data_ptr<int64_t>(),
-                             i.numel() / std::max<int64_t>(k, 1),
-                             k,
-                             last == 2 ? points.size(0) * points.size(1) : points.size(0),
-                             std::max<int64_t>(1, query.size(last - 1)),
-                             last == 2 ? points.size(1) : 0};
+  const int64_t channels = query.size(query.dim() - 1);
+  const NeighbourTable table = neighbour_table(i, query, points);
   THO_DISPATCH_V2(dtype, "knn_backward", AT_WRAP([&] {
                     PAPER_LAYERS_DISPATCH(knn_backward(table, channels, inner, g.const_data_ptr<scalar_t>(),
                                                        q.const_data_ptr<scalar_t>(), p.const_data_ptr<scalar_t>(),

@@ -1,6 +1,7 @@
 // The argument checks of knn and the clouds that follow from them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -8,6 +9,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/macros/Macros.h>
 
 #include "common/checks.h"
 
@@ -52,9 +54,9 @@ inline void check_points(const char* name, const Tensor& points, const Tensor& q
   check_same_dtype_and_device(name, points, "query", query);
 }
 
-inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
-                              const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation, bool inner,
-                              bool include_self) {
+// What is known of the arguments without the clouds' starts.
+inline void check_knn(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
+                      const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation) {
   STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
                   to_string(query.sizes()));
   const int64_t last = query.dim() - 1;
@@ -65,7 +67,14 @@ inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const s
   STD_TORCH_CHECK(1 <= k && 1 <= dilation && k <= limit / dilation,
                   "k and dilation: expected numbers from 1 with a product of at most ", limit, ", got ", k, " and ",
                   dilation);
+}
 
+inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
+                              const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation, bool inner,
+                              bool include_self) {
+  check_knn(query, points, query_ptr, points_ptr, k, dilation);
+  const int64_t last = query.dim() - 1;
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max();
   KnnProblem problem{{}, query.size(last), k, dilation, inner, include_self};
   if (last == 2) {
     const int64_t m = query.size(1), n = points.size(1);
@@ -93,9 +102,35 @@ struct NeighbourTable {
   int64_t cloud_queries, cloud_points;
 
   // -1 where there is no neighbour.
-  int64_t row(int64_t edge) const {
+  C10_HOST_DEVICE int64_t row(int64_t edge) const {
     return index[edge] < 0 ? -1 : index[edge] + edge / k / cloud_queries * cloud_points;
   }
 };
+
+// Of a contiguous index.
+inline NeighbourTable neighbour_table(const Tensor& index, const Tensor& query, const Tensor& points) {
+  const int64_t last = query.dim() - 1, k = index.size(last);
+  return {index.const_data_ptr<int64_t>(),
+          index.numel() / std::max<int64_t>(k, 1),
+          k,
+          last == 2 ? points.size(0) * points.size(1) : points.size(0),
+          std::max<int64_t>(1, query.size(last - 1)),
+          last == 2 ? points.size(1) : 0};
+}
+
+inline void check_knn_backward(const Tensor& grad, const Tensor& query, const Tensor& points, const Tensor& index) {
+  STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
+                  to_string(query.sizes()));
+  check_points("points", points, query);
+  std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end());
+  shape.back() = index.dim() > 0 ? index.size(index.dim() - 1) : 0;
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && equal(index.sizes(), shape),
+                  "index: expected int64 of shape ", to_string(shape), ", got ", index.scalar_type(), " of shape ",
+                  to_string(index.sizes()));
+  STD_TORCH_CHECK(equal(grad.sizes(), shape), "grad: expected shape ", to_string(shape), ", got ",
+                  to_string(grad.sizes()));
+  check_same_device("index", index, "query", query);
+  check_same_device("grad", grad, "query", query);
+}
 
 }  // namespace paper_layers

@@ -3,15 +3,13 @@
 // Forward: a thread a window. Backward: a thread a window for its largest logit and its normaliser, then a thread
 // an element, which gathers from the windows that hold it: no atomics, so results do not vary from run to run.
 
-#include "common/cuda_utils.cuh"
+#include "common/cuda_tensors.cuh"
 
-#include <algorithm>
 #include <initializer_list>
 #include <limits>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/core/Dispatch_v2.h>
 
 #include "lip_pool2d/cuda_kernel.cuh"
 #include "lip_pool2d/geometry.h"
@@ -26,12 +24,6 @@ bool fits_int32(const LipPool2dProblem& problem) {
   return planes * problem.height.length * problem.width.length <= limit &&
          planes * problem.height.outputs * problem.width.outputs <= limit &&
          largest_position(problem.height) <= limit && largest_position(problem.width) <= limit;
-}
-
-bool aligned(std::initializer_list<Tensor> tensors, uintptr_t bytes) {
-  return std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& tensor) {
-    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
-  });
 }
 
 // Calls function(shape): 32-bit indices where they reach, packs where channels lie together.
@@ -57,16 +49,6 @@ void for_each_window(const LipPool2dProblem& problem, int32_t device, const S& s
   } else {
     for_each_index<typename S::Index>(count, device, Body<0, T, S>{shape, pointers...});
   }
-}
-
-template <typename T, int N>
-const Pack<T, N>* packs(const Tensor& tensor) {
-  return static_cast<const Pack<T, N>*>(tensor.const_data_ptr());
-}
-
-template <typename T, int N>
-Pack<T, N>* mutable_packs(const Tensor& tensor) {
-  return static_cast<Pack<T, N>*>(tensor.mutable_data_ptr());
 }
 
 template <typename T, bool Shared>
@@ -108,13 +90,6 @@ void backward(const LipPool2dProblem& problem, const Tensor& grad, const Tensor&
                     mutable_packs<typename Body::G, V>(grad_logit)};
     for_each_index<typename S::Index>(input.numel() / V, input.get_device_index(), body);
   });
-}
-
-// Calls function with an element of the dtype.
-template <typename Function>
-void with_dtype(ScalarType dtype, Function function) {
-  THO_DISPATCH_V2(dtype, "lip_pool2d", AT_WRAP([&] { function(scalar_t{}); }), AT_EXPAND(AT_FLOATING_TYPES),
-                  ScalarType::Half, ScalarType::BFloat16);
 }
 
 Tensor lip_pool2d(const Tensor& any_input, const Tensor& any_logit, const std::vector<int64_t>& kernel_size,

@@ -32,13 +32,7 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& input, const Tensor& in
 
 Tensor neighbor_reduce_backward(const Tensor& grad, const Tensor& index, const Tensor& arg, int64_t rows,
                                 std::string reduce) {
-  NeighborReduceProblem problem = neighbor_reduce_problem("grad", grad, index, reduce);
-  STD_TORCH_CHECK(grad.size(0) == problem.nodes, "grad: expected the rows of index, ", problem.nodes, ", got ",
-                  grad.size(0));
-  STD_TORCH_CHECK(rows >= 0, "rows: expected at least 0, got ", rows);
-  problem.rows = rows;
-  STD_TORCH_CHECK(arg.scalar_type() == ScalarType::Int && (!problem.has_arg() || equal(arg.sizes(), grad.sizes())),
-                  "arg: expected int32 of grad's shape, got ", arg.scalar_type(), " of shape ", to_string(arg.sizes()));
+  const NeighborReduceProblem problem = neighbor_reduce_backward_problem(grad, index, arg, rows, reduce);
   const ScalarType dtype = grad.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Tensor g = torch::stable::contiguous(torch::stable::to(grad, dtype)), i = torch::stable::contiguous(index),
                a = torch::stable::contiguous(arg);

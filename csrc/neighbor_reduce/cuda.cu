@@ -1,0 +1,107 @@
+// The CUDA kernels of reductions over neighbours' rows.
+//
+// Forward: a thread a pack of a node's channels. Backward: the edges are sorted by the row that they lead to, and each
+// row gathers from its own, in order: no atomics, so results do not vary from run to run.
+
+#include "common/cuda_reverse.cuh"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "neighbor_reduce/cuda_kernel.cuh"
+#include "neighbor_reduce/problem.h"
+
+namespace paper_layers {
+namespace {
+
+std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor& any_index, std::string reduce) {
+  const NeighborReduceProblem problem = neighbor_reduce_problem("input", any_input, any_index, reduce);
+  const int32_t device = any_input.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor input = torch::stable::contiguous(any_input), index = torch::stable::contiguous(any_index);
+  const std::vector<int64_t> shape = {problem.nodes, problem.channels}, none = {0};
+  const Tensor output = torch::stable::new_empty(input, shape);
+  const Tensor arg = torch::stable::new_empty(input, problem.has_arg() ? shape : none, ScalarType::Int);
+  // Without rows nobody has neighbours.
+  const NeighbourRows neighbours{index.const_data_ptr<int64_t>(), problem.rows > 0 ? problem.k : 0, problem.rows};
+  with_dtype(input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    with_rows<T>(problem.nodes * problem.channels, problem.channels, {input, output, arg}, [&](auto rows) {
+      using R = decltype(rows);
+      constexpr int V = R::V;
+      const int64_t count = problem.nodes * rows.packs;
+      if (problem.has_arg()) {
+        for_each_index<typename R::Index>(
+            count, device,
+            Extreme<T, R>{rows, neighbours, problem.reduce == Reduce::max, packs<T, V>(input),
+                          mutable_packs<T, V>(output), mutable_packs<int32_t, V>(arg)});
+      } else {
+        for_each_index<typename R::Index>(count, device,
+                                          Total<T, R>{rows, neighbours, problem.reduce == Reduce::mean,
+                                                      packs<T, V>(input), mutable_packs<T, V>(output)});
+      }
+    });
+  });
+  return {output, arg};
+}
+
+// The row that an edge of the table leads to.
+struct RowOfEdge {
+  const int64_t* index;
+
+  C10_DEVICE int64_t operator()(int64_t edge) const { return index[edge] < 0 ? -1 : index[edge]; }
+};
+
+Tensor neighbor_reduce_backward(const Tensor& any_grad, const Tensor& any_index, const Tensor& any_arg, int64_t rows,
+                                std::string reduce) {
+  const NeighborReduceProblem problem =
+      neighbor_reduce_backward_problem(any_grad, any_index, any_arg, rows, reduce);
+  const int32_t device = any_grad.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor grad = torch::stable::contiguous(any_grad), index = torch::stable::contiguous(any_index),
+               arg = torch::stable::contiguous(any_arg);
+  const std::vector<int64_t> shape = {rows, problem.channels}, nodes = {problem.nodes};
+  const Tensor grad_input = torch::stable::new_empty(grad, shape);
+  if (grad_input.numel() == 0) return grad_input;
+  const RowOfEdge row_of{index.const_data_ptr<int64_t>()};
+  const ReverseTable reverse = reverse_table(grad, index.numel(), rows, row_of);
+  const bool mean = problem.reduce == Reduce::mean;
+  const Tensor counts = torch::stable::new_empty(grad, nodes, accumulation_dtype(grad.scalar_type()));
+  with_dtype(grad.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    A* count = mean ? counts.mutable_data_ptr<A>() : nullptr;
+    if (mean) for_each_index<int64_t>(problem.nodes, device, CountNeighbours<A>{row_of.index, problem.k, count});
+    const int64_t largest = std::max(grad_input.numel(), index.numel());
+    with_rows<T>(largest, problem.channels, {grad, arg, grad_input}, [&](auto packed) {
+      using R = decltype(packed);
+      constexpr int V = R::V;
+      const Gather<T, R> body{packed,
+                              Divider<typename R::Index>(std::max<int64_t>(problem.k, 1)),
+                              problem.k,
+                              reverse.edge_data(),
+                              reverse.start_data(),
+                              packs<T, V>(grad),
+                              problem.has_arg() ? packs<int32_t, V>(arg) : nullptr,
+                              count,
+                              mutable_packs<T, V>(grad_input)};
+      for_each_index<typename R::Index>(rows * packed.packs, device, body);
+    });
+  });
+  return grad_input;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(paper_layers, CUDA, m) {
+  m.impl("neighbor_reduce", TORCH_BOX(&neighbor_reduce));
+  m.impl("neighbor_reduce_backward", TORCH_BOX(&neighbor_reduce_backward));
+}
+
+}  // namespace paper_layers

@@ -1,0 +1,161 @@
+// The work of one thread in reductions over neighbours' rows: a pack of channels of one row.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cuda_tensors.cuh"
+
+namespace paper_layers {
+namespace {
+
+// Rows that are loaded at once.
+constexpr int kBatch = 4;
+
+// The neighbours of the nodes. As in torch's own indexing, a row out of range stops the device's work with an
+// assertion: the host could not know of it without waiting.
+struct NeighbourRows {
+  const int64_t* index;
+  int64_t k, rows;
+
+  // Calls body(column, row's pack) for the neighbours of a node, in order. Missing ones load row 0, so that no load
+  // waits for a branch; there is a row.
+  template <typename Packed, typename Body>
+  C10_DEVICE void each(int64_t node, const Packed* input, int64_t packs, int64_t pack, Body body) const {
+    const int64_t* columns = index + node * k;
+    for (int64_t first = 0; first < k; first += kBatch) {
+      int64_t row[kBatch];
+      Packed values[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        row[i] = first + i < k ? columns[first + i] : -1;
+        CUDA_KERNEL_ASSERT(row[i] < rows && "index: out of range");
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) values[i] = input[(row[i] < 0 ? 0 : row[i]) * packs + pack];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (row[i] >= 0) body(static_cast<int32_t>(first + i), values[i]);
+      }
+    }
+  }
+};
+
+// The largest or smallest, and the column of the first of these; NaN is beyond all others.
+template <typename T, typename R>
+struct Extreme {
+  using A = Accumulator<T>;
+  using Index = typename R::Index;
+  static constexpr int V = R::V;
+
+  R shape;
+  NeighbourRows neighbours;
+  bool largest;
+  const Pack<T, V>* input;
+  Pack<T, V>* output;
+  Pack<int32_t, V>* arg;
+
+  C10_DEVICE void operator()(Index index) const {
+    const Index node = shape.by_packs(index);
+    A best[V] = {};
+    Pack<int32_t, V> column;
+    for (int v = 0; v < V; ++v) column[v] = -1;
+    neighbours.each(node, input, shape.packs, index - node * shape.packs, [&](int32_t at, const Pack<T, V>& row) {
+      for (int v = 0; v < V; ++v) {
+        const A x = row[v];
+        const bool beyond = largest ? x > best[v] : x < best[v];
+        if (column[v] < 0 || beyond || (x != x && best[v] == best[v])) {
+          best[v] = x;
+          column[v] = at;
+        }
+      }
+    });
+    Pack<T, V> result;
+    for (int v = 0; v < V; ++v) result[v] = static_cast<T>(best[v]);
+    output[index] = result;
+    arg[index] = column;
+  }
+};
+
+// The sum or the mean.
+template <typename T, typename R>
+struct Total {
+  using A = Accumulator<T>;
+  using Index = typename R::Index;
+  static constexpr int V = R::V;
+
+  R shape;
+  NeighbourRows neighbours;
+  bool mean;
+  const Pack<T, V>* input;
+  Pack<T, V>* output;
+
+  C10_DEVICE void operator()(Index index) const {
+    const Index node = shape.by_packs(index);
+    A sum[V] = {};
+    int32_t count = 0;
+    neighbours.each(node, input, shape.packs, index - node * shape.packs, [&](int32_t, const Pack<T, V>& row) {
+      for (int v = 0; v < V; ++v) sum[v] += A(row[v]);
+      ++count;
+    });
+    const A divisor = mean && count > 0 ? A(count) : A(1);
+    Pack<T, V> result;
+    for (int v = 0; v < V; ++v) result[v] = static_cast<T>(sum[v] / divisor);
+    output[index] = result;
+  }
+};
+
+// Over how many neighbours each node's mean is taken.
+template <typename A>
+struct CountNeighbours {
+  const int64_t* index;
+  int64_t k;
+  A* counts;
+
+  C10_DEVICE void operator()(int64_t node) const {
+    int32_t count = 0;
+    for (int64_t column = 0; column < k; ++column) count += index[node * k + column] >= 0;
+    counts[node] = static_cast<A>(count);
+  }
+};
+
+// The gradient of a row, from the nodes that it is a neighbour of.
+template <typename T, typename R>
+struct Gather {
+  using A = Accumulator<T>;
+  using Index = typename R::Index;
+  static constexpr int V = R::V;
+
+  R shape;
+  Divider<Index> by_k;
+  int64_t k;
+  const int64_t* edges;
+  const int64_t* starts;
+  const Pack<T, V>* grad;
+  const Pack<int32_t, V>* arg;  // of the largest or smallest, or null
+  const A* counts;              // of the mean, or null
+  Pack<T, V>* grad_input;
+
+  C10_DEVICE void operator()(Index index) const {
+    const Index row = shape.by_packs(index);
+    const int64_t pack = index - row * shape.packs, end = starts[row + 1];
+    A sum[V] = {};
+#pragma unroll kBatch
+    for (int64_t s = starts[row]; s < end; ++s) {
+      const int64_t edge = edges[s], node = by_k(static_cast<Index>(edge)), column = edge - node * k;
+      const Pack<T, V> g = grad[node * shape.packs + pack];
+      if (arg != nullptr) {
+        const Pack<int32_t, V> chosen = arg[node * shape.packs + pack];
+        for (int v = 0; v < V; ++v) sum[v] += chosen[v] == column ? A(g[v]) : A(0);
+      } else {
+        const A divisor = counts != nullptr ? counts[node] : A(1);
+        for (int v = 0; v < V; ++v) sum[v] += A(g[v]) / divisor;
+      }
+    }
+    Pack<T, V> result;
+    for (int v = 0; v < V; ++v) result[v] = static_cast<T>(sum[v]);
+    grad_input[index] = result;
+  }
+};
+
+}  // namespace
+}  // namespace paper_layers
