@@ -28,4 +28,6 @@ else
   echo 'compute-sanitizer: missing, or it does not work on this device; memory was not checked'
 fi
 
-"$python" -m benchmarks.micro.lip --device cuda --json benchmarks/results/lip_cuda.json
+for name in lip knn graph_conv; do
+  "$python" -m benchmarks.micro.$name --device cuda --json benchmarks/results/${name}_cuda.json
+done

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
 
+#include <optional>
 #include <tuple>
 
 #include "edge_conv/problem.h"
@@ -43,17 +44,9 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, co
                                                       const Tensor& any_neighbor, const Tensor& any_index,
                                                       const Tensor& slope, const Tensor& any_output,
                                                       const Tensor& any_mean) {
-  const EdgeConvProblem problem = edge_conv_problem(any_center, any_neighbor, any_index, slope);
-  for (const auto& [name, tensor] : {std::pair("grad", any_grad), std::pair("output", any_output)}) {
-    STD_TORCH_CHECK(equal(tensor.sizes(), any_center.sizes()), name, ": expected the shape of center, ",
-                    to_string(any_center.sizes()), ", got ", to_string(tensor.sizes()));
-    check_same_dtype_and_device(name, tensor, "center", any_center);
-  }
+  const EdgeConvProblem problem = edge_conv_backward_problem(any_grad, any_grad_mean, any_grad_var, any_center,
+                                                             any_neighbor, any_index, slope, any_output, any_mean);
   const bool statistics = any_mean.numel() > 0;
-  for (const auto& [name, tensor] :
-       {std::pair("grad_mean", any_grad_mean), std::pair("grad_var", any_grad_var), std::pair("mean", any_mean)}) {
-    check_vector(name, tensor, statistics ? problem.channels : 0, slope.scalar_type());
-  }
   const Tensor grad = dense(any_grad), grad_mean = dense(any_grad_mean), grad_var = dense(any_grad_var);
   const Tensor center = dense(any_center), neighbor = dense(any_neighbor), index = dense(any_index);
   const Tensor output = dense(any_output), mean = dense(any_mean);

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
+#include <utility>
 
 #include "common/accumulator.h"
 #include "common/checks.h"
@@ -40,6 +40,22 @@ inline EdgeConvProblem edge_conv_problem(const Tensor& center, const Tensor& nei
                   "slope: expected one element of ", accumulation_dtype(center.scalar_type()), ", got ",
                   slope.scalar_type(), " of shape ", to_string(slope.sizes()));
   return {center.size(0), neighbor.size(0), index.size(1), center.size(1)};
+}
+
+inline EdgeConvProblem edge_conv_backward_problem(const Tensor& grad, const Tensor& grad_mean, const Tensor& grad_var,
+                                                  const Tensor& center, const Tensor& neighbor, const Tensor& index,
+                                                  const Tensor& slope, const Tensor& output, const Tensor& mean) {
+  const EdgeConvProblem problem = edge_conv_problem(center, neighbor, index, slope);
+  for (const auto& [name, tensor] : {std::pair("grad", grad), std::pair("output", output)}) {
+    STD_TORCH_CHECK(equal(tensor.sizes(), center.sizes()), name, ": expected the shape of center, ",
+                    to_string(center.sizes()), ", got ", to_string(tensor.sizes()));
+    check_same_dtype_and_device(name, tensor, "center", center);
+  }
+  for (const auto& [name, tensor] :
+       {std::pair("grad_mean", grad_mean), std::pair("grad_var", grad_var), std::pair("mean", mean)}) {
+    check_vector(name, tensor, mean.numel() > 0 ? problem.channels : 0, slope.scalar_type());
+  }
+  return problem;
 }
 
 }  // namespace paper_layers
