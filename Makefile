@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PEERS := .venv/.peers
 KERNELS := build/dev/.built
 SOURCES := $(shell find csrc -type f)
 # One GPU architecture, so that nvcc, where there is one, does not hold development up.
@@ -20,9 +21,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: $(KERNELS)
+bench: $(KERNELS) $(PEERS)
 	$(BIN)/python -m benchmarks.micro.lip --json benchmarks/results/lip_cpu.json
 	$(BIN)/python -m benchmarks.micro.knn --json benchmarks/results/knn_cpu.json
+	$(BIN)/python -m benchmarks.micro.knn_growth --json benchmarks/results/knn_growth.json
+	$(BIN)/python -m benchmarks.micro.graph_conv --json benchmarks/results/graph_conv_cpu.json
 
 claims: $(KERNELS)
 	$(BIN)/python -m benchmarks.claims.lip
@@ -57,6 +60,10 @@ $(KERNELS): $(INSTALLED) $(SOURCES)
 $(INSTALLED): requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+$(PEERS): requirements-peers.txt $(INSTALLED)
+	$(BIN)/pip install --quiet --no-build-isolation --requirement requirements-peers.txt
 	touch $@
 
 clean:

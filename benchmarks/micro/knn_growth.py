@@ -1,0 +1,99 @@
+"""How the time of an exact search in three dimensions grows with the cloud, for kind clouds and for wicked ones.
+
+python -m benchmarks.micro.knn_growth [--threads 2] [--quick] [--json PATH]
+
+Beside PATH, a plot of the same name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.environment import environment, save
+from paper_layers import knn
+
+SIZES = (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
+K = 16
+
+
+def _outlier(n: int) -> Tensor:
+    cloud = torch.rand(n, 3)
+    cloud[0] = 1e6
+    return cloud
+
+
+CLOUDS: dict[str, Callable[[int], Tensor]] = {
+    "uniform": lambda n: torch.rand(n, 3),
+    "200 tight blobs": lambda n: torch.rand(200, 3)[torch.randint(200, (n,))] + 1e-3 * torch.randn(n, 3),
+    "on a line": lambda n: torch.rand(n, 1) * torch.tensor([1.0, 2.0, 3.0]),
+    "one far outlier": _outlier,
+    "every point 100 times": lambda n: torch.rand(n // 100, 3).repeat(100, 1),
+    "all points equal": lambda n: torch.ones(n, 3),
+}
+
+
+def measure(cloud: Tensor) -> float:
+    """Median of five, or of what fits into two seconds."""
+    times: list[float] = []
+    knn(cloud[None], k=K)
+    while len(times) < 5 and (len(times) < 2 or sum(times) < 2):
+        start = time.perf_counter()
+        knn(cloud[None], k=K)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in CLOUDS:
+        rows = [r for r in results if r["cloud"] == name]
+        axes.loglog([r["points"] for r in rows], [r["seconds"] * 1e3 for r in rows], "o-", label=name)
+    first = next(r for r in results if r["cloud"] == "uniform")
+    sizes = sorted({r["points"] for r in results})
+    linear = [first["seconds"] * 1e3 * n / first["points"] for n in sizes]
+    axes.loglog(sizes, linear, ":", color="gray", label="linear")
+    axes.set(xlabel="points", ylabel="ms", title=f"paper_layers.knn, C = 3, k = {K}")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    print(f"written: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--quick", action="store_true", help="up to 30000 points")
+    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    sizes = [n for n in SIZES if n <= 30_000] if options.quick else SIZES
+    head = environment()
+    results = []
+    for name, n in tqdm([(name, n) for name in CLOUDS for n in sizes]):
+        results.append({"cloud": name, "points": n, "seconds": measure(CLOUDS[name](n))})
+    for row in results:
+        microseconds = row["seconds"] / row["points"] * 1e6
+        print(
+            f"{row['cloud']:24} {row['points']:9,} points {row['seconds'] * 1e3:10.2f} ms {microseconds:7.2f} us each"
+        )
+    if options.json:
+        save(options.json, {"benchmark": "knn_growth", **head, "threads": options.threads, "k": K, "results": results})
+        plot(results, Path(options.json).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
