@@ -36,6 +36,9 @@ struct Coordinates {
   C10_DEVICE const T* row(int64_t i) const { return rows + i * channels; }
 };
 
+// Rounded by itself, not fused into a sum: points that are equally far must stay so, whatever the order of channels.
+C10_DEVICE inline double product(double a, double b) { return __dmul_rn(a, b); }
+
 // So many lanes share an exact distance.
 constexpr int kTeam = 8;
 
@@ -47,7 +50,7 @@ C10_DEVICE double exact_distance(const T* x, const T* y, int64_t channels, bool 
 #pragma unroll 4
   for (int64_t c = threadIdx.x % kTeam; c < channels; c += kTeam) {
     const double a = x[c], b = y[c], difference = a - b;
-    total += inner ? a * b : difference * difference;
+    total += inner ? product(a, b) : product(difference, difference);
   }
 #pragma unroll
   for (int step = kTeam / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);

@@ -184,7 +184,7 @@ struct Walk {
     for (int d = 0; d < kDimensions; ++d) {
       const double below = static_cast<double>(low(d)) - query[d], above = query[d] - static_cast<double>(high(d));
       const double gap = fmax(fmax(below, above), 0.0);  // passes over NaN
-      total = fma(gap, gap, total);
+      total += product(gap, gap);
     }
     return total;
   }
@@ -207,7 +207,7 @@ struct Walk {
       found.distance = 0;
       for (int d = 0; d < kDimensions; ++d) {
         const double difference = static_cast<double>(tree.coordinate(d, place)) - query[d];
-        found.distance = fma(difference, difference, found.distance);
+        found.distance += product(difference, difference);
       }
       found.index = static_cast<int32_t>(tree.order[place] - points.begin);
       there = !std::isnan(found.distance) && found.before(limit);
