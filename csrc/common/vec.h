@@ -156,11 +156,42 @@ PAPER_LAYERS_INLINE V even_lanes(V a, V b) {
   return even_lanes(a, b, std::make_index_sequence<V::size>());
 }
 
+// The lanes one half further on.
+template <int64_t half, typename Lanes, size_t... I>
+PAPER_LAYERS_INLINE Lanes rotated(Lanes lanes, std::index_sequence<I...>) {
+  return __builtin_shufflevector(lanes, lanes, static_cast<int>((I + half) % sizeof...(I))...);
+}
+
+// All lanes combined, by halves.
+template <int64_t half, typename Lanes, typename Combine>
+PAPER_LAYERS_INLINE auto folded(Lanes lanes, Combine combine) {
+  if constexpr (half == 0) return lanes[0];
+  else return folded<half / 2>(combine(lanes, rotated<half>(lanes, std::make_index_sequence<sizeof(lanes) / sizeof(lanes[0])>())), combine);
+}
+
+// None of them NaN.
 template <typename V>
 PAPER_LAYERS_INLINE auto largest_of(V v) {
-  auto result = v.lanes[0];
-  for (int64_t i = 1; i < v.size; ++i) result = std::max(result, v.lanes[i]);
-  return result;
+  return folded<V::size / 2>(v.lanes, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// Of numbers or of the lanes of comparisons.
+template <typename Lanes>
+PAPER_LAYERS_INLINE auto total_of(Lanes lanes) {
+  return folded<sizeof(lanes) / sizeof(lanes[0]) / 2>(lanes, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+
+// p[index] for vectors of as many indices.
+template <typename T, typename IndexLanes>
+PAPER_LAYERS_INLINE Vec<T> gather(const T* p, IndexLanes index) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return typename Vec<T>::Lanes(_mm512_i32gather_ps(__m512i(index), p, 4));
+  else return typename Vec<T>::Lanes(_mm512_i32gather_pd(__m256i(index), p, 8));
+#else
+  Vec<T> v;
+  for (int64_t i = 0; i < v.size; ++i) v.lanes[i] = p[index[i]];
+  return v;
+#endif
 }
 
 template <typename T>

@@ -1,5 +1,6 @@
 // Exact k-nearest neighbours on the CPU, compiled once for each instruction set.
 #include "knn/cpu_exact.h"
+#include "knn/cpu_candidates.h"
 #include "knn/cpu_tree.h"
 #include "knn/cpu_panels.h"
 #include "knn/cpu_backward.h"
