@@ -12,12 +12,14 @@ class Candidates {
   // Up to `batch` candidates come before there is a look at their number.
   Candidates(int64_t queries, int64_t wanted, int64_t batch)
       : wanted(wanted),
-        full_(2 * wanted + batch / 2),
-        room_(full_ + batch + Vec<T>::size),
+        full_(full(wanted, batch)),
+        room_(room(wanted, batch)),
         counts_(queries),
         limits_(queries),
         scores_(new T[queries * room_]),
         indices_(new int32_t[queries * room_]) {}
+
+  static int64_t bytes(int64_t wanted, int64_t batch) { return room(wanted, batch) * (sizeof(T) + sizeof(int32_t)); }
 
   // What the queries' numbers start from.
   void start_at(int64_t q) { first_ = q; }
@@ -34,6 +36,9 @@ class Candidates {
   }
 
  private:
+  static int64_t full(int64_t wanted, int64_t batch) { return 2 * wanted + batch / 2; }
+  static int64_t room(int64_t wanted, int64_t batch) { return full(wanted, batch) + batch + Vec<T>::size; }
+
   int64_t first_ = 0;
   const int64_t full_, room_;
   std::vector<int64_t> counts_;
@@ -47,6 +52,15 @@ template <typename T>
 struct Indices {
   typedef int32_t Lanes __attribute__((vector_size(4 * Vec<T>::size)));
 };
+
+template <typename Lanes, size_t... I>
+PAPER_LAYERS_INLINE Lanes counted_from(int32_t first, std::index_sequence<I...>) {
+  return Lanes{static_cast<int32_t>(I)...} + first;
+}
+template <typename T>
+PAPER_LAYERS_INLINE typename Indices<T>::Lanes indices_from(int64_t first) {
+  return counted_from<typename Indices<T>::Lanes>(static_cast<int32_t>(first), std::make_index_sequence<Vec<T>::size>());
+}
 
 template <typename T>
 PAPER_LAYERS_INLINE typename Indices<T>::Lanes load_indices(const int32_t* p) {
@@ -79,13 +93,12 @@ PAPER_LAYERS_INLINE int64_t append(T* scores, int32_t* indices, int64_t n, Vec<T
 #endif
 }
 
-// A number that at least `wanted` of the scores reach and, unless many are equal, not more than `most`. Where there is
-// room for a vector more.
+// A number that at least `wanted` of the scores reach and, unless many are equal, not more than `most`; and the largest
+// score. Where there is room for a vector more.
 template <typename T>
-T limit_reached_by(T* scores, int64_t count, int64_t wanted, int64_t most) {
+std::pair<T, T> limit_reached_by(T* scores, int64_t count, int64_t wanted, int64_t most) {
   using V = Vec<T>;
-  using Bits = typename V::BitLanes;
-  using Key = std::decay_t<decltype(Bits()[0])>;
+  using Key = std::decay_t<decltype(typename V::BitLanes()[0])>;
   std::fill_n(scores + count, V::size, std::numeric_limits<T>::quiet_NaN());  // reach nothing
   V least(std::numeric_limits<T>::infinity()), largest(-std::numeric_limits<T>::infinity());
   for (int64_t i = 0; i < count; i += V::size) {
@@ -106,9 +119,8 @@ T limit_reached_by(T* scores, int64_t count, int64_t wanted, int64_t most) {
     std::memcpy(&value, &bits, sizeof(value));
     return value;
   };
-  T low = -largest_of(V(-least.lanes)), high = largest_of(largest);
-  if (low == high) return low;
-  high = value_of(key_of(high) + 1);
+  const T top = largest_of(largest);
+  T low = -largest_of(V(-least.lanes)), high = value_of(key_of(top) + 1);
   int64_t at_low = count, at_high = 0;  // how many reach them
   for (int64_t pass = 0; at_low > most; ++pass) {
     // First as if they lay evenly, then by halves, which ends for all.
@@ -119,23 +131,23 @@ T limit_reached_by(T* scores, int64_t count, int64_t wanted, int64_t most) {
       middle = value_of((a & b) + ((a ^ b) >> 1));  // rounded down, without overflow
       if (!(middle > low)) break;
     }
-    Bits reached = {};
-    for (int64_t i = 0; i < count; i += V::size) reached -= load(scores + i).lanes >= V(middle).lanes;
-    const int64_t at_middle = total_of(reached);
+    const int64_t at_middle = count_not_below(scores, count, V(middle));
     if (at_middle >= wanted) low = middle, at_low = at_middle;
     else high = middle, at_high = at_middle;
   }
-  return low;
+  return {low, top};
 }
+
+// So few are sorted by counting.
+constexpr int64_t kFew = 64;
 
 // The largest scores first. Few are put in the place that the number of larger ones tells; false where some are equal.
 template <typename T>
 bool sort_few(T* scores, int32_t* indices, int64_t count) {
   using V = Vec<T>;
-  constexpr int64_t few = 64;
-  if (count > few) return false;
-  T sorted[few + V::size];
-  int32_t sorted_indices[few];
+  if (count > kFew) return false;
+  T sorted[kFew];
+  int32_t sorted_indices[kFew];
   std::fill_n(scores + count, V::size, -std::numeric_limits<T>::infinity());
   int64_t sum = 0;
   for (int64_t i = 0; i < count; i += V::size) {
@@ -197,6 +209,7 @@ class RadixSort {
 // Picks the nearest among candidates. `Exact` knows of query q:
 //   uncertainty(q, least, scores, indices, count)  of the scores that are not below the least, those that differ by
 //                                                  more are in the order of the exact distances
+//   most_uncertain(q, least)                       the same of any points' scores
 //   find(q, indices, count, found)                 exact distances
 //   decided(q, found)                              a limit that no nearer point's score is below
 template <typename T, typename Exact>
@@ -216,8 +229,11 @@ class Selection {
     int32_t* indices = candidates_.indices(q);
     int64_t& count = candidates_.count(q);
     if (count < wanted_) return;
-    const T reached = limit_reached_by(scores, count, wanted_, wanted_ + wanted_ / 8);
-    raise(q, reached - exact_.uncertainty(q, reached, scores, indices, count));
+    const auto [reached, largest] = limit_reached_by(scores, count, wanted_, wanted_ + wanted_ / 8);
+    // What holds for all points does where it is little.
+    T uncertainty = exact_.most_uncertain(q, reached);
+    if (!(uncertainty < (largest - reached) / 16)) uncertainty = exact_.uncertainty(q, reached, scores, indices, count);
+    raise(q, reached - uncertainty);
     count = keep_above(candidates_.limit(q), scores, indices, count);
     if (!candidates_.full(q)) return;
     // Too many are equally near: their exact distances and indices decide.
@@ -239,7 +255,7 @@ class Selection {
   void finish(int64_t q, int64_t row) {
     T* scores = candidates_.scores(q);
     int32_t* indices = candidates_.indices(q);
-    if (candidates_.count(q) > wanted_ + wanted_ / 4) shrink(q);
+    if (candidates_.count(q) > std::max(kFew, wanted_ + wanted_ / 4)) shrink(q);
     int64_t count = candidates_.count(q);
     if (!search_.problem.include_self) count = leave_out(row, scores, indices, count);
     if (count > 0 && !sort_few(scores, indices, count)) sort_(scores, indices, count);
@@ -265,7 +281,7 @@ class Selection {
     for (int64_t i = 0; i < count; i += V::size) {
       const V score = load(scores + i);
       const auto index = load_indices<T>(indices + i);
-      uint32_t lanes = lanes_set(score.lanes >= V(limit).lanes);
+      uint32_t lanes = lanes_not_below(score, V(limit));
       if (count - i < V::size) lanes &= (1u << (count - i)) - 1;
       kept = append(scores, indices, kept, score, index, lanes);
     }

@@ -62,7 +62,7 @@ struct Panels {
   int64_t channels, count;
   T slack;
   Scratch<T> values;
-  Scratch<T> lengths;
+  Scratch<T> lengths, errors;  // what is times a point's length an error of a score
   Scratch<T> offsets;  // of a point's scores: -|y|^2 / 2 and the error; -infinity for what is nobody's neighbour
 
   Panels(const Search<T>& search, const Frame<T>& frame, const T* rows, int64_t number)
@@ -71,6 +71,7 @@ struct Panels {
         slack((channels + 8) * std::numeric_limits<T>::epsilon()),
         values(count * width * channels),
         lengths(count * width),
+        errors(count * width),
         offsets(count * width) {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * width; i < end * width; ++i) {
@@ -96,6 +97,7 @@ struct Panels {
       return;
     }
     lengths[i] = static_cast<T>(std::sqrt(square));
+    errors[i] = slack * lengths[i];
     offsets[i] = static_cast<T>(inner ? 0 : (slack - 0.5) * square) + std::numeric_limits<T>::min();
   }
 };
@@ -109,7 +111,11 @@ class PanelDistances {
   const Panels<T>&queries, &points;
 
   PanelDistances(const Search<T>& search, const Frame<T>& frame, const Panels<T>& queries, const Panels<T>& points)
-      : search(search), frame(frame), queries(queries), points(points) {}
+      : search(search),
+        frame(frame),
+        queries(queries),
+        points(points),
+        longest_(*std::max_element(points.lengths.begin(), points.lengths.end())) {}
 
   int64_t index(int32_t position) const { return position; }
 
@@ -123,10 +129,9 @@ class PanelDistances {
     }
     T length = largest_of(longest);
     for (; i < count; ++i) length = std::max(length, scores[i] >= least ? points.lengths[indices[i]] : T(0));
-    const T sum = queries.lengths[q] + (search.problem.inner ? T(0) : length);
-    return 2 * points.slack * length * sum + static_cast<T>(rounding(double(sum) * sum)) +
-           4 * std::numeric_limits<T>::min();
+    return uncertainty_up_to(length, q);
   }
+  T most_uncertain(int64_t q, T) const { return uncertainty_up_to(longest_, q); }
 
   void find(int64_t q, const int32_t* indices, int64_t count, Found* found) const {
     find_exactly(search, search.query_at(q), indices, count, found);
@@ -141,10 +146,19 @@ class PanelDistances {
   }
 
  private:
+  // Of points of at most this length.
+  T uncertainty_up_to(T length, int64_t q) const {
+    const T sum = queries.lengths[q] + (search.problem.inner ? T(0) : length);
+    return 2 * points.slack * length * sum + static_cast<T>(rounding(double(sum) * sum)) +
+           4 * std::numeric_limits<T>::min();
+  }
+
   // How far exact distances of this size are off, which are rounded too and may underflow.
   double rounding(double size) const {
     return (points.channels + 16) * (0x1p-52 * size + std::ldexp(frame.scale * frame.scale, -1072));
   }
+
+  const T longest_;
 };
 
 // The inner products of kRows queries, of their panel's width, and of a panel of points. A function of its own, so
@@ -194,11 +208,19 @@ class PanelSearch {
   }
 
   void compare(int64_t queries, int64_t points) {
-    alignas(64) T products[width * width];
-    for (int64_t r = 0; r < width; r += kRows<T>) {
-      multiply(exact_.queries.panel(queries) + r, exact_.points.panel(points), exact_.points.channels, products + r * width);
+    multiply_all(queries, points);
+    give(queries, points, products_);
+  }
+
+  // Gives the products of two panels of one cloud to the rows of both.
+  void compare_both(int64_t a, int64_t b) {
+    compare(a, b);
+    if (a == b) return;
+    alignas(64) T transposed[width * width];
+    for (int64_t r = 0; r < width; r += V::size) {
+      for (int64_t c = 0; c < width; c += V::size) transpose(products_ + r * width + c, width, transposed + c * width + r);
     }
-    give(queries, points, products);
+    give(b, a, transposed);
   }
 
   void finish(int64_t panel) {
@@ -206,33 +228,38 @@ class PanelSearch {
   }
 
  private:
-  void give(int64_t queries, int64_t points, const T* products) {
-    V lengths[kVectors], offsets[kVectors];
-    typename Indices<T>::Lanes index[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const int64_t first = points * width + v * V::size;
-      lengths[v] = load(exact_.points.lengths.data() + first);
-      offsets[v] = load(exact_.points.offsets.data() + first);
-      for (int64_t i = 0; i < V::size; ++i) index[v][i] = static_cast<int32_t>(first + i);
+  void multiply_all(int64_t queries, int64_t points) {
+    for (int64_t r = 0; r < width; r += kRows<T>) {
+      multiply(exact_.queries.panel(queries) + r, exact_.points.panel(points), exact_.points.channels,
+               products_ + r * width);
     }
+  }
+
+  // Branches on what rarely is near would mostly be mispredicted: a list of vectors that hold candidates comes first.
+  __attribute__((noinline)) void give(int64_t queries, int64_t points, const T* products) {
+    struct Near {
+      uint32_t lanes, place;
+    } near[width * kVectors];
+    const T *lengths = &exact_.points.lengths[points * width], *offsets = &exact_.points.offsets[points * width];
+    const T *errors = &exact_.queries.errors[queries * width], *limits = &candidates_.limit(queries * width);
+    const auto score = [&](int64_t r, int64_t v) __attribute__((always_inline)) {
+      return load(products + r * width + v * V::size) +
+             multiply_add(V(errors[r]), load(lengths + v * V::size), load(offsets + v * V::size));
+    };
+    int64_t count = 0;
     for (int64_t r = 0; r < width; ++r) {
-      const int64_t q = queries * width + r;
-      const V error(exact_.points.slack * exact_.queries.lengths[q]), limit(candidates_.limit(q));
-      V scores[kVectors];
-      uint32_t near[kVectors], any = 0;
 #pragma GCC unroll 3
       for (int64_t v = 0; v < kVectors; ++v) {
-        scores[v] = load(products + r * width + v * V::size) + multiply_add(error, lengths[v], offsets[v]);
-        near[v] = lanes_set(scores[v].lanes >= limit.lanes);
-        any |= near[v];
+        const uint32_t lanes = lanes_not_below(score(r, v), V(limits[r]));
+        near[count] = {lanes, static_cast<uint32_t>(r * kVectors + v)};
+        count += lanes != 0;
       }
-      if (any == 0) continue;
-      int64_t n = candidates_.count(q);
-#pragma GCC unroll 3
-      for (int64_t v = 0; v < kVectors; ++v) {
-        n = append(candidates_.scores(q), candidates_.indices(q), n, scores[v], index[v], near[v]);
-      }
-      candidates_.count(q) = n;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = near[i].place / kVectors, v = near[i].place % kVectors, q = queries * width + r;
+      int64_t& n = candidates_.count(q);
+      n = append(candidates_.scores(q), candidates_.indices(q), n, score(r, v),
+                 indices_from<T>(points * width + v * V::size), near[i].lanes);
       if (candidates_.full(q)) selection_.shrink(q);
     }
   }
@@ -240,25 +267,6 @@ class PanelSearch {
   PanelDistances<T>& exact_;
   Candidates<T>& candidates_;
   Selection<T, PanelDistances<T>> selection_;
+  alignas(64) T products_[width * width];
 };
 
-template <typename T>
-void search_panels(const Search<T>& search) {
-  constexpr int64_t width = Panels<T>::width;
-  const Frame<T> frame(search);
-  const Panels<T> points(search, frame, search.point, search.points);
-  std::optional<Panels<T>> separate;
-  if (!search.searches_itself()) separate.emplace(search, frame, search.query, search.queries);
-  const Panels<T>& queries = separate ? *separate : points;
-  PanelDistances<T> exact(search, frame, queries, points);
-  torch::stable::parallel_for(0, queries.count, 1, [&](int64_t begin, int64_t end) {
-    Candidates<T> candidates(width, search.wanted(), width);
-    PanelSearch<T> panels(exact, candidates);
-    for (int64_t q = begin; q < end; ++q) {
-      candidates.start_at(q * width);
-      panels.start(q);
-      for (int64_t p = 0; p < points.count; ++p) panels.compare(q, p);
-      panels.finish(q);
-    }
-  });
-}

@@ -150,7 +150,8 @@ struct TreeDistances {
   int64_t index(int32_t position) const { return tree.indices(0)[position]; }
 
   // Rounded distances are relatively so near to the exact ones, but for those that underflow.
-  T uncertainty(int64_t, T least, const T*, const int32_t*, int64_t) const {
+  T uncertainty(int64_t q, T least, const T*, const int32_t*, int64_t) const { return most_uncertain(q, least); }
+  T most_uncertain(int64_t, T least) const {
     return 16 * std::numeric_limits<T>::epsilon() * std::abs(least) + 16 * std::numeric_limits<T>::min();
   }
 
@@ -169,7 +170,7 @@ struct TreeDistances {
   T decided(int64_t q, const Found& found) {
     if (found.distance == 0) last_coincident[q] = found.index;
     const T score = -static_cast<T>(found.distance);
-    return score - uncertainty(q, score, nullptr, nullptr, 0);
+    return score - most_uncertain(q, score);
   }
 };
 
@@ -238,9 +239,8 @@ class TreeWalk {
         total = multiply_add(difference, difference, total);
       }
       const V score(-total.lanes);
-      typename Indices<T>::Lanes index;
-      for (int64_t i = 0; i < V::size; ++i) index[i] = static_cast<int32_t>(leaf * kLeaf + p + i);
-      n = append(candidates_.scores(q), candidates_.indices(q), n, score, index, lanes_set(score.lanes >= limit.lanes));
+      n = append(candidates_.scores(q), candidates_.indices(q), n, score, indices_from<T>(leaf * kLeaf + p),
+                 lanes_not_below(score, limit));
     }
     candidates_.count(q) = n;
     // The first limit is worth a look at few.
