@@ -186,20 +186,31 @@ class TreeWalk {
   // At most kLeaf queries.
   void run(const TreePoint<T>* queries, int64_t count) {
     exact_.queries = queries;
-    count_ = count;
     group_ = Box<T>::empty();
-    for (int64_t q = 0; q < count; ++q) {
-      candidates_.clear(q, -std::numeric_limits<T>::infinity());
-      exact_.last_coincident[q] = std::numeric_limits<int32_t>::max();
-      group_.add(queries[q].x);
+    for (int64_t q = 0; q < kLeaf; ++q) {
+      const bool there = q < count;  // the others look for nothing
+      candidates_.clear(q, there ? -std::numeric_limits<T>::infinity() : std::numeric_limits<T>::infinity());
+      exact_.last_coincident[q] = there ? std::numeric_limits<int32_t>::max() : -1;
+      for (int64_t d = 0; d < kDimensions; ++d) x_[d][q] = queries[there ? q : 0].x[d];
+      if (there) group_.add(queries[q].x);
     }
-    farthest_ = std::numeric_limits<T>::infinity();
-    last_coincident_ = std::numeric_limits<int32_t>::max();
+    find_reach();
     if (tree_.leaves() > 0) visit(1, tree_.node(1).box.distance(group_));
     for (int64_t q = 0; q < count; ++q) selection_.finish(q, queries[q].index);
   }
 
  private:
+  // What any of the queries needs.
+  void find_reach() {
+    V least(std::numeric_limits<T>::infinity());
+    for (int64_t q = 0; q < kLeaf; q += V::size) {
+      const V limit = load(&candidates_.limit(q));
+      least = V(limit.lanes < least.lanes ? limit.lanes : least.lanes);
+    }
+    farthest_ = largest_of(V(-least.lanes));
+    last_coincident_ = *std::max_element(exact_.last_coincident, exact_.last_coincident + kLeaf);
+  }
+
   void visit(int64_t i, T distance) {
     const auto& node = tree_.node(i);
     if (distance > farthest_ || node.first_index > last_coincident_) return;
@@ -213,48 +224,54 @@ class TreeWalk {
   }
 
   void scan(const typename Tree<T>::Node& leaf) {
-    farthest_ = 0;
-    last_coincident_ = 0;
-    for (int64_t q = 0; q < count_; ++q) {
-      Box<T> here;
-      std::copy_n(exact_.queries[q].x, kDimensions, here.low);
-      std::copy_n(exact_.queries[q].x, kDimensions, here.high);
-      if (leaf.box.distance(here) <= -candidates_.limit(q) && leaf.first_index <= exact_.last_coincident[q]) {
-        scan(leaf.leaves.begin, q);
-      }
-      farthest_ = std::max(farthest_, -candidates_.limit(q));
-      last_coincident_ = std::max(last_coincident_, exact_.last_coincident[q]);
-    }
-  }
-
-  void scan(int64_t leaf, int64_t q) {
-    const T *x = exact_.queries[q].x, *coordinates = tree_.coordinates(leaf);
-    int64_t n = candidates_.count(q);
-    const V limit(candidates_.limit(q));
-    for (int64_t p = 0; p < kLeaf; p += V::size) {
-      V total(T(0));
+    bool shrunk = false;
+    for (int64_t first = 0; first < kLeaf; first += V::size) {
+      V score(T(0));  // of a point in the nearest corner of the leaf's box
 #pragma GCC unroll 4
       for (int64_t d = 0; d < kDimensions; ++d) {
-        const V difference = load(coordinates + d * kLeaf + p) - V(x[d]);
-        total = multiply_add(difference, difference, total);
+        const V x = load(x_[d] + first);
+        const V gap = max_or_second(max_or_second(V(leaf.box.low[d]) - x, x - V(leaf.box.high[d])), V(T(0)));
+        score = score - gap * gap;
       }
-      const V score(-total.lanes);
-      n = append(candidates_.scores(q), candidates_.indices(q), n, score, indices_from<T>(leaf * kLeaf + p),
-                 lanes_not_below(score, limit));
+      uint32_t near = lanes_not_below(score, load(&candidates_.limit(first)));
+      for (; near != 0; near &= near - 1) {
+        const int64_t q = first + __builtin_ctz(near);
+        if (leaf.first_index <= exact_.last_coincident[q]) shrunk |= scan(leaf.leaves.begin, q);
+      }
+    }
+    if (shrunk) find_reach();
+  }
+
+  // Whether there is a new limit.
+  bool scan(int64_t leaf, int64_t q) {
+    const T* coordinates = tree_.coordinates(leaf);
+    T* scores = candidates_.scores(q);
+    int32_t* indices = candidates_.indices(q);
+    int64_t n = candidates_.count(q);
+    const T least = candidates_.limit(q);
+    const V limit(least);
+    for (int64_t p = 0; p < kLeaf; p += V::size) {
+      V score(T(0));
+#pragma GCC unroll 4
+      for (int64_t d = 0; d < kDimensions; ++d) {
+        const V difference = load(coordinates + d * kLeaf + p) - V(x_[d][q]);
+        score = score - difference * difference;
+      }
+      n = append(scores, indices, n, score, indices_from<T>(leaf * kLeaf + p), lanes_not_below(score, limit));
     }
     candidates_.count(q) = n;
     // The first limit is worth a look at few.
-    if (candidates_.full(q) || (n >= candidates_.wanted && limit.lanes[0] == -std::numeric_limits<T>::infinity())) {
-      selection_.shrink(q);
-    }
+    const bool shrinks = candidates_.full(q) || (n >= candidates_.wanted && least == -std::numeric_limits<T>::infinity());
+    if (shrinks) selection_.shrink(q);
+    return shrinks;
   }
 
   const Tree<T>& tree_;
   TreeDistances<T> exact_;
   Candidates<T> candidates_;
   Selection<T, TreeDistances<T>> selection_;
-  int64_t count_;
-  T farthest_;  // what any of the queries needs
+  alignas(64) T x_[kDimensions][kLeaf];
+  T farthest_;
   int32_t last_coincident_;
   Box<T> group_;
 };
