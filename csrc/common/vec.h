@@ -156,11 +156,42 @@ PAPER_LAYERS_INLINE V even_lanes(V a, V b) {
   return even_lanes(a, b, std::make_index_sequence<V::size>());
 }
 
+// The lanes one half further on.
+template <int64_t half, typename Lanes, size_t... I>
+PAPER_LAYERS_INLINE Lanes rotated(Lanes lanes, std::index_sequence<I...>) {
+  return __builtin_shufflevector(lanes, lanes, static_cast<int>((I + half) % sizeof...(I))...);
+}
+
+// All lanes combined, by halves.
+template <int64_t half, typename Lanes, typename Combine>
+PAPER_LAYERS_INLINE auto folded(Lanes lanes, Combine combine) {
+  if constexpr (half == 0) return lanes[0];
+  else return folded<half / 2>(combine(lanes, rotated<half>(lanes, std::make_index_sequence<sizeof(lanes) / sizeof(lanes[0])>())), combine);
+}
+
+// None of them NaN.
 template <typename V>
 PAPER_LAYERS_INLINE auto largest_of(V v) {
-  auto result = v.lanes[0];
-  for (int64_t i = 1; i < v.size; ++i) result = std::max(result, v.lanes[i]);
-  return result;
+  return folded<V::size / 2>(v.lanes, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// Of numbers or of the lanes of comparisons.
+template <typename Lanes>
+PAPER_LAYERS_INLINE auto total_of(Lanes lanes) {
+  return folded<sizeof(lanes) / sizeof(lanes[0]) / 2>(lanes, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+
+// p[index] for vectors of as many indices.
+template <typename T, typename IndexLanes>
+PAPER_LAYERS_INLINE Vec<T> gather(const T* p, IndexLanes index) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return typename Vec<T>::Lanes(_mm512_i32gather_ps(__m512i(index), p, 4));
+  else return typename Vec<T>::Lanes(_mm512_i32gather_pd(__m256i(index), p, 8));
+#else
+  Vec<T> v;
+  for (int64_t i = 0; i < v.size; ++i) v.lanes[i] = p[index[i]];
+  return v;
+#endif
 }
 
 template <typename T>
@@ -186,6 +217,33 @@ PAPER_LAYERS_INLINE void store_in_turn(T* to, Vec<T> a, Vec<T> b) {
   store_in_turn(to, a, b, std::make_index_sequence<Vec<T>::size>());
 }
 
+// The columns of as many vectors as there are lanes, from and to rows that are `stride` apart.
+template <typename T, size_t... I>
+PAPER_LAYERS_INLINE void transpose(const T* from, int64_t stride, T* to, std::index_sequence<I...>) {
+  constexpr int size = sizeof...(I), half = size / 2;
+  Vec<T> rows[size], next[size];
+#pragma GCC unroll 16
+  for (int i = 0; i < size; ++i) rows[i] = load(from + i * stride);
+  // To interleave row i and row i + half moves the highest bit of an element's place to the end.
+#pragma GCC unroll 4
+  for (int n = 1; n < size; n *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      const auto a = rows[i].lanes, b = rows[i + half].lanes;
+      next[2 * i] = Vec<T>(__builtin_shufflevector(a, b, int(I / 2 + I % 2 * size)...));
+      next[2 * i + 1] = Vec<T>(__builtin_shufflevector(a, b, int(half + I / 2 + I % 2 * size)...));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < size; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < size; ++i) store(to + i * stride, rows[i]);
+}
+template <typename T>
+PAPER_LAYERS_INLINE void transpose(const T* from, int64_t stride, T* to) {
+  transpose(from, stride, to, std::make_index_sequence<Vec<T>::size>());
+}
+
 // Bit i: whether lane i of a comparison holds.
 template <typename BitLanes>
 PAPER_LAYERS_INLINE uint32_t lanes_set(BitLanes mask) {
@@ -202,6 +260,31 @@ PAPER_LAYERS_INLINE uint32_t lanes_set(BitLanes mask) {
   uint32_t bits = 0;
   for (size_t i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) bits |= static_cast<uint32_t>(mask[i] != 0) << i;
   return bits;
+#endif
+}
+
+// Bit i: whether a[i] >= b[i].
+template <typename V>
+PAPER_LAYERS_INLINE uint32_t lanes_not_below(V a, V b) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  if constexpr (V::size == 16) return _mm512_cmp_ps_mask(__m512(a.lanes), __m512(b.lanes), _CMP_GE_OQ);
+  else return _mm512_cmp_pd_mask(__m512d(a.lanes), __m512d(b.lanes), _CMP_GE_OQ);
+#else
+  return lanes_set(a.lanes >= b.lanes);
+#endif
+}
+
+// How many of a whole number of vectors are not below.
+template <typename T>
+PAPER_LAYERS_INLINE int64_t count_not_below(const T* p, int64_t count, Vec<T> than) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  int64_t result = 0;
+  for (int64_t i = 0; i < count; i += than.size) result += __builtin_popcount(lanes_not_below(load(p + i), than));
+  return result;
+#else
+  typename Vec<T>::BitLanes result = {};
+  for (int64_t i = 0; i < count; i += than.size) result -= load(p + i).lanes >= than.lanes;
+  return total_of(result);
 #endif
 }
 

@@ -1,7 +1,9 @@
 // Exact k-nearest neighbours on the CPU, compiled once for each instruction set.
 #include "knn/cpu_exact.h"
+#include "knn/cpu_candidates.h"
 #include "knn/cpu_tree.h"
 #include "knn/cpu_panels.h"
+#include "knn/cpu_pairs.h"
 #include "knn/cpu_backward.h"
 
 // So few pairs are not worth a tree or panels.
@@ -11,7 +13,9 @@ constexpr int64_t kFewPairs = 4096;
 template <typename T>
 bool squares_are_finite(const T* values, int64_t count) {
   constexpr T limit = std::is_same_v<T, float> ? std::numeric_limits<T>::max() : T(1e150);
-  return std::none_of(values, values + count, [](T x) { return std::abs(x) > limit; });
+  int32_t larger = 0;
+  for (int64_t i = 0; i < count; ++i) larger |= std::abs(values[i]) > limit;
+  return larger == 0;
 }
 
 template <typename T>
@@ -27,8 +31,8 @@ void knn(const KnnProblem& problem, const T* query, const T* points, int64_t* in
                            distance + q * problem.k,
                            cloud.offset};
     if (search.queries * search.points <= kFewPairs || problem.channels == 0 ||
-        !squares_are_finite(search.query, search.queries * problem.channels) ||
-        !squares_are_finite(search.point, search.points * problem.channels)) {
+        !squares_are_finite(search.point, search.points * problem.channels) ||
+        (!search.searches_itself() && !squares_are_finite(search.query, search.queries * problem.channels))) {
       search_pairs(search);
     } else if (problem.channels <= kDimensions && !problem.inner) {
       search_tree(search);

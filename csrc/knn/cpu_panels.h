@@ -1,37 +1,20 @@
-// Any number of channels: a matrix product of queries and points that is compared with what each query still needs
-// while it is in registers.
+// Any number of channels: a matrix product of queries and points, compared with what each query still needs while it
+// is in the first-level cache.
 //
 // With coordinates from a middle of the cloud, x . y - |y|^2 / 2 orders the points of a query x as their distances do.
-// It is computed in T, in error by at most slack |y| (|x| + |y|), so what may be among the nearest is kept, and exact
-// distances decide in the end. Coordinates are scaled so that nothing overflows.
+// It is computed in T, in error by at most slack |y| (|x| + |y|). Coordinates are scaled so that nothing overflows.
 
-// Registers hold kRows x kVectors vectors of the product; a panel is kVectors vectors of points.
-constexpr int64_t kRows = PAPER_LAYERS_VECTOR_BYTES == 64 ? 8 : 4;
-constexpr int64_t kVectors = 3;
-// Elements of points that stay in the second-level cache while queries pass by.
-constexpr int64_t kPointElements = 32768;
-// Queries that one thread takes at once.
-constexpr int64_t kQueryBlock = 64;
-
-// The points of a cloud in panels: channel by channel, the numbers of all the panel's points.
+// Where the coordinates of a cloud start, and their unit.
 template <typename T>
-struct Panels {
-  using V = Vec<T>;
-  static constexpr int64_t width = kVectors * V::size;
-
-  int64_t channels, count;
+struct Frame {
   std::vector<double> center;
   double scale = 1;
-  Scratch<T> values, starts;  // starts: -|y|^2 / 2, or -infinity for what is nobody's neighbour
-  std::vector<T> lengths;     // the largest |y| of each panel
 
-  explicit Panels(const Search<T>& search)
-      : channels(search.channels()), count((search.points + width - 1) / width), center(channels), values(count * width * channels), starts(count * width), lengths(count) {
+  explicit Frame(const Search<T>& search) : center(search.channels()) {
     if (!search.problem.inner) find_center(search);
-    find_scale(search);
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) pack(search, panel);
-    });
+    double largest = largest_in(search.point, search.points);
+    if (!search.searches_itself()) largest = std::max(largest, largest_in(search.query, search.queries));
+    if (largest > 0) scale = std::ldexp(1.0, std::min(-std::ilogb(largest), 500));  // its square is finite
   }
 
   T coordinate(const T* row, int64_t c) const { return static_cast<T>((row[c] - center[c]) * scale); }
@@ -41,7 +24,7 @@ struct Panels {
   void find_center(const Search<T>& search) {
     std::vector<double> sample;
     const int64_t step = search.points / 64 + 1;
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < search.channels(); ++c) {
       sample.clear();
       for (int64_t j = 0; j < search.points; j += step) {
         const double x = search.point_at(j)[c];
@@ -53,229 +36,237 @@ struct Panels {
     }
   }
 
-  void find_scale(const Search<T>& search) {
+  double largest_in(const T* rows, int64_t count) const {
+    const int64_t channels = center.size();
     double largest = 0;
-    const auto look_at = [&](const T* rows, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t c = 0; c < channels; ++c) {
-          const double x = std::abs(rows[i * channels + c] - center[c]);
-          if (x > largest) largest = x;
-        }
-      }
-    };
-    look_at(search.point, search.points);
-    if (search.query != search.point) look_at(search.query, search.queries);
-    if (largest > 0) scale = std::ldexp(1.0, std::min(-std::ilogb(largest), 500));  // its square is finite
-  }
-
-  void pack(const Search<T>& search, int64_t panel) {
-    T* to = values.data() + panel * width * channels;
-    double longest = 0;
-    for (int64_t p = 0; p < width; ++p) {
-      const int64_t j = panel * width + p;
-      double square = j < search.points ? 0 : std::numeric_limits<double>::quiet_NaN();
+    for (int64_t i = 0; i < count; ++i) {
       for (int64_t c = 0; c < channels; ++c) {
-        const T x = j < search.points ? coordinate(search.point_at(j), c) : T(0);
-        to[c * width + p] = x;
-        square += static_cast<double>(x) * x;
+        const double x = std::abs(rows[i * channels + c] - center[c]);
+        largest = x > largest ? x : largest;
       }
-      if (std::isnan(square)) {
-        for (int64_t c = 0; c < channels; ++c) to[c * width + p] = 0;
-        starts[panel * width + p] = -std::numeric_limits<T>::infinity();
-        continue;
-      }
-      longest = std::max(longest, square);
-      starts[panel * width + p] = search.problem.inner ? T(0) : static_cast<T>(-square / 2);
     }
-    lengths[panel] = static_cast<T>(std::sqrt(longest));
+    return largest;
   }
 };
 
-// The neighbours of a block of queries.
+// Registers hold kRows x kVectors vectors of the product; a panel is kVectors vectors of rows, whole numbers of kRows.
+constexpr int64_t kVectors = 3;
+template <typename T>
+constexpr int64_t kRows = PAPER_LAYERS_VECTOR_BYTES == 64 ? 8 : Vec<T>::size == 2 ? 3 : 4;
+
+// The rows of a cloud in panels: channel by channel, the numbers of all the panel's rows.
+template <typename T>
+struct Panels {
+  static constexpr int64_t width = kVectors * Vec<T>::size;
+
+  int64_t channels, count;
+  T slack;
+  Scratch<T> values;
+  Scratch<T> lengths, errors;  // what is times a point's length an error of a score
+  Scratch<T> offsets;  // of a point's scores: -|y|^2 / 2 and the error; -infinity for what is nobody's neighbour
+
+  Panels(const Search<T>& search, const Frame<T>& frame, const T* rows, int64_t number)
+      : channels(search.channels()),
+        count((number + width - 1) / width),
+        slack((channels + 8) * std::numeric_limits<T>::epsilon()),
+        values(count * width * channels),
+        lengths(count * width),
+        errors(count * width),
+        offsets(count * width) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * width; i < end * width; ++i) {
+        pack(frame, i < number ? rows + i * channels : nullptr, i, search.problem.inner);
+      }
+    });
+  }
+
+  const T* panel(int64_t p) const { return values.data() + p * width * channels; }
+  bool there(int64_t row) const { return offsets[row] > -std::numeric_limits<T>::infinity(); }
+
+ private:
+  void pack(const Frame<T>& frame, const T* row, int64_t i, bool inner) {
+    T* to = values.data() + i / width * width * channels + i % width;
+    double square = row ? 0 : std::numeric_limits<double>::quiet_NaN();
+    for (int64_t c = 0; row && c < channels; ++c) {
+      to[c * width] = frame.coordinate(row, c);
+      square += static_cast<double>(to[c * width]) * to[c * width];
+    }
+    if (std::isnan(square)) {
+      for (int64_t c = 0; c < channels; ++c) to[c * width] = 0;
+      offsets[i] = -std::numeric_limits<T>::infinity();
+      return;
+    }
+    lengths[i] = static_cast<T>(std::sqrt(square));
+    errors[i] = slack * lengths[i];
+    offsets[i] = static_cast<T>(inner ? 0 : (slack - 0.5) * square) + std::numeric_limits<T>::min();
+  }
+};
+
+// Exact distances of panels' rows, as Selection asks for them.
+template <typename T>
+class PanelDistances {
+ public:
+  const Search<T>& search;
+  const Frame<T>& frame;
+  const Panels<T>&queries, &points;
+
+  PanelDistances(const Search<T>& search, const Frame<T>& frame, const Panels<T>& queries, const Panels<T>& points)
+      : search(search),
+        frame(frame),
+        queries(queries),
+        points(points),
+        longest_(*std::max_element(points.lengths.begin(), points.lengths.end())) {}
+
+  int64_t index(int32_t position) const { return position; }
+
+  T uncertainty(int64_t q, T least, const T* scores, const int32_t* indices, int64_t count) const {
+    using V = Vec<T>;
+    V longest(T(0));
+    int64_t i = 0;
+    for (; i + V::size <= count; i += V::size) {
+      const V lengths = gather(points.lengths.data(), load_indices<T>(indices + i));
+      longest = max_or_second(V(load(scores + i).lanes >= V(least).lanes ? lengths.lanes : longest.lanes), longest);
+    }
+    T length = largest_of(longest);
+    for (; i < count; ++i) length = std::max(length, scores[i] >= least ? points.lengths[indices[i]] : T(0));
+    return uncertainty_up_to(length, q);
+  }
+  T most_uncertain(int64_t q, T) const { return uncertainty_up_to(longest_, q); }
+
+  void find(int64_t q, const int32_t* indices, int64_t count, Found* found) const {
+    find_exactly(search, search.query_at(q), indices, count, found);
+  }
+
+  T decided(int64_t q, const Found& found) const {
+    const double square = static_cast<double>(queries.lengths[q]) * queries.lengths[q];
+    const double distance = found.distance * frame.scale * frame.scale;
+    const double score = search.problem.inner ? -distance : (square - distance) / 2;
+    const double size = square + std::abs(distance);
+    return static_cast<T>(score - points.slack * size - rounding(size)) - std::numeric_limits<T>::min();
+  }
+
+ private:
+  // Of points of at most this length.
+  T uncertainty_up_to(T length, int64_t q) const {
+    const T sum = queries.lengths[q] + (search.problem.inner ? T(0) : length);
+    return 2 * points.slack * length * sum + static_cast<T>(rounding(double(sum) * sum)) +
+           4 * std::numeric_limits<T>::min();
+  }
+
+  // How far exact distances of this size are off, which are rounded too and may underflow.
+  double rounding(double size) const {
+    return (points.channels + 16) * (0x1p-52 * size + std::ldexp(frame.scale * frame.scale, -1072));
+  }
+
+  const T longest_;
+};
+
+// The inner products of kRows queries, of their panel's width, and of a panel of points. A function of its own, so
+// that the compiler keeps all sums in registers.
+template <typename T>
+__attribute__((noinline)) void multiply(const T* queries, const T* points, int64_t channels, T* products) {
+  using V = Vec<T>;
+  constexpr int64_t width = Panels<T>::width, rows = kRows<T>;
+  V sums[rows][kVectors];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 3
+    for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = V(T(0));
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    V y[kVectors];
+#pragma GCC unroll 3
+    for (int64_t v = 0; v < kVectors; ++v) y[v] = load(points + c * width + v * V::size);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < rows; ++r) {
+      const V x(queries[c * width + r]);
+#pragma GCC unroll 3
+      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(x, y[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 3
+    for (int64_t v = 0; v < kVectors; ++v) store(products + r * width + v * V::size, sums[r][v]);
+  }
+}
+
+// Gives products of panels to queries as candidates.
 template <typename T>
 class PanelSearch {
   using V = Vec<T>;
   static constexpr int64_t width = Panels<T>::width;
 
  public:
-  PanelSearch(const Search<T>& search, const Panels<T>& panels)
-      : search_(search),
-        panels_(panels),
-        channels_(panels.channels),
-        wanted_(search.wanted()),
-        capacity_(2 * wanted_ + width / 2 + width),
-        slack_((channels_ + 8) * std::numeric_limits<T>::epsilon()),
-        values_(kQueryBlock * channels_),
-        lengths_(kQueryBlock),
-        squares_(kQueryBlock),
-        counts_(kQueryBlock),
-        limits_(kQueryBlock),
-        candidates_(kQueryBlock * capacity_),
-        scores_(capacity_ + V::size),
-        found_(capacity_) {}
+  PanelSearch(PanelDistances<T>& exact, Candidates<T>& candidates)
+      : exact_(exact), candidates_(candidates), selection_(exact.search, exact, candidates) {}
 
-  void run(Range queries) {
-    queries_ = queries;
-    for (int64_t q = 0; q < kQueryBlock; ++q) {
-      // Rows without a query repeat the first one and look for nothing.
-      const bool there = q < queries.size();
-      const T* row = search_.query_at(queries.begin + (there ? q : 0));
-      double square = 0;
-      for (int64_t c = 0; c < channels_; ++c) {
-        const T x = panels_.coordinate(row, c);
-        values_[(q / kRows * channels_ + c) * kRows + q % kRows] = x;
-        square += static_cast<double>(x) * x;
-      }
-      squares_[q] = square;
-      lengths_[q] = static_cast<T>(std::sqrt(square));
-      limits_[q] = there ? -std::numeric_limits<T>::max() : std::numeric_limits<T>::infinity();
-      counts_[q] = 0;
+  void start(int64_t panel) {
+    for (int64_t q = panel * width; q < (panel + 1) * width; ++q) {
+      candidates_.clear(q, exact_.queries.there(q) ? -std::numeric_limits<T>::max() : std::numeric_limits<T>::infinity());
     }
-    const int64_t block = std::max<int64_t>(1, kPointElements / (width * channels_));
-    const int64_t groups = (queries.size() + kRows - 1) / kRows;
-    for (int64_t first = 0; first < panels_.count; first += block) {
-      const int64_t last = std::min(panels_.count, first + block);
-      for (int64_t g = 0; g < groups; ++g) {
-        for (int64_t panel = first; panel < last; ++panel) multiply(panel, g * kRows);
-      }
+  }
+
+  void compare(int64_t queries, int64_t points) {
+    multiply_all(queries, points);
+    give(queries, points, products_);
+  }
+
+  // Gives the products of two panels of one cloud to the rows of both.
+  void compare_both(int64_t a, int64_t b) {
+    compare(a, b);
+    if (a == b) return;
+    alignas(64) T transposed[width * width];
+    for (int64_t r = 0; r < width; r += V::size) {
+      for (int64_t c = 0; c < width; c += V::size) transpose(products_ + r * width + c, width, transposed + c * width + r);
     }
-    for (int64_t q = 0; q < queries.size(); ++q) {
-      if (counts_[q] > wanted_ + wanted_ / 8) shrink(q);
-      exact(q);
-      write_neighbours(search_, queries.begin + q, found_.data(), counts_[q]);
-    }
+    give(b, a, transposed);
+  }
+
+  void finish(int64_t panel) {
+    for (int64_t q = panel * width; q < std::min((panel + 1) * width, exact_.search.queries); ++q) selection_.finish(q, q);
   }
 
  private:
-  struct Candidate {
-    T score;  // rounded
-    int32_t index;
-  };
-
-  // How far a rounded score of a panel's points may be off.
-  T error(int64_t q, int64_t panel) const {
-    const T length = panels_.lengths[panel];
-    return slack_ * length * (lengths_[q] + (search_.problem.inner ? T(0) : length)) + std::numeric_limits<T>::min();
+  void multiply_all(int64_t queries, int64_t points) {
+    for (int64_t r = 0; r < width; r += kRows<T>) {
+      multiply(exact_.queries.panel(queries) + r, exact_.points.panel(points), exact_.points.channels,
+               products_ + r * width);
+    }
   }
 
-  // A panel for kRows queries.
-  void multiply(int64_t panel, int64_t first) {
-    alignas(64) T scores[kRows * width];
-    product(panels_.starts.data() + panel * width, panels_.values.data() + panel * width * channels_,
-            values_.data() + first * channels_, channels_, scores);
-    T limits[kRows];
-    for (int64_t r = 0; r < kRows; ++r) limits[r] = limits_[first + r] - error(first + r, panel);
-    for (int64_t r = 0; r < kRows; ++r) {
-      const int64_t q = first + r;
-      const V limit(limits[r]);
-      uint64_t near = 0;
+  // Branches on what rarely is near would mostly be mispredicted: a list of vectors that hold candidates comes first.
+  __attribute__((noinline)) void give(int64_t queries, int64_t points, const T* products) {
+    struct Near {
+      uint32_t lanes, place;
+    } near[width * kVectors];
+    const T *lengths = &exact_.points.lengths[points * width], *offsets = &exact_.points.offsets[points * width];
+    const T *errors = &exact_.queries.errors[queries * width], *limits = &candidates_.limit(queries * width);
+    const auto score = [&](int64_t r, int64_t v) __attribute__((always_inline)) {
+      return load(products + r * width + v * V::size) +
+             multiply_add(V(errors[r]), load(lengths + v * V::size), load(offsets + v * V::size));
+    };
+    int64_t count = 0;
+    for (int64_t r = 0; r < width; ++r) {
 #pragma GCC unroll 3
       for (int64_t v = 0; v < kVectors; ++v) {
-        const V score = load(scores + r * width + v * V::size);
-        near |= static_cast<uint64_t>(lanes_set(score.lanes > limit.lanes)) << (v * V::size);
-      }
-      if (near != 0) keep(q, panel, scores + r * width, near);
-    }
-  }
-
-  // A function of its own, so that the compiler keeps all sums in registers.
-  static __attribute__((noinline)) void product(const T* starts, const T* points, const T* queries, int64_t channels,
-                                                T* scores) {
-    V sums[kRows][kVectors];
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = load(starts + v * V::size);
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      V y[kVectors];
-#pragma GCC unroll 3
-      for (int64_t v = 0; v < kVectors; ++v) y[v] = load(points + c * width + v * V::size);
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < kRows; ++r) {
-        const V x(queries[c * kRows + r]);
-#pragma GCC unroll 3
-        for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(x, y[v], sums[r][v]);
+        const uint32_t lanes = lanes_not_below(score(r, v), V(limits[r]));
+        near[count] = {lanes, static_cast<uint32_t>(r * kVectors + v)};
+        count += lanes != 0;
       }
     }
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-      for (int64_t v = 0; v < kVectors; ++v) store(scores + r * width + v * V::size, sums[r][v]);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = near[i].place / kVectors, v = near[i].place % kVectors, q = queries * width + r;
+      int64_t& n = candidates_.count(q);
+      n = append(candidates_.scores(q), candidates_.indices(q), n, score(r, v),
+                 indices_from<T>(points * width + v * V::size), near[i].lanes);
+      if (candidates_.full(q)) selection_.shrink(q);
     }
   }
 
-  void keep(int64_t q, int64_t panel, const T* scores, uint64_t near) {
-    Candidate* to = candidates_.data() + q * capacity_;
-    int64_t n = counts_[q];
-    for (; near != 0; near &= near - 1) {
-      const int64_t lane = __builtin_ctzll(near);
-      to[n++] = {scores[lane], static_cast<int32_t>(panel * width + lane)};
-    }
-    counts_[q] = n;
-    if (n >= wanted_ && (n > capacity_ - width || limits_[q] == -std::numeric_limits<T>::max())) shrink(q);
-  }
-
-  // Keeps those that may be among the nearest, and limits what may come.
-  void shrink(int64_t q) {
-    Candidate* first = candidates_.data() + q * capacity_;
-    // By the least that a score may be, so that as many are surely as near as the limit; smaller is nearer in rank.
-    for (int64_t i = 0; i < counts_[q]; ++i) scores_[i] = error(q, first[i].index / width) - first[i].score;
-    raise(q, -value_of_rank(scores_.data(), counts_[q], wanted_ - 1));
-    int64_t kept = 0;
-    for (int64_t i = 0; i < counts_[q]; ++i) {
-      first[kept] = first[i];
-      kept += first[i].score + error(q, first[i].index / width) >= limits_[q];
-    }
-    counts_[q] = kept;
-    if (kept <= capacity_ - width) return;
-    // Too many are equally near: their exact distances and indices decide.
-    exact(q);
-    std::nth_element(found_.begin(), found_.begin() + wanted_ - 1, found_.begin() + kept);
-    counts_[q] = wanted_;
-    for (int64_t i = 0; i < wanted_; ++i) first[i] = {score(q, found_[i].distance), found_[i].index};
-    raise(q, score(q, found_[wanted_ - 1].distance) - std::numeric_limits<T>::epsilon() * static_cast<T>(squares_[q]));
-  }
-
-  void raise(int64_t q, T limit) { limits_[q] = std::max(limits_[q], limit); }
-
-  T score(int64_t q, double distance) const {
-    const double scaled = distance * panels_.scale * panels_.scale;
-    return static_cast<T>(search_.problem.inner ? -scaled : (squares_[q] - scaled) / 2);
-  }
-
-  // Fills found_ with a query's candidates.
-  void exact(int64_t q) {
-    const Candidate* from = candidates_.data() + q * capacity_;
-    const T* x = search_.query_at(queries_.begin + q);
-    for (int64_t i = 0; i < counts_[q]; ++i) {
-      found_[i] = {exact_distance(x, search_.point_at(from[i].index), channels_, search_.problem.inner), from[i].index};
-    }
-  }
-
-  const Search<T>& search_;
-  const Panels<T>& panels_;
-  const int64_t channels_, wanted_, capacity_;
-  const T slack_;
-  Range queries_;
-  Scratch<T> values_;
-  std::vector<T> lengths_;
-  std::vector<double> squares_;
-  std::vector<int64_t> counts_;
-  std::vector<T> limits_;
-  std::vector<Candidate> candidates_;
-  Scratch<T> scores_;
-  std::vector<Found> found_;
+  PanelDistances<T>& exact_;
+  Candidates<T>& candidates_;
+  Selection<T, PanelDistances<T>> selection_;
+  alignas(64) T products_[width * width];
 };
 
-template <typename T>
-void search_panels(const Search<T>& search) {
-  const Panels<T> panels(search);
-  const int64_t blocks = (search.queries + kQueryBlock - 1) / kQueryBlock;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    PanelSearch<T> block(search, panels);
-    for (int64_t b = begin; b < end; ++b) {
-      block.run({b * kQueryBlock, std::min(search.queries, (b + 1) * kQueryBlock)});
-    }
-  });
-}

@@ -139,6 +139,41 @@ class Tree {
   Scratch<int32_t> indices_;
 };
 
+// Exact distances of points in the tree, as Selection asks for them: points are numbered as they lie in the leaves.
+template <typename T>
+struct TreeDistances {
+  const Tree<T>& tree;
+  const TreePoint<T>* queries;
+  // Where all the wanted points coincide with the query, only lower indices than the last one's count.
+  int32_t last_coincident[kLeaf];
+
+  int64_t index(int32_t position) const { return tree.indices(0)[position]; }
+
+  // Rounded distances are relatively so near to the exact ones, but for those that underflow.
+  T uncertainty(int64_t q, T least, const T*, const int32_t*, int64_t) const { return most_uncertain(q, least); }
+  T most_uncertain(int64_t, T least) const {
+    return 16 * std::numeric_limits<T>::epsilon() * std::abs(least) + 16 * std::numeric_limits<T>::min();
+  }
+
+  void find(int64_t q, const int32_t* positions, int64_t count, Found* found) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const T* at = tree.coordinates(positions[i] / kLeaf) + positions[i] % kLeaf;
+      double total = 0;
+      for (int64_t d = 0; d < kDimensions; ++d) {
+        const double difference = double(queries[q].x[d]) - at[d * kLeaf];
+        total += difference * difference;
+      }
+      found[i] = {total, tree.indices(0)[positions[i]]};
+    }
+  }
+
+  T decided(int64_t q, const Found& found) {
+    if (found.distance == 0) last_coincident[q] = found.index;
+    const T score = -static_cast<T>(found.distance);
+    return score - most_uncertain(q, score);
+  }
+};
+
 // The neighbours of some queries that lie together.
 template <typename T>
 class TreeWalk {
@@ -146,46 +181,39 @@ class TreeWalk {
 
  public:
   TreeWalk(const Search<T>& search, const Tree<T>& tree)
-      : search_(search),
-        tree_(tree),
-        wanted_(search.wanted()),
-        capacity_(2 * wanted_ + 2 * kLeaf),
-        candidates_(kLeaf * capacity_),
-        distances_(capacity_ + V::size),
-        found_(capacity_) {}
+      : tree_(tree), exact_{tree, nullptr, {}}, candidates_(kLeaf, search.wanted(), kLeaf), selection_(search, exact_, candidates_) {}
 
   // At most kLeaf queries.
   void run(const TreePoint<T>* queries, int64_t count) {
-    queries_ = queries;
-    count_ = count;
-    std::fill_n(counts_, count, 0);
-    std::fill_n(limits_, count, std::numeric_limits<T>::infinity());
-    std::fill_n(last_coincident_, count, std::numeric_limits<int32_t>::max());
-    last_coincident_of_all_ = std::numeric_limits<int32_t>::max();
+    exact_.queries = queries;
     group_ = Box<T>::empty();
-    for (int64_t q = 0; q < count; ++q) group_.add(queries[q].x);
-    limit_ = std::numeric_limits<T>::infinity();
-    if (tree_.leaves() > 0) visit(1, tree_.node(1).box.distance(group_));
-    for (int64_t q = 0; q < count; ++q) {
-      if (counts_[q] > 2 * wanted_) shrink(q);
-      exact(q);
-      write_neighbours(search_, queries[q].index, found_.data(), counts_[q]);
+    for (int64_t q = 0; q < kLeaf; ++q) {
+      const bool there = q < count;  // the others look for nothing
+      candidates_.clear(q, there ? -std::numeric_limits<T>::infinity() : std::numeric_limits<T>::infinity());
+      exact_.last_coincident[q] = there ? std::numeric_limits<int32_t>::max() : -1;
+      for (int64_t d = 0; d < kDimensions; ++d) x_[d][q] = queries[there ? q : 0].x[d];
+      if (there) group_.add(queries[q].x);
     }
+    find_reach();
+    if (tree_.leaves() > 0) visit(1, tree_.node(1).box.distance(group_));
+    for (int64_t q = 0; q < count; ++q) selection_.finish(q, queries[q].index);
   }
 
  private:
-  struct Candidate {
-    T distance;        // rounded
-    int32_t position;  // in the leaves
-  };
-
-  // Rounded distances are relatively this near to the exact ones, but for those that underflow.
-  static constexpr T kMargin = 8 * std::numeric_limits<T>::epsilon();
-  static T limit_of(T distance) { return distance * (1 + 2 * kMargin) + 16 * std::numeric_limits<T>::min(); }
+  // What any of the queries needs.
+  void find_reach() {
+    V least(std::numeric_limits<T>::infinity());
+    for (int64_t q = 0; q < kLeaf; q += V::size) {
+      const V limit = load(&candidates_.limit(q));
+      least = V(limit.lanes < least.lanes ? limit.lanes : least.lanes);
+    }
+    farthest_ = largest_of(V(-least.lanes));
+    last_coincident_ = *std::max_element(exact_.last_coincident, exact_.last_coincident + kLeaf);
+  }
 
   void visit(int64_t i, T distance) {
     const auto& node = tree_.node(i);
-    if (distance > limit_ || node.first_index > last_coincident_of_all_) return;
+    if (distance > farthest_ || node.first_index > last_coincident_) return;
     if (node.leaves.size() == 1) return scan(node);
     const T left = tree_.node(2 * i).box.distance(group_), right = tree_.node(2 * i + 1).box.distance(group_);
     // Equally near, as where the group straddles both: its middle tells.
@@ -196,100 +224,55 @@ class TreeWalk {
   }
 
   void scan(const typename Tree<T>::Node& leaf) {
-    T limit = 0;
-    int32_t last_coincident = 0;
-    for (int64_t q = 0; q < count_; ++q) {
-      Box<T> here;
-      std::copy_n(queries_[q].x, kDimensions, here.low);
-      std::copy_n(queries_[q].x, kDimensions, here.high);
-      if (leaf.box.distance(here) <= limits_[q] && leaf.first_index <= last_coincident_[q]) scan(leaf.leaves.begin, q);
-      limit = std::max(limit, limits_[q]);
-      last_coincident = std::max(last_coincident, last_coincident_[q]);
-    }
-    limit_ = limit;
-    last_coincident_of_all_ = last_coincident;
-  }
-
-  void scan(int64_t leaf, int64_t q) {
-    const T *x = queries_[q].x, *coordinates = tree_.coordinates(leaf);
-    Candidate* to = candidates_.data() + q * capacity_;
-    int64_t n = counts_[q];
-    const V limit(limits_[q]);
-    T distances[kLeaf];
-    for (int64_t p = 0; p < kLeaf; p += V::size) {
-      V total(T(0));
+    bool shrunk = false;
+    for (int64_t first = 0; first < kLeaf; first += V::size) {
+      V score(T(0));  // of a point in the nearest corner of the leaf's box
 #pragma GCC unroll 4
       for (int64_t d = 0; d < kDimensions; ++d) {
-        const V difference = load(coordinates + d * kLeaf + p) - V(x[d]);
-        total = multiply_add(difference, difference, total);
+        const V x = load(x_[d] + first);
+        const V gap = max_or_second(max_or_second(V(leaf.box.low[d]) - x, x - V(leaf.box.high[d])), V(T(0)));
+        score = score - gap * gap;
       }
-      store(distances + p, total);
-      for (uint32_t near = lanes_set(total.lanes <= limit.lanes); near != 0; near &= near - 1) {
-        const int64_t lane = p + __builtin_ctz(near);
-        to[n++] = {distances[lane], static_cast<int32_t>(leaf * kLeaf + lane)};
+      uint32_t near = lanes_not_below(score, load(&candidates_.limit(first)));
+      for (; near != 0; near &= near - 1) {
+        const int64_t q = first + __builtin_ctz(near);
+        if (leaf.first_index <= exact_.last_coincident[q]) shrunk |= scan(leaf.leaves.begin, q);
       }
     }
-    counts_[q] = n;
-    if (n >= wanted_ && (n > capacity_ - kLeaf || limits_[q] == std::numeric_limits<T>::infinity())) shrink(q);
+    if (shrunk) find_reach();
   }
 
-  // Keeps those that may be among the nearest, and limits what may come.
-  void shrink(int64_t q) {
-    Candidate* first = candidates_.data() + q * capacity_;
-    for (int64_t i = 0; i < counts_[q]; ++i) distances_[i] = first[i].distance;
-    limits_[q] = std::min(limits_[q], limit_of(value_of_rank(distances_.data(), counts_[q], wanted_ - 1)));
-    keep_within_limit(q);
-    if (counts_[q] <= capacity_ - kLeaf) return;
-    // Too many are equally near: their exact distances and indices decide.
-    exact(q);
-    std::vector<int64_t> order(counts_[q]);
-    std::iota(order.begin(), order.end(), 0);
-    std::nth_element(order.begin(), order.begin() + wanted_ - 1, order.end(),
-                     [&](int64_t a, int64_t b) { return found_[a] < found_[b]; });
-    limits_[q] = std::min(limits_[q], limit_of(static_cast<T>(found_[order[wanted_ - 1]].distance)));
-    if (found_[order[wanted_ - 1]].distance == 0) last_coincident_[q] = found_[order[wanted_ - 1]].index;
-    std::sort(order.begin(), order.begin() + wanted_);
-    for (int64_t i = 0; i < wanted_; ++i) first[i] = first[order[i]];
-    counts_[q] = wanted_;
-  }
-
-  void keep_within_limit(int64_t q) {
-    Candidate* first = candidates_.data() + q * capacity_;
-    int64_t kept = 0;
-    for (int64_t i = 0; i < counts_[q]; ++i) {
-      first[kept] = first[i];
-      kept += first[i].distance <= limits_[q];
-    }
-    counts_[q] = kept;
-  }
-
-  // Fills found_ with a query's candidates.
-  void exact(int64_t q) {
-    const Candidate* from = candidates_.data() + q * capacity_;
-    for (int64_t i = 0; i < counts_[q]; ++i) {
-      const int64_t leaf = from[i].position / kLeaf, p = from[i].position % kLeaf;
-      double total = 0;
+  // Whether there is a new limit.
+  bool scan(int64_t leaf, int64_t q) {
+    const T* coordinates = tree_.coordinates(leaf);
+    T* scores = candidates_.scores(q);
+    int32_t* indices = candidates_.indices(q);
+    int64_t n = candidates_.count(q);
+    const T least = candidates_.limit(q);
+    const V limit(least);
+    for (int64_t p = 0; p < kLeaf; p += V::size) {
+      V score(T(0));
+#pragma GCC unroll 4
       for (int64_t d = 0; d < kDimensions; ++d) {
-        const double difference = double(queries_[q].x[d]) - tree_.coordinates(leaf)[d * kLeaf + p];
-        total += difference * difference;
+        const V difference = load(coordinates + d * kLeaf + p) - V(x_[d][q]);
+        score = score - difference * difference;
       }
-      found_[i] = {total, tree_.indices(leaf)[p]};
+      n = append(scores, indices, n, score, indices_from<T>(leaf * kLeaf + p), lanes_not_below(score, limit));
     }
+    candidates_.count(q) = n;
+    // The first limit is worth a look at few.
+    const bool shrinks = candidates_.full(q) || (n >= candidates_.wanted && least == -std::numeric_limits<T>::infinity());
+    if (shrinks) selection_.shrink(q);
+    return shrinks;
   }
 
-  const Search<T>& search_;
   const Tree<T>& tree_;
-  const int64_t wanted_, capacity_;
-  std::vector<Candidate> candidates_;
-  Scratch<T> distances_;
-  std::vector<Found> found_;
-  const TreePoint<T>* queries_;
-  int64_t count_;
-  int64_t counts_[kLeaf];
-  T limits_[kLeaf];
-  T limit_;  // of all queries
-  // Where all the wanted points coincide with the query, only lower indices than the last one's count.
-  int32_t last_coincident_[kLeaf], last_coincident_of_all_;
+  TreeDistances<T> exact_;
+  Candidates<T> candidates_;
+  Selection<T, TreeDistances<T>> selection_;
+  alignas(64) T x_[kDimensions][kLeaf];
+  T farthest_;
+  int32_t last_coincident_;
   Box<T> group_;
 };
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -226,7 +228,7 @@ def test_degenerate_clouds(channels: int) -> None:
             assert torch.equal(knn(points, **options)[0], neighbours(points, **options)[0])
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e-310, 1e300])
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e-310, 1e-200, 1e300])
 @pytest.mark.parametrize("channels", [2, 20])
 def test_no_distance_is_too_large_or_small(channels: int, scale: float) -> None:
     x = cloud(300, channels).to(torch.float32 if 1e-40 < scale < 1e40 else torch.float64) * scale
@@ -293,13 +295,32 @@ def test_autocast_does_not_round() -> None:
     assert torch.equal(index, neighbours(x, k=9)[0])
 
 
-def test_same_for_any_number_of_threads() -> None:
-    threads = torch.get_num_threads()
-    results = []
+@contextmanager
+def number_of_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            results.append([knn(cloud(5000, channels), k=7)[0] for channels in (3, 6)])
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def test_same_for_any_number_of_threads() -> None:
+    results = []
+    for number in (1, 2, 5):
+        with number_of_threads(number):
+            results.append([knn(cloud(5000, channels), k=7)[0] for channels in (3, 6)])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@by_dtype
+def test_cloud_that_searches_itself(threads: int, dtype: torch.dtype) -> None:
+    """Products that serve two points, at the edges of tiles: the same as for queries that happen to be the points."""
+    for n in (71, 72, 73, 96, 97, 143, 145, 480, 481, 1000):
+        x = cloud(n, 10).to(dtype)
+        x[n // 2] = torch.nan
+        for options in ({"k": 16}, {"k": 9, "dilation": 7}, {"k": 60, "metric": "inner"}):
+            with number_of_threads(threads):
+                found = knn(x, **options)
+            assert all(torch.equal(*pair) for pair in zip(found, knn(x.clone(), x, **options), strict=True))

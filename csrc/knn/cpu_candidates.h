@@ -1,0 +1,327 @@
+// What may be among the nearest points of queries, compiled once for each instruction set.
+//
+// Each candidate has a rounded score, larger for nearer points. Scores tell which points are surely not wanted and the
+// order of those that are far enough apart; exact distances are computed only where they decide.
+
+// Candidates of a range of queries.
+template <typename T>
+class Candidates {
+ public:
+  const int64_t wanted;
+
+  // Up to `batch` candidates come before there is a look at their number.
+  Candidates(int64_t queries, int64_t wanted, int64_t batch)
+      : wanted(wanted),
+        full_(full(wanted, batch)),
+        room_(room(wanted, batch)),
+        counts_(queries),
+        limits_(queries),
+        scores_(new T[queries * room_]),
+        indices_(new int32_t[queries * room_]) {}
+
+  static int64_t bytes(int64_t wanted, int64_t batch) { return room(wanted, batch) * (sizeof(T) + sizeof(int32_t)); }
+
+  // What the queries' numbers start from.
+  void start_at(int64_t q) { first_ = q; }
+
+  int64_t& count(int64_t q) { return counts_[q - first_]; }
+  T& limit(int64_t q) { return limits_[q - first_]; }  // what scores less is not wanted
+  T* scores(int64_t q) { return scores_.get() + (q - first_) * room_; }
+  int32_t* indices(int64_t q) { return indices_.get() + (q - first_) * room_; }
+  int64_t room() const { return room_; }
+  bool full(int64_t q) { return count(q) > full_; }
+  void clear(int64_t q, T limit) {
+    count(q) = 0;
+    this->limit(q) = limit;
+  }
+
+ private:
+  static int64_t full(int64_t wanted, int64_t batch) { return 2 * wanted + batch / 2; }
+  static int64_t room(int64_t wanted, int64_t batch) { return full(wanted, batch) + batch + Vec<T>::size; }
+
+  int64_t first_ = 0;
+  const int64_t full_, room_;
+  std::vector<int64_t> counts_;
+  std::vector<T> limits_;
+  std::unique_ptr<T[]> scores_;  // not initialized: most of it is never used
+  std::unique_ptr<int32_t[]> indices_;
+};
+
+// As many indices as a vector of T has lanes.
+template <typename T>
+struct Indices {
+  typedef int32_t Lanes __attribute__((vector_size(4 * Vec<T>::size)));
+};
+
+template <typename Lanes, size_t... I>
+PAPER_LAYERS_INLINE Lanes counted_from(int32_t first, std::index_sequence<I...>) {
+  return Lanes{static_cast<int32_t>(I)...} + first;
+}
+template <typename T>
+PAPER_LAYERS_INLINE typename Indices<T>::Lanes indices_from(int64_t first) {
+  return counted_from<typename Indices<T>::Lanes>(static_cast<int32_t>(first), std::make_index_sequence<Vec<T>::size>());
+}
+
+template <typename T>
+PAPER_LAYERS_INLINE typename Indices<T>::Lanes load_indices(const int32_t* p) {
+  typename Indices<T>::Lanes index;
+  std::memcpy(&index, p, sizeof(index));
+  return index;
+}
+
+// Puts the lanes that are set behind n others, where there is room for a whole vector more. Returns the new n.
+template <typename T>
+PAPER_LAYERS_INLINE int64_t append(T* scores, int32_t* indices, int64_t n, Vec<T> score,
+                                   typename Indices<T>::Lanes index, uint32_t lanes) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  // Compressed in registers: storing compressed to memory is slow on some processors.
+  if constexpr (sizeof(T) == 4) {
+    _mm512_storeu_ps(scores + n, _mm512_maskz_compress_ps(lanes, __m512(score.lanes)));
+    _mm512_storeu_si512(indices + n, _mm512_maskz_compress_epi32(lanes, __m512i(index)));
+  } else {
+    _mm512_storeu_pd(scores + n, _mm512_maskz_compress_pd(lanes, __m512d(score.lanes)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices + n), _mm256_maskz_compress_epi32(lanes, __m256i(index)));
+  }
+  return n + __builtin_popcount(lanes);
+#else
+  for (; lanes != 0; lanes &= lanes - 1, ++n) {
+    const int lane = __builtin_ctz(lanes);
+    scores[n] = score.lanes[lane];
+    indices[n] = index[lane];
+  }
+  return n;
+#endif
+}
+
+// A number that at least `wanted` of the scores reach and, unless many are equal, not more than `most`; and the largest
+// score. Where there is room for a vector more.
+template <typename T>
+std::pair<T, T> limit_reached_by(T* scores, int64_t count, int64_t wanted, int64_t most) {
+  using V = Vec<T>;
+  using Key = std::decay_t<decltype(typename V::BitLanes()[0])>;
+  std::fill_n(scores + count, V::size, std::numeric_limits<T>::quiet_NaN());  // reach nothing
+  V least(std::numeric_limits<T>::infinity()), largest(-std::numeric_limits<T>::infinity());
+  for (int64_t i = 0; i < count; i += V::size) {
+    const V block = load(scores + i);
+    largest = max_or_second(block, largest);
+    least = V(block.lanes < least.lanes ? block.lanes : least.lanes);
+  }
+  // Integers in the order of the numbers: of negative ones the magnitude's bits are flipped. It is its own inverse.
+  const auto key = [](Key bits) { return bits ^ ((bits >> (8 * sizeof(Key) - 1)) & std::numeric_limits<Key>::max()); };
+  const auto key_of = [&](T value) {
+    Key bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return key(bits);
+  };
+  const auto value_of = [&](Key bits) {
+    T value;
+    bits = key(bits);
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  };
+  const T top = largest_of(largest);
+  T low = -largest_of(V(-least.lanes)), high = value_of(key_of(top) + 1);
+  int64_t at_low = count, at_high = 0;  // how many reach them
+  for (int64_t pass = 0; at_low > most; ++pass) {
+    // First as if they lay evenly, then by halves, which ends for all.
+    const T share = static_cast<T>(at_low - (wanted + most) / 2) / static_cast<T>(at_low - at_high);
+    T middle = low + (high - low) * std::min(std::max(share, T(0.02)), T(0.98));
+    if (pass >= 8 || !(middle > low && middle < high)) {
+      const Key a = key_of(low), b = key_of(high);
+      middle = value_of((a & b) + ((a ^ b) >> 1));  // rounded down, without overflow
+      if (!(middle > low)) break;
+    }
+    const int64_t at_middle = count_not_below(scores, count, V(middle));
+    if (at_middle >= wanted) low = middle, at_low = at_middle;
+    else high = middle, at_high = at_middle;
+  }
+  return {low, top};
+}
+
+// So few are sorted by counting.
+constexpr int64_t kFew = 64;
+
+// The largest scores first. Few are put in the place that the number of larger ones tells; false where some are equal.
+template <typename T>
+bool sort_few(T* scores, int32_t* indices, int64_t count) {
+  using V = Vec<T>;
+  if (count > kFew) return false;
+  T sorted[kFew];
+  int32_t sorted_indices[kFew];
+  std::fill_n(scores + count, V::size, -std::numeric_limits<T>::infinity());
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; i += V::size) {
+    const V block = load(scores + i);
+    typename V::BitLanes larger = {};
+    for (int64_t j = 0; j < count; ++j) larger -= V(scores[j]).lanes > block.lanes;
+    for (int64_t lane = 0; lane < std::min(V::size, count - i); ++lane) {
+      sorted[larger[lane]] = scores[i + lane];
+      sorted_indices[larger[lane]] = indices[i + lane];
+      sum += larger[lane];
+    }
+  }
+  if (sum != count * (count - 1) / 2) return false;
+  std::copy_n(sorted, count, scores);
+  std::copy_n(sorted_indices, count, indices);
+  return true;
+}
+
+// By digits of one byte, the last one first.
+template <typename T>
+class RadixSort {
+  using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  struct Entry {
+    Key key;
+    int32_t index;
+  };
+
+ public:
+  explicit RadixSort(int64_t capacity) : from_(capacity), to_(capacity) {}
+
+  void operator()(T* scores, int32_t* indices, int64_t count) {
+    constexpr Key sign = Key(1) << (8 * sizeof(T) - 1);
+    uint32_t starts[sizeof(T)][256] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      Key bits;
+      std::memcpy(&bits, scores + i, sizeof(bits));
+      bits = bits & sign ? bits : ~(bits | sign);  // ascending where the scores descend
+      from_[i] = {bits, indices[i]};
+      for (size_t d = 0; d < sizeof(T); ++d) ++starts[d][bits >> (8 * d) & 255];
+    }
+    for (size_t d = 0; d < sizeof(T); ++d) {
+      if (starts[d][from_[0].key >> (8 * d) & 255] == count) continue;  // all alike
+      uint32_t before = 0;
+      for (uint32_t& start : starts[d]) before += std::exchange(start, before);
+      for (int64_t i = 0; i < count; ++i) to_[starts[d][from_[i].key >> (8 * d) & 255]++] = from_[i];
+      std::swap(from_, to_);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const Key bits = from_[i].key & sign ? from_[i].key : ~from_[i].key & ~sign;
+      std::memcpy(scores + i, &bits, sizeof(bits));
+      indices[i] = from_[i].index;
+    }
+  }
+
+ private:
+  std::vector<Entry> from_, to_;
+};
+
+// Picks the nearest among candidates. `Exact` knows of query q:
+//   uncertainty(q, least, scores, indices, count)  of the scores that are not below the least, those that differ by
+//                                                  more are in the order of the exact distances
+//   most_uncertain(q, least)                       the same of any points' scores
+//   find(q, indices, count, found)                 exact distances
+//   decided(q, found)                              a limit that no nearer point's score is below
+template <typename T, typename Exact>
+class Selection {
+ public:
+  Selection(const Search<T>& search, Exact& exact, Candidates<T>& candidates)
+      : search_(search),
+        exact_(exact),
+        candidates_(candidates),
+        wanted_(candidates.wanted),
+        sort_(candidates.room()),
+        found_(candidates.room()) {}
+
+  // Keeps those that may be among the nearest, and limits what may come.
+  void shrink(int64_t q) {
+    T* scores = candidates_.scores(q);
+    int32_t* indices = candidates_.indices(q);
+    int64_t& count = candidates_.count(q);
+    if (count < wanted_) return;
+    const auto [reached, largest] = limit_reached_by(scores, count, wanted_, wanted_ + wanted_ / 8);
+    // What holds for all points does where it is little.
+    T uncertainty = exact_.most_uncertain(q, reached);
+    if (!(uncertainty < (largest - reached) / 16)) uncertainty = exact_.uncertainty(q, reached, scores, indices, count);
+    raise(q, reached - uncertainty);
+    count = keep_above(candidates_.limit(q), scores, indices, count);
+    if (!candidates_.full(q)) return;
+    // Too many are equally near: their exact distances and indices decide.
+    exact_.find(q, indices, count, found_.data());
+    std::vector<int64_t> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    const auto last = order.begin() + wanted_ - 1;
+    std::nth_element(order.begin(), last, order.end(), [&](int64_t a, int64_t b) { return found_[a] < found_[b]; });
+    raise(q, exact_.decided(q, found_[*last]));
+    std::sort(order.begin(), last + 1);
+    for (int64_t i = 0; i < wanted_; ++i) {
+      scores[i] = scores[order[i]];
+      indices[i] = indices[order[i]];
+    }
+    count = wanted_;
+  }
+
+  // Writes the neighbours of query q to a row.
+  void finish(int64_t q, int64_t row) {
+    T* scores = candidates_.scores(q);
+    int32_t* indices = candidates_.indices(q);
+    if (candidates_.count(q) > std::max(kFew, wanted_ + wanted_ / 4)) shrink(q);
+    int64_t count = candidates_.count(q);
+    if (!search_.problem.include_self) count = leave_out(row, scores, indices, count);
+    if (count > 0 && !sort_few(scores, indices, count)) sort_(scores, indices, count);
+    find_segments(q, scores, indices, count);
+    int64_t r = 0;
+    Found* found = found_.data();
+    for (const Range& segment : segments_) {
+      if (segment.size() > 1) std::sort(found, found + segment.size());
+      for (; r * search_.problem.dilation < segment.end && r < search_.problem.k; ++r) {
+        write_neighbour(search_, row, r, found + (r * search_.problem.dilation - segment.begin));
+      }
+      found += segment.size();
+    }
+    for (; r < search_.problem.k; ++r) write_neighbour<T>(search_, row, r, nullptr);
+  }
+
+ private:
+  void raise(int64_t q, T limit) { candidates_.limit(q) = std::max(candidates_.limit(q), limit); }
+
+  static int64_t keep_above(T limit, T* scores, int32_t* indices, int64_t count) {
+    using V = Vec<T>;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; i += V::size) {
+      const V score = load(scores + i);
+      const auto index = load_indices<T>(indices + i);
+      uint32_t lanes = lanes_not_below(score, V(limit));
+      if (count - i < V::size) lanes &= (1u << (count - i)) - 1;
+      kept = append(scores, indices, kept, score, index, lanes);
+    }
+    return kept;
+  }
+
+  int64_t leave_out(int64_t row, T* scores, int32_t* indices, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (exact_.index(indices[i]) != row) continue;
+      scores[i] = scores[count - 1];
+      indices[i] = indices[count - 1];
+      return count - 1;
+    }
+    return count;
+  }
+
+  // Splits sorted candidates where the order of the exact distances is known, and finds those of the segments that
+  // hold a wanted rank.
+  void find_segments(int64_t q, const T* scores, int32_t* indices, int64_t count) {
+    segments_.clear();
+    if (count == 0) return;
+    const int64_t dilation = search_.problem.dilation, ranks = std::min(count, search_.problem.ranks());
+    const T uncertainty = exact_.uncertainty(q, scores[count - 1], scores, indices, count);
+    int64_t chosen = 0, next = 0;  // the next wanted rank
+    for (int64_t begin = 0, end; begin < count && next < ranks; begin = end) {
+      for (end = begin + 1; end < count && scores[end] >= scores[end - 1] - uncertainty;) ++end;
+      if (next >= end) continue;
+      segments_.push_back({begin, end});
+      std::copy(indices + begin, indices + end, indices + chosen);
+      chosen += end - begin;
+      while (next < end) next += dilation;
+    }
+    exact_.find(q, indices, chosen, found_.data());
+  }
+
+  const Search<T>& search_;
+  Exact& exact_;
+  Candidates<T>& candidates_;
+  const int64_t wanted_;
+  RadixSort<T> sort_;
+  std::vector<Found> found_;
+  std::vector<Range> segments_;
+};
