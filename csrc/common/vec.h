@@ -165,8 +165,9 @@ PAPER_LAYERS_INLINE Lanes rotated(Lanes lanes, std::index_sequence<I...>) {
 // All lanes combined, by halves.
 template <int64_t half, typename Lanes, typename Combine>
 PAPER_LAYERS_INLINE auto folded(Lanes lanes, Combine combine) {
+  constexpr size_t size = sizeof(lanes) / sizeof(lanes[0]);
   if constexpr (half == 0) return lanes[0];
-  else return folded<half / 2>(combine(lanes, rotated<half>(lanes, std::make_index_sequence<sizeof(lanes) / sizeof(lanes[0])>())), combine);
+  else return folded<half / 2>(combine(lanes, rotated<half>(lanes, std::make_index_sequence<size>())), combine);
 }
 
 // None of them NaN.

@@ -59,7 +59,8 @@ PAPER_LAYERS_INLINE Lanes counted_from(int32_t first, std::index_sequence<I...>)
 }
 template <typename T>
 PAPER_LAYERS_INLINE typename Indices<T>::Lanes indices_from(int64_t first) {
-  return counted_from<typename Indices<T>::Lanes>(static_cast<int32_t>(first), std::make_index_sequence<Vec<T>::size>());
+  using Lanes = typename Indices<T>::Lanes;
+  return counted_from<Lanes>(static_cast<int32_t>(first), std::make_index_sequence<Vec<T>::size>());
 }
 
 template <typename T>
@@ -310,7 +311,7 @@ class Selection {
       for (end = begin + 1; end < count && scores[end] >= scores[end - 1] - uncertainty;) ++end;
       if (next >= end) continue;
       segments_.push_back({begin, end});
-      std::copy(indices + begin, indices + end, indices + chosen);
+      if (chosen < begin) std::copy(indices + begin, indices + end, indices + chosen);
       chosen += end - begin;
       while (next < end) next += dilation;
     }

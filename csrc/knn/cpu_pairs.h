@@ -1,7 +1,8 @@
 // Which panels are compared with which, and by which thread.
 
-// Candidates of all the rows of a cloud may take so much memory.
-constexpr int64_t kCandidateBytes = int64_t{1} << 27;
+// Candidates of all the rows of a cloud may take so much memory; and so much for a row, or they push the points, which
+// exact distances need, out of the caches.
+constexpr int64_t kCandidateBytes = int64_t{1} << 27, kRowBytes = 4096;
 // Elements of panels that stay in the second-level cache while others pass by.
 constexpr int64_t kCachedElements = 32768;
 
@@ -17,7 +18,8 @@ class SymmetricSearch {
   }
 
   static bool fits(int64_t panels, int64_t wanted) {
-    return panels * width * Candidates<T>::bytes(wanted, width) <= kCandidateBytes;
+    const int64_t row = Candidates<T>::bytes(wanted, width);
+    return row <= kRowBytes && panels * width * row <= kCandidateBytes;
   }
 
   void run() {
@@ -54,7 +56,8 @@ class SymmetricSearch {
     for (int64_t first = columns.begin; first < columns.end; first += step) {
       const int64_t last = std::min(columns.end, first + step);
       for (int64_t a = rows.begin; a < rows.end; ++a) {
-        for (int64_t b = rows.begin == columns.begin ? std::max(a, first) : first; b < last; ++b) search.compare_both(a, b);
+        const int64_t start = rows.begin == columns.begin ? std::max(a, first) : first;
+        for (int64_t b = start; b < last; ++b) search.compare_both(a, b);
       }
     }
   }

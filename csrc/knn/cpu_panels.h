@@ -203,7 +203,8 @@ class PanelSearch {
 
   void start(int64_t panel) {
     for (int64_t q = panel * width; q < (panel + 1) * width; ++q) {
-      candidates_.clear(q, exact_.queries.there(q) ? -std::numeric_limits<T>::max() : std::numeric_limits<T>::infinity());
+      using Limits = std::numeric_limits<T>;
+      candidates_.clear(q, exact_.queries.there(q) ? -Limits::max() : Limits::infinity());
     }
   }
 
@@ -218,13 +219,16 @@ class PanelSearch {
     if (a == b) return;
     alignas(64) T transposed[width * width];
     for (int64_t r = 0; r < width; r += V::size) {
-      for (int64_t c = 0; c < width; c += V::size) transpose(products_ + r * width + c, width, transposed + c * width + r);
+      for (int64_t c = 0; c < width; c += V::size) {
+        transpose(products_ + r * width + c, width, transposed + c * width + r);
+      }
     }
     give(b, a, transposed);
   }
 
   void finish(int64_t panel) {
-    for (int64_t q = panel * width; q < std::min((panel + 1) * width, exact_.search.queries); ++q) selection_.finish(q, q);
+    const int64_t end = std::min((panel + 1) * width, exact_.search.queries);
+    for (int64_t q = panel * width; q < end; ++q) selection_.finish(q, q);
   }
 
  private:

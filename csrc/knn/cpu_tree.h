@@ -181,7 +181,10 @@ class TreeWalk {
 
  public:
   TreeWalk(const Search<T>& search, const Tree<T>& tree)
-      : tree_(tree), exact_{tree, nullptr, {}}, candidates_(kLeaf, search.wanted(), kLeaf), selection_(search, exact_, candidates_) {}
+      : tree_(tree),
+        exact_{tree, nullptr, {}},
+        candidates_(kLeaf, search.wanted(), kLeaf),
+        selection_(search, exact_, candidates_) {}
 
   // At most kLeaf queries.
   void run(const TreePoint<T>* queries, int64_t count) {
@@ -261,7 +264,8 @@ class TreeWalk {
     }
     candidates_.count(q) = n;
     // The first limit is worth a look at few.
-    const bool shrinks = candidates_.full(q) || (n >= candidates_.wanted && least == -std::numeric_limits<T>::infinity());
+    const bool first_limit = n >= candidates_.wanted && least == -std::numeric_limits<T>::infinity();
+    const bool shrinks = first_limit || candidates_.full(q);
     if (shrinks) selection_.shrink(q);
     return shrinks;
   }
