@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import paper_layers
-from demo import lip, report
+from demo import deep_gcn, lip, report
 
-SECTIONS = (lip.section,)
+SECTIONS = (lip.section, deep_gcn.section)
 OUTPUT = Path("out/report.html")
 
 

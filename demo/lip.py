@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
@@ -20,12 +19,13 @@ from benchmarks.claims.training import Data, accuracy, in_parallel, mean_and_int
 from benchmarks.micro import lip as micro
 from benchmarks.micro.harness import LIMIT, Result
 from benchmarks.micro.harness import table as benchmark_table
-from demo.report import ACCENT, INK, MUTED, Section, code, heading, picture, table, text
+from demo.report import ACCENT, INK, MUTED, Section, bars, code, heading, picture, table, text
 from paper_layers import swap
 from paper_layers.lip import LIPPool2d
 
 SEEDS, STEPS = 4, 300
 BEFORE, AFTER = "max pooling", "LIP"
+OURS = "lip_pool2d"  # In the names of contenders.
 Run = tuple[nn.Module, float, float]  # The trained model, its accuracy, the seconds that training took.
 
 
@@ -183,16 +183,6 @@ def _setting(results: Sequence[Result]) -> str:
     return f"{' x '.join(map(str, first.params['shape']))}, {first.params['dtype']}, {first.threads} threads"
 
 
-def _bars(axes: Axes, title: str, values: dict[str, float], digits: int) -> None:
-    names = [*values][::-1]  # From the bottom to the top.
-    colors = [ACCENT if "lip_pool2d" in name else MUTED for name in names]
-    bars = axes.barh(names, [values[name] for name in names], color=colors, height=0.68)
-    axes.bar_label(bars, fmt=f"{{:.{digits}f}}", padding=4, fontsize=9)
-    axes.margins(x=0.14)
-    axes.tick_params(left=False)
-    axes.set_title(title)
-
-
 def _speed_picture(results: Sequence[Result]) -> Figure:
     cases = list(dict.fromkeys(r.case for r in results))
     lines = (len(cases) + 1) // 2
@@ -201,7 +191,7 @@ def _speed_picture(results: Sequence[Result]) -> Figure:
         rows = [r for r in results if r.case == case and not r.error]
         timed = {r.contender: 1e3 * r.median for r in rows if r.contender != LIMIT.name}
         direction = "forward and backward" if rows[0].backward else "forward"
-        _bars(axes, f"{rows[0].params['layout']}, {direction}", timed, 1)
+        bars(axes, f"{rows[0].params['layout']}, {direction}", timed, 1, OURS)
         for limit in (r for r in rows if r.contender == LIMIT.name):
             axes.axvline(1e3 * limit.median, color=INK, linestyle="--", linewidth=1)
     return figure
@@ -211,6 +201,6 @@ def _memory_picture(results: Sequence[Result]) -> Figure:
     rows = [r for r in results if r.backward and r.params["layout"] == "NCHW" and r.role != "limit" and not r.error]
     figure = Figure(figsize=(9.5, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    _bars(left, "kept for the backward pass", {r.contender: r.saved / 1e6 for r in rows}, 0)
-    _bars(right, "peak, with output and gradients", {r.contender: r.peak / 1e6 for r in rows}, 0)
+    bars(left, "kept for the backward pass", {r.contender: r.saved / 1e6 for r in rows}, 0, OURS)
+    bars(right, "peak, with output and gradients", {r.contender: r.peak / 1e6 for r in rows}, 0, OURS)
     return figure

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.environment import environment
@@ -89,6 +90,17 @@ def picture(figure: Figure, caption: str) -> str:
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
+def bars(axes: Axes, title: str, values: dict[str, float], digits: int, ours: str) -> None:
+    """A bar for each name, in the accent's colour where `ours` is in it."""
+    names = [*values][::-1]  # From the bottom to the top.
+    colors = [ACCENT if ours in name else MUTED for name in names]
+    drawn = axes.barh(names, [values[name] for name in names], color=colors, height=0.68)
+    axes.bar_label(drawn, fmt=f"{{:.{digits}f}}", padding=4, fontsize=9)
+    axes.margins(x=0.14)
+    axes.tick_params(left=False)
+    axes.set_title(title)
+
+
 def write(path: Path, sections: Sequence[Section]) -> None:
     """All sections, and on what they were made."""
     body = "".join(f"<section><h2>{escape(s.title)}</h2>{''.join(s.pieces)}</section>" for s in sections)
@@ -101,7 +113,8 @@ def write(path: Path, sections: Sequence[Section]) -> None:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>paper_layers</title><style>{_STYLE}</style></head><body>
 <h1>paper_layers</h1>
-<p>Ideas from papers as drop-in PyTorch layers. Everything on this page was computed by the run that wrote it.</p>
+<p>Ideas from papers as drop-in PyTorch layers. Unless it says otherwise, what this page shows was computed by the
+run that wrote it.</p>
 {body}<footer>{escape(made)}</footer></body></html>
 """
     path.parent.mkdir(parents=True, exist_ok=True)

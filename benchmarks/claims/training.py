@@ -12,23 +12,26 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-Data = tuple[Tensor, Tensor]
+# Inputs and labels, both indexed by a tensor of numbers; models answer with the classes' scores in the last dimension.
+Data = tuple[Any, Any]
 Result = TypeVar("Result")
 
 
-def train(model: nn.Module, data: Data, steps: int, seed: int, batch_size: int = 32) -> None:
-    """AdamW with a one-cycle schedule; the seed alone decides the order of the batches."""
-    images, labels = data
+def train(
+    model: nn.Module, data: Data, steps: int, seed: int, batch_size: int = 32, progress: str | None = None
+) -> None:
+    """AdamW with a one-cycle schedule; the seed alone decides the order of the batches. `progress` names a bar."""
+    inputs, labels = data
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     model.train()
-    for _ in range(steps):
-        batch = torch.randint(len(images), (batch_size,), generator=generator)
-        loss = F.cross_entropy(model(images[batch]), labels[batch])
+    for _ in tqdm(range(steps), progress, unit="step", disable=progress is None):
+        batch = torch.randint(len(inputs), (batch_size,), generator=generator)
+        loss = F.cross_entropy(model(inputs[batch]).flatten(0, -2), labels[batch].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -39,11 +42,13 @@ def train(model: nn.Module, data: Data, steps: int, seed: int, batch_size: int =
 def accuracy(model: nn.Module, data: Data) -> float:
     """Share of right answers, in percent."""
     model.eval()
-    images, labels = data
-    right = sum(
-        (model(i).argmax(1) == t).sum().item() for i, t in zip(images.split(256), labels.split(256), strict=True)
-    )
-    return 100 * right / len(labels)
+    inputs, labels = data
+    right = count = 0
+    for batch in torch.arange(len(inputs)).split(256):
+        answers, wanted = model(inputs[batch]).argmax(-1), labels[batch]
+        right += (answers == wanted).sum().item()
+        count += wanted.numel()
+    return 100 * right / count
 
 
 def in_parallel(job: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], title: str) -> list[Result]:

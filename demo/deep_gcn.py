@@ -1,0 +1,218 @@
+"""DeepGCN: the parts of objects among 256 points, the neighbours it looks at, depth, and the speed of its ops."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
+from torch import Tensor, nn
+
+from benchmarks.claims import parts
+from benchmarks.claims.training import accuracy, parameter_count, train
+from benchmarks.micro import knn as micro
+from benchmarks.micro.harness import Case, Contender, Inputs, Result, compare
+from benchmarks.micro.harness import table as benchmark_table
+from demo.report import ACCENT, INK, MUTED, Section, bars, code, heading, picture, table, text
+from paper_layers.deep_gcn import DeepGCN, DilatedKNN, EdgeConv
+
+STEPS = 200
+CLAIMS = Path("benchmarks/results/claims_deep_gcn.json")
+COLORS = (ACCENT, "#1d4ed8", "#15803d", "#a16207", "#7e22ce")  # Of the classes.
+
+
+def network() -> nn.Module:
+    return DeepGCN(6, 5, channels=16, blocks=7, k=8, max_dilation=4, order="norm_act", dropout=0.0)
+
+
+def section() -> Section:
+    print("\nDeepGCN: parts of objects")
+    torch.manual_seed(0)
+    net = network()
+    start = time.perf_counter()
+    train(net, parts.clouds(1000, seed=0), STEPS, seed=0, batch_size=8, progress="training")
+    seconds = time.perf_counter() - start
+    clouds, labels = test = parts.clouds(200, seed=10_000)
+    row = (f"{parameter_count(net):,}", f"{accuracy(net, test):.1f} %", f"{seconds:.0f} s")
+    head = ("parameters", "points labelled rightly", "training")
+    print("\n".join("{:>12}{:>26}{:>12}".format(*line) for line in (head, row)))
+
+    print("\nDeepGCN: its ops alone, in milliseconds")
+    results = _measure()
+    print(benchmark_table(results))
+    return Section(
+        "DeepGCN: deep networks on point clouds and graphs",
+        [
+            text(
+                "Each layer of a graph network lets points look at their neighbours. Residual connections let it be "
+                "tens of layers deep, and dilated neighbours, every d-th of the nearest, let it look further "
+                "(Li, Müller, Thabet and Ghanem, ICCV 2019)."
+            ),
+            code(inspect.getsource(network)),
+            heading("What is part of what"),
+            text(
+                "Objects of four primitives, scanned as 256 points with coordinates and normals. Which primitive does "
+                f"each point belong to? {STEPS} steps of eight objects; the test objects are new."
+            ),
+            table(head, [row]),
+            picture(
+                _parts_picture(net, clouds[:4], labels[:4]),
+                "Test objects, and below each what the network says of it.",
+            ),
+            picture(
+                _neighbors_picture(net, clouds[0]),
+                "The eight neighbours of one point: the nearest, every fourth of the nearest, and every fourth in the "
+                "features of the last layer, among which the dynamic graph is made.",
+            ),
+            *_claims(),
+            heading("Speed"),
+            picture(
+                _speed_picture(results), f"Milliseconds, median of interleaved rounds; {results[0].threads} threads."
+            ),
+        ],
+    )
+
+
+@torch.no_grad()
+def _parts_picture(net: nn.Module, clouds: Tensor, labels: Tensor) -> Figure:
+    answers = net.eval()(clouds).argmax(-1)
+    figure = Figure(figsize=(9.5, 4.9))
+    for row, (name, classes) in enumerate((("truth", labels), ("network", answers))):
+        for column, (cloud, kinds) in enumerate(zip(clouds, classes, strict=True)):
+            axes = _cloud_axes(figure, 2, len(clouds), row * len(clouds) + column + 1)
+            axes.scatter(*cloud[:, :3].T, c=[COLORS[kind] for kind in kinds], s=9, depthshade=False)
+            right = 100 * (kinds == labels[column]).float().mean()
+            axes.set_title(name if row == 0 else f"{name}: {right:.0f} %", fontsize=9, loc="center", y=0.98)
+    figure.legend(
+        handles=[Patch(color=color, label=kind) for kind, color in zip(parts.CLASSES, COLORS, strict=True)],
+        loc="lower center",
+        ncols=len(COLORS),
+        frameon=False,
+    )
+    figure.subplots_adjust(0, 0.06, 1, 0.96, 0, 0.1)
+    return figure
+
+
+@torch.no_grad()
+def _neighbors_picture(net: nn.Module, cloud: Tensor) -> Figure:
+    last = net.eval().features(cloud)[:, -16:]
+    graphs = {
+        "dilation 1": DilatedKNN(8)(cloud[:, :3]),
+        "dilation 4": DilatedKNN(8, 4)(cloud[:, :3]),
+        "dilation 4, among features": DilatedKNN(8, 4)(last),
+    }
+    point = int(cloud[:, 2].argmax())  # The highest.
+    figure = Figure(figsize=(9.5, 3.3))
+    for number, (name, index) in enumerate(graphs.items(), 1):
+        axes = _cloud_axes(figure, 1, len(graphs), number)
+        axes.scatter(*cloud[:, :3].T, color=MUTED, s=7, depthshade=False, alpha=0.6)
+        for neighbor in index[point, 1:].tolist():
+            axes.plot(*cloud[[point, neighbor], :3].T, color=ACCENT, linewidth=0.9)
+        axes.scatter(*cloud[index[point, 1:], :3].T, color=ACCENT, s=22, depthshade=False)
+        axes.scatter(*cloud[[point], :3].T, color=INK, s=34, depthshade=False)
+        axes.set_title(name, loc="center", y=0.98)
+    figure.subplots_adjust(0, 0, 1, 0.94, 0, 0)
+    return figure
+
+
+def _cloud_axes(figure: Figure, rows: int, columns: int, number: int) -> Any:
+    axes = figure.add_subplot(rows, columns, number, projection="3d")
+    axes.set_axis_off()
+    axes.set(xlim=(-0.75, 0.75), ylim=(-0.75, 0.75), zlim=(-0.75, 0.75), aspect="equal")
+    axes.set_box_aspect((1, 1, 1), zoom=1.2)
+    axes.view_init(elev=18, azim=-60)
+    return axes
+
+
+def _claims() -> list[str]:
+    """The paper's claims, from the results of the benchmark where there are any."""
+    if not CLAIMS.exists():
+        return []
+    claims = json.loads(CLAIMS.read_text())
+    return [
+        heading("Depth, and neighbours"),
+        picture(
+            _claims_picture(claims["results"]),
+            f"Accuracy, %, mean and standard deviation of {claims['seeds']} seeds after {claims['steps']} steps each: "
+            f"not of this run, but of benchmarks/claims/deep_gcn.py on {claims['date'][:10]}. Right: residual.",
+        ),
+    ]
+
+
+def _claims_picture(rows: Sequence[dict[str, Any]]) -> Figure:
+    depth = [row for row in rows if row["claim"] == "depth"]
+    kinds = list(dict.fromkeys(row["data"] for row in depth))
+    figure = Figure(figsize=(9.5, 2.9), layout="constrained")
+    *left, right = figure.subplots(1, len(kinds) + 1)
+    for axes, kind in zip(left, kinds, strict=True):
+        for name, color in zip(dict.fromkeys(row["name"] for row in depth), (INK, ACCENT, COLORS[1]), strict=True):
+            line = sorted((r for r in depth if (r["data"], r["name"]) == (kind, name)), key=lambda row: row["layers"])
+            layers, means, errors = ([row[key] for row in line] for key in ("layers", "mean", "deviation"))
+            axes.errorbar(layers, means, errors, label=name, color=color, marker="o", markersize=4, capsize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(layers, layers)
+        axes.set_xlabel("layers")
+        axes.set_title(kind)
+    left[0].legend(frameon=False, fontsize=9)
+    graph = [row for row in rows if row["claim"] == "graph"][::-1]  # From the bottom to the top.
+    names = [row["name"].replace(", ", ",\n") for row in graph]
+    right.errorbar([r["mean"] for r in graph], names, xerr=[r["deviation"] for r in graph], fmt="o", color=ACCENT)
+    right.set_title(f"neighbours, {graph[0]['layers']} layers, clouds")
+    right.margins(y=0.2)
+    return figure
+
+
+def edge_conv(x: Tensor, index: Tensor, conv: EdgeConv, *parameters: Tensor) -> Tensor:
+    return conv(x, index)
+
+
+def edge_formula(x: Tensor, index: Tensor, conv: EdgeConv, *parameters: Tensor) -> Tensor:
+    """The same module's layers on every edge, as the equation is written."""
+    clouds = torch.arange(len(x))[:, None, None]
+    edges = torch.cat([x[:, :, None].expand(*index.shape, -1), x[clouds, index] - x[:, :, None]], -1)
+    output = conv.nn.linear(edges).relu()
+    norm = conv.nn.norm
+    flat = nn.functional.batch_norm(output.flatten(0, 2), None, None, norm.weight, norm.bias, training=True)
+    return flat.view_as(output).amax(2)
+
+
+def edge_inputs(case: Case) -> Inputs:
+    b, n, c, k = case.params["shape"]
+    conv = EdgeConv(c, c)
+    return torch.randn(b, n, c, requires_grad=True), torch.randint(n, (b, n, k)), conv, *conv.parameters()
+
+
+EDGE_CONTENDERS = (
+    Contender("paper_layers", edge_conv, "ours"),
+    Contender("formula on edges", edge_formula, "peer"),
+)
+
+
+def _measure() -> list[Result]:
+    threads = min(2, os.cpu_count() or 1)
+    b, n, c, k = shape = (2, 2048, 64, 16)
+    # Forward reads features and table and writes features; backward reads these and a gradient, and writes one.
+    case = Case({"shape": shape}, edge_inputs, 4 * b * n * (6 * c + 4 * k), backward=True)
+    searches = [micro.make_case(shape, "cpu") for shape in ((8, 1024, 3, 16), (1, 4096, 64, 16))]
+    contenders = [contender for contender in micro.CONTENDERS if contender.name in ("paper_layers.knn", "cdist + topk")]
+    found = compare(contenders, searches, threads, rounds=3, seconds=0.1, limit=micro.LIMIT)
+    return found + compare(EDGE_CONTENDERS, [case], threads, rounds=3, seconds=0.1)
+
+
+def _speed_picture(results: Sequence[Result]) -> Figure:
+    cases = list(dict.fromkeys((r.case, r.backward) for r in results))
+    figure = Figure(figsize=(9.5, 1.7), layout=ConstrainedLayoutEngine(w_pad=0.12))
+    for axes, (case, backward) in zip(figure.subplots(1, len(cases)), cases, strict=True):
+        rows = [r for r in results if r.case == case and r.role != "limit" and not r.error]
+        b, n, c, k = rows[0].params["shape"]
+        title = f"{'EdgeConv + backward' if backward else 'knn'}\n{b} x {n:,} points, C = {c}, k = {k}"
+        bars(axes, title, {r.contender: 1e3 * r.median for r in rows}, 1, ours="paper_layers")
+    return figure
