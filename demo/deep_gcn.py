@@ -201,7 +201,7 @@ def _measure() -> list[Result]:
     b, n, c, k = shape = (2, 2048, 64, 16)
     # Forward reads features and table and writes features; backward reads these and a gradient, and writes one.
     case = Case({"shape": shape}, edge_inputs, 4 * b * n * (6 * c + 4 * k), backward=True)
-    searches = [micro.make_case(shape, "cpu") for shape in ((8, 1024, 3, 16), (1, 4096, 64, 16))]
+    searches = [micro.make_case(shape, "cpu") for shape in ((8, 1024, 3, 16, 1), (1, 4096, 64, 16, 1))]
     contenders = [contender for contender in micro.CONTENDERS if contender.name in ("paper_layers.knn", "cdist + topk")]
     found = compare(contenders, searches, threads, rounds=3, seconds=0.1, limit=micro.LIMIT)
     return found + compare(EDGE_CONTENDERS, [case], threads, rounds=3, seconds=0.1)
@@ -212,7 +212,7 @@ def _speed_picture(results: Sequence[Result]) -> Figure:
     figure = Figure(figsize=(9.5, 1.7), layout=ConstrainedLayoutEngine(w_pad=0.12))
     for axes, (case, backward) in zip(figure.subplots(1, len(cases)), cases, strict=True):
         rows = [r for r in results if r.case == case and r.role != "limit" and not r.error]
-        b, n, c, k = rows[0].params["shape"]
+        b, n, c, k, *_ = rows[0].params["shape"]
         title = f"{'EdgeConv + backward' if backward else 'knn'}\n{b} x {n:,} points, C = {c}, k = {k}"
         bars(axes, title, {r.contender: 1e3 * r.median for r in rows}, 1, ours="paper_layers")
     return figure

@@ -153,7 +153,7 @@ NET_CONTENDERS = (
 
 
 def measure(device: str, threads: int, quick: bool) -> list[Result]:
-    rounds = (3, 0.1) if quick else (5, 0.3)
+    rounds = (3, 0.1) if quick else (4, 0.2)
     results = []
     cases = []
     for conv, shape in CONVS.items():
