@@ -5,6 +5,9 @@
 2. Residual networks of 14 layers on the clouds: neighbours by coordinates once for all blocks ("fixed"), by each
    block's features ("dynamic"), with dilations 1 to 4, and with stochastic ones.
 
+What came out (benchmarks/results/claims_deep_gcn.json): the first claim shows, the second does not at this scale, where
+the fixed graph is the best and dilation changes little.
+
 All norms precede the activation, as in the first official code (order="norm_act"), and the prediction is as narrow as
 the blocks: the published one would be most of such a small network.
 
