@@ -46,11 +46,11 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
         >>> bool((conv.nn.linear.weight == official["gconv.nn.0.weight"].flatten(1)).all())
         True
     """
-    ours = dict(_names(module))
+    ours, transposed = dict(_names(module)), _transposed(module)
 
     def adapt(name: str, value: Tensor) -> Tensor:
         value = value[..., 0, 0] if value.dim() == 4 and value.shape[2:] == (1, 1) else value
-        return value.mT if name in _transposed(module) else value
+        return value.mT if name in transposed else value
 
     def names(key: str) -> Iterator[str]:
         key = _WRAPPER.sub("", key)

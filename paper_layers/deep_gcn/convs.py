@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import abc
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from paper_layers.ops import _checks
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
 
 
-class _GraphConv(nn.Module):
+class _GraphConv(nn.Module, abc.ABC):
     """What the convolutions share: the two forms of a graph."""
 
     in_channels: int
@@ -61,11 +62,11 @@ class _GraphConv(nn.Module):
             raise ValueError(f"x: expected shape (N, C) with edge_index, got {tuple(x.shape)}")
         return self._on_edges(x, edge_index, ptr)
 
-    def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor: ...
 
-    def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor: ...
 
 
 def _scatter(values: Tensor, target: Tensor, nodes: int, reduce: str) -> Tensor:
@@ -83,11 +84,33 @@ def _edge_ptr(target: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor | None
     return order, torch.searchsorted(cloud, torch.arange(1, len(ptr) + 1, device=ptr.device))
 
 
-def _relative(largest: Tensor, x: Tensor, there: Tensor) -> Tensor:
-    return (largest - x).where(there, 0)
+class _PerceptronConv(_GraphConv):
+    """A convolution of one perceptron."""
+
+    _inputs: ClassVar[int] = 2  # of the perceptron, in those of the convolution
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        act: Act | None = "relu",
+        norm: Norm | None = "batch",
+        bias: bool = True,
+        order: Order = "act_norm",
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.nn = Perceptron(self._inputs * in_channels, out_channels, act, norm, bias, order, dropout, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Start again, as in the official code."""
+        self.nn.reset_parameters()
 
 
-class EdgeConv(_GraphConv):
+class EdgeConv(_PerceptronConv):
     r"""Edge convolution: the largest of a perceptron's outputs over each node's edges.
 
     .. math:: x_i' = \max_{j \in \mathcal{N}(i)} h([x_i, x_j - x_i])
@@ -117,26 +140,6 @@ class EdgeConv(_GraphConv):
         torch.Size([2, 1024, 32])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
-        dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.nn = Perceptron(2 * in_channels, out_channels, act, norm, bias, order, dropout, device, dtype)
-
-    def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
-        self.nn.reset_parameters()
-
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The linear layer on [x_i, x_j - x_i], as a sum of terms of i and of j."""
         own, difference = self.nn.linear.weight.chunk(2, 1)
@@ -153,7 +156,7 @@ class EdgeConv(_GraphConv):
         return self.nn.drop(_scatter(edges, target, len(x), "max"), ptr)
 
 
-class MRConv(_GraphConv):
+class MRConv(_PerceptronConv):
     r"""Max-relative graph convolution: a perceptron on each node and its largest difference to a neighbour.
 
     .. math:: x_i' = h([x_i, \max_{j \in \mathcal{N}(i)} (x_j - x_i)])
@@ -181,28 +184,8 @@ class MRConv(_GraphConv):
         torch.Size([2, 1024, 32])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
-        dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.nn = Perceptron(2 * in_channels, out_channels, act, norm, bias, order, dropout, device, dtype)
-
-    def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
-        self.nn.reset_parameters()
-
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        relative = _relative(neighbor_reduce(x, index, "max"), x, (index >= 0).any(-1, keepdim=True))
+        relative = (neighbor_reduce(x, index, "max") - x).where((index >= 0).any(-1, keepdim=True), 0)
         return self.nn(torch.cat([x, relative], -1), ptr)
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
@@ -211,7 +194,7 @@ class MRConv(_GraphConv):
         return self.nn(torch.cat([x, relative], -1), ptr)
 
 
-class GINConv(_GraphConv):
+class GINConv(_PerceptronConv):
     r"""Graph isomorphism convolution: a perceptron on each node plus the sum of its neighbours.
 
     .. math:: x_i' = h((1 + \epsilon) x_i + \sum_{j \in \mathcal{N}(i)} x_j)
@@ -240,26 +223,15 @@ class GINConv(_GraphConv):
         torch.Size([2, 1024, 32])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
-        dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.nn = Perceptron(in_channels, out_channels, act, norm, bias, order, dropout, device, dtype)
-        self.eps = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+    _inputs = 1
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.eps = nn.Parameter(self.nn.linear.weight.new_zeros(1))
 
     def reset_parameters(self) -> None:
         """Start again, as in the official code."""
-        self.nn.reset_parameters()
+        super().reset_parameters()
         nn.init.zeros_(self.eps)
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:

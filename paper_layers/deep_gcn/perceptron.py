@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, max_over_edges
+from paper_layers.ops import _checks
 
 Act = Literal["relu", "leakyrelu", "prelu"]
 Norm = Literal["batch", "instance"]
@@ -54,9 +55,8 @@ class Perceptron(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value, least in (("in_channels", in_channels, 1), ("out_channels", out_channels, 1)):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        _checks.integer("in_channels", in_channels, 1)
+        _checks.integer("out_channels", out_channels, 1)
         if act not in ("relu", "leakyrelu", "prelu", None):
             raise ValueError(f"act: expected relu, leakyrelu, prelu or None, got {act!r}")
         if norm not in ("batch", "instance", None):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.nn.models.mlp import MLP
 
 from paper_layers.deep_gcn.edge_norm import max_over_edges
-from paper_layers.deep_gcn.edges import from_edge_index
+from paper_layers.deep_gcn.edges import from_edge_index, to_edge_index
 from paper_layers.ops.knn import knn
 
 Pair = tuple[Tensor, Tensor]
@@ -25,27 +25,22 @@ class _FusedEdgeConv:
 
     nn: Any
     aggr: Any
-    training: bool
     aggregate: Callable[..., Tensor]
+    propagate: Callable[..., Tensor]
 
     def _on_table(self, x: Pair, index: Tensor) -> Tensor:
         split = _split(self.nn)
-        assert split is not None
+        if split is None:
+            return self.propagate(to_edge_index(index), x=x)
         linear, rest = split
         own, difference = linear.weight.chunk(2, 1)
         center, neighbor = F.linear(x[1], own - difference, linear.bias), F.linear(x[0], difference)
         layers = [layer for layer in rest if not _does_nothing(layer)]
         fused = _act_and_norm(layers) if self.aggr == "max" else None
         if fused is not None:
-            act, norm, order = fused
-            output = max_over_edges(center, neighbor, index, act, norm, order)
+            output = max_over_edges(center, neighbor, index, *fused)
             return output.where((index >= 0).any(-1, keepdim=True), 0)
-        target, column = (index >= 0).nonzero(as_tuple=True)
-        return self._on_edges(center, neighbor, index[target, column], target, layers)
-
-    def _on_edges(
-        self, center: Tensor, neighbor: Tensor, source: Tensor, target: Tensor, layers: list[nn.Module]
-    ) -> Tensor:
+        source, target = to_edge_index(index)
         z = center[target] + neighbor[source]
         for layer in layers:
             z = layer(z)
@@ -79,13 +74,7 @@ class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
         batches: dict[str, Any] = (
             {"batch": of_queries} if points is None else {"batch": of_queries, "points_batch": of_points}
         )
-        index = knn(query, points, k=self.k, **batches)[0]
-        if _split(self.nn) is not None:
-            return self._on_table(pair, index)
-        target, column = (index >= 0).nonzero(as_tuple=True)
-        source = index[target, column]
-        messages = self.nn(torch.cat([pair[1][target], pair[0][source] - pair[1][target]], -1))
-        return self.aggregate(messages, index=target, dim_size=len(query))
+        return self._on_table(pair, knn(query, points, k=self.k, **batches)[0])
 
 
 def _split(module: Any) -> tuple[Any, list[nn.Module]] | None:
@@ -97,7 +86,9 @@ def _split(module: Any) -> tuple[Any, list[nn.Module]] | None:
 
 
 def _layers(module: Any) -> Iterator[Any]:
-    if type(module) is nn.Sequential:
+    if _is_watched(module):
+        yield module
+    elif type(module) is nn.Sequential:
         for part in module:
             yield from _layers(part)
     elif type(module) is MLP and not module.supports_norm_batch:
@@ -113,7 +104,8 @@ def _layers(module: Any) -> Iterator[Any]:
 
 def _is_watched(module: Any) -> bool:
     """Whether hooks wait for its call."""
-    return isinstance(module, nn.Module) and bool(module._forward_hooks or module._forward_pre_hooks)
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return isinstance(module, nn.Module) and any(getattr(module, kind) for kind in kinds)
 
 
 def _does_nothing(layer: Any) -> bool:

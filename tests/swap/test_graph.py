@@ -147,6 +147,9 @@ def test_keeps_what_the_host_had() -> None:
     x, batch = features(40, 3), torch.arange(2).repeat_interleave(20)
     expected = host(x, batch)
     assert called == ["inside", "conv1"]
+    host.conv2.nn.register_forward_hook(lambda *_: called.append("container"))
+    torch.testing.assert_close(host(x, batch), expected)
+    assert called[2:] == ["inside", "conv1", "container"]
     assert swap.graph_conv(host) is host  # nothing left to do
     torch.testing.assert_close(copy.deepcopy(host)(x, batch), expected)
     assert "DynamicEdgeConv(nn=MLP(6, 16, 16), k=6)" in repr(host)
