@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from benchmarks.claims import parts
 from benchmarks.claims.training import accuracy, parameter_count, train
+from benchmarks.micro import graph_conv
 from benchmarks.micro import knn as micro
-from benchmarks.micro.harness import Case, Contender, Inputs, Result, compare
+from benchmarks.micro.harness import Case, Contender, Result, compare
 from benchmarks.micro.harness import table as benchmark_table
 from demo.report import ACCENT, INK, MUTED, Section, bars, code, heading, picture, table, text
-from paper_layers.deep_gcn import DeepGCN, DilatedKNN, EdgeConv
+from paper_layers.deep_gcn import DeepGCN, DilatedKNN
 
 STEPS = 200
 CLAIMS = Path("benchmarks/results/claims_deep_gcn.json")
@@ -170,41 +171,18 @@ def _claims_picture(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def edge_conv(x: Tensor, index: Tensor, conv: EdgeConv, *parameters: Tensor) -> Tensor:
-    return conv(x, index)
-
-
-def edge_formula(x: Tensor, index: Tensor, conv: EdgeConv, *parameters: Tensor) -> Tensor:
-    """The same module's layers on every edge, as the equation is written."""
-    clouds = torch.arange(len(x))[:, None, None]
-    edges = torch.cat([x[:, :, None].expand(*index.shape, -1), x[clouds, index] - x[:, :, None]], -1)
-    output = conv.nn.linear(edges).relu()
-    norm = conv.nn.norm
-    flat = nn.functional.batch_norm(output.flatten(0, 2), None, None, norm.weight, norm.bias, training=True)
-    return flat.view_as(output).amax(2)
-
-
-def edge_inputs(case: Case) -> Inputs:
-    b, n, c, k = case.params["shape"]
-    conv = EdgeConv(c, c)
-    return torch.randn(b, n, c, requires_grad=True), torch.randint(n, (b, n, k)), conv, *conv.parameters()
-
-
-EDGE_CONTENDERS = (
-    Contender("paper_layers", edge_conv, "ours"),
-    Contender("formula on edges", edge_formula, "peer"),
-)
-
-
 def _measure() -> list[Result]:
     threads = min(2, os.cpu_count() or 1)
-    b, n, c, k = shape = (2, 2048, 64, 16)
-    # Forward reads features and table and writes features; backward reads these and a gradient, and writes one.
-    case = Case({"shape": shape}, edge_inputs, 4 * b * n * (6 * c + 4 * k), backward=True)
+    edges = Case({"conv": "edge", "shape": (2, 2048, 64, 16)}, graph_conv.conv_inputs, 0, backward=True)
     searches = [micro.make_case(shape, "cpu") for shape in ((8, 1024, 3, 16, 1), (1, 4096, 64, 16, 1))]
-    contenders = [contender for contender in micro.CONTENDERS if contender.name in ("paper_layers.knn", "cdist + topk")]
-    found = compare(contenders, searches, threads, rounds=3, seconds=0.1, limit=micro.LIMIT)
-    return found + compare(EDGE_CONTENDERS, [case], threads, rounds=3, seconds=0.1)
+    search = _named(micro.CONTENDERS, "paper_layers.knn", "cdist + topk")
+    convolve = _named(graph_conv.CONV_CONTENDERS, "paper_layers.deep_gcn", "official formula")
+    found = compare(search, searches, threads, rounds=3, seconds=0.1, limit=micro.LIMIT)
+    return found + compare(convolve, [edges], threads, rounds=3, seconds=0.1, limit=graph_conv.CONV_LIMIT)
+
+
+def _named(contenders: Sequence[Contender], *names: str) -> list[Contender]:
+    return [contender for contender in contenders if contender.name in names]
 
 
 def _speed_picture(results: Sequence[Result]) -> Figure:

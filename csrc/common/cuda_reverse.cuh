@@ -64,6 +64,13 @@ struct WriteStarts {
   C10_DEVICE void operator()(int64_t row) const { starts[row] = count_less(keys, edges, static_cast<Key>(row)); }
 };
 
+// The row that an edge of the table leads to.
+struct RowOfEdge {
+  const int64_t* index;
+
+  C10_DEVICE int64_t operator()(int64_t edge) const { return index[edge] < 0 ? -1 : index[edge]; }
+};
+
 struct ReverseTable {
   Tensor edges, starts;
 

@@ -90,13 +90,6 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv(const Tensor& any_center, const Ten
   return {output, mean, var};
 }
 
-// The row that an edge of the table leads to.
-struct RowOfEdge {
-  const int64_t* index;
-
-  C10_DEVICE int64_t operator()(int64_t edge) const { return index[edge] < 0 ? -1 : index[edge]; }
-};
-
 std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, const Tensor& any_grad_mean,
                                                       const Tensor& any_grad_var, const Tensor& any_center,
                                                       const Tensor& any_neighbor, const Tensor& any_index,

@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/accumulator.h"
 #include "knn/problem.h"
 
 #define PAPER_LAYERS_KERNEL "knn/cpu_kernel.h"
@@ -16,16 +17,11 @@
 namespace paper_layers {
 namespace {
 
-// Half types are exact in float32, and so is what is computed.
-ScalarType accumulation_dtype(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::optional<Tensor> query_ptr,
                                std::optional<Tensor> points_ptr, int64_t k, int64_t dilation, bool inner,
                                bool include_self) {
   const KnnProblem problem = knn_problem(query, points, query_ptr, points_ptr, k, dilation, inner, include_self);
-  const ScalarType dtype = accumulation_dtype(query);
+  const ScalarType dtype = accumulation_dtype(query.scalar_type());
   const Tensor q = torch::stable::contiguous(torch::stable::to(query, dtype));
   const bool same = points.const_data_ptr() == query.const_data_ptr() && equal(points.sizes(), query.sizes()) &&
                     equal(points.strides(), query.strides());
@@ -46,7 +42,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::o
 std::tuple<Tensor, Tensor> knn_backward(const Tensor& grad, const Tensor& query, const Tensor& points,
                                         const Tensor& index, bool inner) {
   check_knn_backward(grad, query, points, index);
-  const ScalarType dtype = accumulation_dtype(query);
+  const ScalarType dtype = accumulation_dtype(query.scalar_type());
   const auto dense = [&](const Tensor& tensor) { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); };
   const Tensor g = dense(grad), q = dense(query), p = dense(points), i = torch::stable::contiguous(index);
   Tensor grad_query = torch::stable::empty_like(q), grad_points = torch::stable::empty_like(p);

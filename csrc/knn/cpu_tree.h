@@ -27,6 +27,7 @@ struct Box {
       high[d] = std::max(high[d], x[d]);
     }
   }
+  T side(int64_t d) const { return high[d] - low[d]; }
   // The squared distance between the nearest points of two boxes.
   T distance(const Box& other) const {
     T total = 0;
@@ -51,7 +52,10 @@ class Tree {
 
   // `points` without NaN.
   explicit Tree(std::vector<TreePoint<T>> points)
-      : points_(std::move(points)), leaves_((points_.size() + kLeaf - 1) / kLeaf), coordinates_(leaves_ * kDimensions * kLeaf), indices_(leaves_ * kLeaf) {
+      : points_(std::move(points)),
+        leaves_((points_.size() + kLeaf - 1) / kLeaf),
+        coordinates_(leaves_ * kDimensions * kLeaf),
+        indices_(leaves_ * kLeaf) {
     int64_t nodes = 2;
     while (nodes < 2 * leaves_) nodes *= 2;
     nodes_.resize(2 * nodes);
@@ -109,7 +113,7 @@ class Tree {
     if (node.leaves.size() == 1) return fill(node.leaves.begin, rows);
     node.dimension = 0;
     for (int64_t d = 1; d < kDimensions; ++d) {
-      if (node.box.high[d] - node.box.low[d] > node.box.high[node.dimension] - node.box.low[node.dimension]) node.dimension = d;
+      if (node.box.side(d) > node.box.side(node.dimension)) node.dimension = d;
     }
     const int64_t middle = (node.leaves.begin + node.leaves.end) / 2, d = node.dimension;
     std::nth_element(points_.begin() + rows.begin, points_.begin() + middle * kLeaf, points_.begin() + rows.end,

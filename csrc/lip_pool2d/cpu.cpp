@@ -6,6 +6,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "common/accumulator.h"
 #include "lip_pool2d/geometry.h"
 
 #define PAPER_LAYERS_KERNEL "lip_pool2d/cpu_kernel.h"

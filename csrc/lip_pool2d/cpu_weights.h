@@ -16,9 +16,6 @@ constexpr int64_t kSlack = 16, kHeadroom = 2;
 constexpr int64_t kBlockElements = 8192;
 constexpr int64_t kTileElements = 16384;
 
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // 2^exponent for an exponent of at most zero; zero where float has no such normal number.
 inline float power_of_two(int64_t exponent) {
   const int32_t bits = exponent < -126 ? 0 : static_cast<int32_t>(exponent + 127) << 23;

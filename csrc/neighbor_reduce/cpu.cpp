@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "common/accumulator.h"
 #include "neighbor_reduce/problem.h"
 
 #define PAPER_LAYERS_KERNEL "neighbor_reduce/cpu_kernel.h"
@@ -33,7 +34,7 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& input, const Tensor& in
 Tensor neighbor_reduce_backward(const Tensor& grad, const Tensor& index, const Tensor& arg, int64_t rows,
                                 std::string reduce) {
   const NeighborReduceProblem problem = neighbor_reduce_backward_problem(grad, index, arg, rows, reduce);
-  const ScalarType dtype = grad.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = accumulation_dtype(grad.scalar_type());
   const Tensor g = torch::stable::contiguous(torch::stable::to(grad, dtype)), i = torch::stable::contiguous(index),
                a = torch::stable::contiguous(arg);
   check_index(i.const_data_ptr<int64_t>(), i.numel(), rows);

@@ -1,8 +1,5 @@
 // Reductions over neighbours' rows on the CPU, compiled once for each instruction set.
 
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // The neighbours of one node: their rows and their columns in the table.
 template <typename T>
 struct Neighbours {

@@ -51,13 +51,6 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor
   return {output, arg};
 }
 
-// The row that an edge of the table leads to.
-struct RowOfEdge {
-  const int64_t* index;
-
-  C10_DEVICE int64_t operator()(int64_t edge) const { return index[edge] < 0 ? -1 : index[edge]; }
-};
-
 Tensor neighbor_reduce_backward(const Tensor& any_grad, const Tensor& any_index, const Tensor& any_arg, int64_t rows,
                                 std::string reduce) {
   const NeighborReduceProblem problem =
