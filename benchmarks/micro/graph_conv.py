@@ -53,11 +53,11 @@ def _module(conv: str, channels: int, device: torch.device) -> nn.Module:
 def official(conv: str, index: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """Every edge's features side by side, (B, 2 C, N, k), as in the official dense code."""
     x = x.mT.contiguous()[..., None]
-    center, neighbor = x.expand(*x.shape[:3], index.shape[-1]), formulas.gather(x, index)
+    center, neighbor = formulas.ends(x, index)
     relative = neighbor - center
-    edges = [center, relative] if conv == "edge" else [x, relative.amax(-1, keepdim=True)]
+    edges = [center, relative] if conv == "edge" else [x, relative.max(-1, keepdim=True).values]
     y = F.conv2d(torch.cat(edges, 1), weight[..., None, None], bias).relu()
-    return F.batch_norm(y, None, None, gamma, beta, **BATCH_NORM).amax(-1).mT
+    return F.batch_norm(y, None, None, gamma, beta, **BATCH_NORM).max(-1).values.mT
 
 
 def algebraic(conv: str, index: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

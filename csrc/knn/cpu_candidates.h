@@ -16,6 +16,7 @@ class Candidates {
         room_(room(wanted, batch)),
         counts_(queries),
         limits_(queries),
+        guesses_(queries),
         scores_(new T[queries * room_]),
         indices_(new int32_t[queries * room_]) {}
 
@@ -26,6 +27,7 @@ class Candidates {
 
   int64_t& count(int64_t q) { return counts_[q - first_]; }
   T& limit(int64_t q) { return limits_[q - first_]; }  // what scores less is not wanted
+  T guess(int64_t q) const { return guesses_[q - first_]; }  // the limit at first, if it has to be confirmed
   T* scores(int64_t q) { return scores_.get() + (q - first_) * room_; }
   int32_t* indices(int64_t q) { return indices_.get() + (q - first_) * room_; }
   int64_t room() const { return room_; }
@@ -33,6 +35,11 @@ class Candidates {
   void clear(int64_t q, T limit) {
     count(q) = 0;
     this->limit(q) = limit;
+    guesses_[q - first_] = -std::numeric_limits<T>::infinity();
+  }
+  void clear_and_guess(int64_t q, T limit) {
+    clear(q, limit);
+    guesses_[q - first_] = limit;
   }
 
  private:
@@ -42,7 +49,7 @@ class Candidates {
   int64_t first_ = 0;
   const int64_t full_, room_;
   std::vector<int64_t> counts_;
-  std::vector<T> limits_;
+  std::vector<T> limits_, guesses_;
   std::unique_ptr<T[]> scores_;  // not initialized: most of it is never used
   std::unique_ptr<int32_t[]> indices_;
 };
@@ -167,44 +174,79 @@ bool sort_few(T* scores, int32_t* indices, int64_t count) {
   return true;
 }
 
-// By digits of one byte, the last one first.
+// The largest scores first. Those of up to 2^16 are sorted as integers from 0 to 2^16 - 1, by one byte after the other;
+// the few that become equal, by insertion.
 template <typename T>
-class RadixSort {
-  using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+class RoundedSort {
   struct Entry {
-    Key key;
+    T score;
     int32_t index;
+    friend bool operator<(const Entry& a, const Entry& b) { return a.score > b.score; }
   };
 
  public:
-  explicit RadixSort(int64_t capacity) : from_(capacity), to_(capacity) {}
+  explicit RoundedSort(int64_t capacity) : keys_(capacity), halfway_(capacity), sorted_(capacity) {}
 
   void operator()(T* scores, int32_t* indices, int64_t count) {
-    constexpr Key sign = Key(1) << (8 * sizeof(T) - 1);
-    uint32_t starts[sizeof(T)][256] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      Key bits;
-      std::memcpy(&bits, scores + i, sizeof(bits));
-      bits = bits & sign ? bits : ~(bits | sign);  // ascending where the scores descend
-      from_[i] = {bits, indices[i]};
-      for (size_t d = 0; d < sizeof(T); ++d) ++starts[d][bits >> (8 * d) & 255];
-    }
-    for (size_t d = 0; d < sizeof(T); ++d) {
-      if (starts[d][from_[0].key >> (8 * d) & 255] == count) continue;  // all alike
-      uint32_t before = 0;
-      for (uint32_t& start : starts[d]) before += std::exchange(start, before);
-      for (int64_t i = 0; i < count; ++i) to_[starts[d][from_[i].key >> (8 * d) & 255]++] = from_[i];
-      std::swap(from_, to_);
+    if (count > 1 << 16 || !(sort_rounded(scores, indices, count) && insert(count))) {
+      for (int64_t i = 0; i < count; ++i) sorted_[i] = {scores[i], indices[i]};
+      std::sort(sorted_.begin(), sorted_.begin() + count);
     }
     for (int64_t i = 0; i < count; ++i) {
-      const Key bits = from_[i].key & sign ? from_[i].key : ~from_[i].key & ~sign;
-      std::memcpy(scores + i, &bits, sizeof(bits));
-      indices[i] = from_[i].index;
+      scores[i] = sorted_[i].score;
+      indices[i] = sorted_[i].index;
     }
   }
 
  private:
-  std::vector<Entry> from_, to_;
+  // False where a score is too large for differences.
+  bool sort_rounded(const T* scores, const int32_t* indices, int64_t count) {
+    T top = scores[0], bottom = scores[0];
+    for (int64_t i = 0; i < count; ++i) {
+      top = scores[i] > top ? scores[i] : top;
+      bottom = scores[i] < bottom ? scores[i] : bottom;
+    }
+    const T rate = top > bottom ? T(65535) / (top - bottom) : T(0);
+    if (!std::isfinite(top - bottom) || !std::isfinite(rate)) return false;
+    for (int64_t i = 0; i < count; ++i) {
+      // A number of 16 bits, and the place.
+      const int32_t rounded = std::min(static_cast<int32_t>((top - scores[i]) * rate), 65535);
+      keys_[i] = static_cast<uint32_t>(rounded) << 16 | static_cast<uint32_t>(i);
+    }
+    uint32_t low[256] = {}, high[256] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      ++low[keys_[i] >> 16 & 255];
+      ++high[keys_[i] >> 24];
+    }
+    uint32_t before_low = 0, before_high = 0;
+    for (int64_t d = 0; d < 256; ++d) {
+      before_low += std::exchange(low[d], before_low);
+      before_high += std::exchange(high[d], before_high);
+    }
+    for (int64_t i = 0; i < count; ++i) halfway_[low[keys_[i] >> 16 & 255]++] = keys_[i];
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t place = halfway_[i] & 65535;
+      sorted_[high[halfway_[i] >> 24]++] = {scores[place], indices[place]};
+    }
+    return true;
+  }
+
+  // False where too many would have to move.
+  bool insert(int64_t count) {
+    int64_t moves = 0;
+    for (int64_t i = 1; i < count && moves <= 4 * count; ++i) {
+      if (!(sorted_[i] < sorted_[i - 1])) continue;
+      const Entry entry = sorted_[i];
+      int64_t to = i;
+      for (; to > 0 && entry < sorted_[to - 1]; --to) sorted_[to] = sorted_[to - 1];
+      sorted_[to] = entry;
+      moves += i - to;
+    }
+    return moves <= 4 * count;
+  }
+
+  std::vector<uint32_t> keys_, halfway_;
+  std::vector<Entry> sorted_;
 };
 
 // Picks the nearest among candidates. `Exact` knows of query q:
@@ -257,6 +299,7 @@ class Selection {
     T* scores = candidates_.scores(q);
     int32_t* indices = candidates_.indices(q);
     if (candidates_.count(q) > std::max(kFew, wanted_ + wanted_ / 4)) shrink(q);
+    if (!confirmed(q)) return finish_with_all(row);
     int64_t count = candidates_.count(q);
     if (!search_.problem.include_self) count = leave_out(row, scores, indices, count);
     if (count > 0 && !sort_few(scores, indices, count)) sort_(scores, indices, count);
@@ -274,6 +317,24 @@ class Selection {
   }
 
  private:
+  // Whether enough points surely score more than what was not looked at.
+  bool confirmed(int64_t q) {
+    const T guess = candidates_.guess(q);
+    if (guess == -std::numeric_limits<T>::infinity() || candidates_.limit(q) > guess) return true;
+    T* scores = candidates_.scores(q);
+    const int64_t count = candidates_.count(q);
+    std::fill_n(scores + count, Vec<T>::size, std::numeric_limits<T>::quiet_NaN());
+    const T uncertainty = exact_.uncertainty(q, guess, scores, candidates_.indices(q), count);
+    return count_not_below(scores, count, Vec<T>(guess + uncertainty)) >= wanted_;
+  }
+
+  void finish_with_all(int64_t row) {
+    all_.resize(search_.points);
+    std::iota(all_.begin(), all_.end(), 0);
+    if (found_.size() < all_.size()) found_.resize(all_.size());
+    search_all(search_, row, all_.data(), found_.data());
+  }
+
   void raise(int64_t q, T limit) { candidates_.limit(q) = std::max(candidates_.limit(q), limit); }
 
   static int64_t keep_above(T limit, T* scores, int32_t* indices, int64_t count) {
@@ -322,7 +383,8 @@ class Selection {
   Exact& exact_;
   Candidates<T>& candidates_;
   const int64_t wanted_;
-  RadixSort<T> sort_;
+  RoundedSort<T> sort_;
+  std::vector<int32_t> all_;
   std::vector<Found> found_;
   std::vector<Range> segments_;
 };

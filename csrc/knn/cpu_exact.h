@@ -92,26 +92,30 @@ void write_neighbour(const Search<T>& search, int64_t query, int64_t r, const Fo
       found ? static_cast<T>(found->distance) : std::numeric_limits<T>::infinity();
 }
 
+// Every point, for one query. `found` has room for all.
+template <typename T>
+void search_all(const Search<T>& search, int64_t query, const int32_t* all, Found* found) {
+  const KnnProblem& problem = search.problem;
+  find_exactly(search, search.query_at(query), all, search.points, found);
+  Found* const last = std::remove_if(found, found + search.points, [&](const Found& f) {
+    return std::isnan(f.distance) || (!problem.include_self && f.index == query);
+  });
+  const int64_t count = std::min<int64_t>(last - found, problem.ranks());
+  if (found + count < last) std::nth_element(found, found + count, last);
+  std::sort(found, found + count);
+  for (int64_t r = 0; r < problem.k; ++r) {
+    write_neighbour(search, query, r, r * problem.dilation < count ? found + r * problem.dilation : nullptr);
+  }
+}
+
 // Every pair, for clouds that are small or not finite.
 template <typename T>
 void search_pairs(const Search<T>& search) {
-  const KnnProblem& problem = search.problem;
   const int64_t grain = std::max<int64_t>(1, 16384 / (search.points + 1));
   torch::stable::parallel_for(0, search.queries, grain, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> all(search.points);
     std::iota(all.begin(), all.end(), 0);
     std::vector<Found> found(search.points);
-    for (int64_t i = begin; i < end; ++i) {
-      find_exactly(search, search.query_at(i), all.data(), search.points, found.data());
-      const auto last = std::remove_if(found.begin(), found.end(), [&](const Found& f) {
-        return std::isnan(f.distance) || (!problem.include_self && f.index == i);
-      });
-      const int64_t count = std::min<int64_t>(last - found.begin(), problem.ranks());
-      if (found.begin() + count < last) std::nth_element(found.begin(), found.begin() + count, last);
-      std::sort(found.begin(), found.begin() + count);
-      for (int64_t r = 0; r < problem.k; ++r) {
-        write_neighbour(search, i, r, r * problem.dilation < count ? &found[r * problem.dilation] : nullptr);
-      }
-    }
+    for (int64_t i = begin; i < end; ++i) search_all(search, i, all.data(), found.data());
   });
 }

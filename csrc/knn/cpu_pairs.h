@@ -2,7 +2,7 @@
 
 // Candidates of all the rows of a cloud may take so much memory; and so much for a row, or they push the points, which
 // exact distances need, out of the caches.
-constexpr int64_t kCandidateBytes = int64_t{1} << 27, kRowBytes = 4096;
+constexpr int64_t kCandidateBytes = int64_t{1} << 27, kRowBytes = 8192;
 // Elements of panels that stay in the second-level cache while others pass by.
 constexpr int64_t kCachedElements = 32768;
 

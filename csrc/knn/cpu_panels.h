@@ -102,6 +102,32 @@ struct Panels {
   }
 };
 
+// Rows spread over a cloud, whose scores suggest a limit to start from: it is confirmed, or the query is searched again.
+template <typename T>
+struct Sample {
+  static constexpr int64_t size = 240;
+
+  Panels<T> panels;
+  int64_t rank;  // in the sample: rarely reached by fewer points of the cloud than wanted
+
+  static std::optional<Sample> of(const Search<T>& search, const Frame<T>& frame, const Panels<T>& points) {
+    const double expected = double(search.wanted()) * size / search.points;
+    const int64_t rank = static_cast<int64_t>(expected + 3 * std::sqrt(expected) + 2);
+    const bool worthwhile = search.points >= 8 * size && expected >= 10 && rank <= size / 2;
+    for (int64_t i = 0; i < search.points; ++i) {
+      if (!worthwhile || !points.there(i)) return std::nullopt;
+    }
+    std::vector<T> rows(size * search.channels());
+    for (int64_t i = 0; i < size; ++i) {
+      double place = i * 0.6180339887498949;  // multiples of the golden ratio have no period
+      place -= std::floor(place);
+      std::copy_n(search.point_at(static_cast<int64_t>(place * search.points)), search.channels(),
+                  rows.begin() + i * search.channels());
+    }
+    return Sample{Panels<T>(search, frame, rows.data(), size), rank};
+  }
+};
+
 // Exact distances of panels' rows, as Selection asks for them.
 template <typename T>
 class PanelDistances {
@@ -109,12 +135,14 @@ class PanelDistances {
   const Search<T>& search;
   const Frame<T>& frame;
   const Panels<T>&queries, &points;
+  const std::optional<Sample<T>> sample;
 
   PanelDistances(const Search<T>& search, const Frame<T>& frame, const Panels<T>& queries, const Panels<T>& points)
       : search(search),
         frame(frame),
         queries(queries),
         points(points),
+        sample(Sample<T>::of(search, frame, points)),
         longest_(*std::max_element(points.lengths.begin(), points.lengths.end())) {}
 
   int64_t index(int32_t position) const { return position; }
@@ -206,10 +234,11 @@ class PanelSearch {
       using Limits = std::numeric_limits<T>;
       candidates_.clear(q, exact_.queries.there(q) ? -Limits::max() : Limits::infinity());
     }
+    if (exact_.sample) guess(panel);
   }
 
   void compare(int64_t queries, int64_t points) {
-    multiply_all(queries, points);
+    multiply_all(queries, exact_.points, points);
     give(queries, points, products_);
   }
 
@@ -232,11 +261,38 @@ class PanelSearch {
   }
 
  private:
-  void multiply_all(int64_t queries, int64_t points) {
+  void multiply_all(int64_t queries, const Panels<T>& points, int64_t panel) {
     for (int64_t r = 0; r < width; r += kRows<T>) {
-      multiply(exact_.queries.panel(queries) + r, exact_.points.panel(points), exact_.points.channels,
-               products_ + r * width);
+      multiply(exact_.queries.panel(queries) + r, points.panel(panel), points.channels, products_ + r * width);
     }
+  }
+
+  void guess(int64_t queries) {
+    const Panels<T>& sample = exact_.sample->panels;
+    const int64_t length = sample.count * width, rank = exact_.sample->rank, row = length + V::size;
+    std::vector<T> scores(width * row);
+    for (int64_t p = 0; p < sample.count; ++p) {
+      multiply_all(queries, sample, p);
+      for (int64_t r = 0; r < width; ++r) {
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const V error(exact_.queries.errors[queries * width + r]);
+          store(&scores[r * row + p * width + v * V::size], score(sample, p, r, v, error, products_));
+        }
+      }
+    }
+    for (int64_t r = 0; r < width; ++r) {
+      const int64_t q = queries * width + r;
+      if (!exact_.queries.there(q)) continue;
+      candidates_.clear_and_guess(q, limit_reached_by(&scores[r * row], length, rank, rank + rank / 8).first);
+    }
+  }
+
+  // Of row r of the products with a panel, vector v.
+  static PAPER_LAYERS_INLINE V score(const Panels<T>& points, int64_t panel, int64_t r, int64_t v, V error,
+                                     const T* products) {
+    const int64_t at = panel * width + v * V::size;
+    return load(products + r * width + v * V::size) +
+           multiply_add(error, load(&points.lengths[at]), load(&points.offsets[at]));
   }
 
   // Branches on what rarely is near would mostly be mispredicted: a list of vectors that hold candidates comes first.
@@ -244,17 +300,15 @@ class PanelSearch {
     struct Near {
       uint32_t lanes, place;
     } near[width * kVectors];
-    const T *lengths = &exact_.points.lengths[points * width], *offsets = &exact_.points.offsets[points * width];
     const T *errors = &exact_.queries.errors[queries * width], *limits = &candidates_.limit(queries * width);
-    const auto score = [&](int64_t r, int64_t v) __attribute__((always_inline)) {
-      return load(products + r * width + v * V::size) +
-             multiply_add(V(errors[r]), load(lengths + v * V::size), load(offsets + v * V::size));
+    const auto score_of = [&](int64_t r, int64_t v) __attribute__((always_inline)) {
+      return score(exact_.points, points, r, v, V(errors[r]), products);
     };
     int64_t count = 0;
     for (int64_t r = 0; r < width; ++r) {
 #pragma GCC unroll 3
       for (int64_t v = 0; v < kVectors; ++v) {
-        const uint32_t lanes = lanes_not_below(score(r, v), V(limits[r]));
+        const uint32_t lanes = lanes_not_below(score_of(r, v), V(limits[r]));
         near[count] = {lanes, static_cast<uint32_t>(r * kVectors + v)};
         count += lanes != 0;
       }
@@ -262,7 +316,7 @@ class PanelSearch {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = near[i].place / kVectors, v = near[i].place % kVectors, q = queries * width + r;
       int64_t& n = candidates_.count(q);
-      n = append(candidates_.scores(q), candidates_.indices(q), n, score(r, v),
+      n = append(candidates_.scores(q), candidates_.indices(q), n, score_of(r, v),
                  indices_from<T>(points * width + v * V::size), near[i].lanes);
       if (candidates_.full(q)) selection_.shrink(q);
     }

@@ -80,6 +80,8 @@ class Tree {
   }
 
   int64_t leaves() const { return leaves_; }
+  // As they lie in the leaves.
+  const std::vector<TreePoint<T>>& points() const { return points_; }
   const Node& node(int64_t i) const { return nodes_[i]; }
   // Leaf l: kLeaf numbers of each dimension, NaN after its last point, and the points' indices.
   const T* coordinates(int64_t leaf) const { return coordinates_.data() + leaf * kDimensions * kLeaf; }
@@ -297,34 +299,45 @@ std::vector<TreePoint<T>> tree_points(const T* rows, int64_t count, int64_t chan
   return result;
 }
 
+// Puts queries in the order of the tree's leaves. Returns where groups of them start that lie together, and the end.
 template <typename T>
-void search_tree(const Search<T>& search) {
-  const Tree<T> tree(tree_points(search.point, search.points, search.channels()));
-  auto unordered = tree_points(search.query, search.queries, search.channels());
-  if (static_cast<int64_t>(unordered.size()) < search.queries) {  // queries with NaN have no neighbours
-    std::fill_n(search.index, search.queries * search.problem.k, -1);
-    std::fill_n(search.distance, search.queries * search.problem.k, std::numeric_limits<T>::infinity());
-  }
-  // Queries in the order of the tree's leaves.
-  const int64_t count = unordered.size();
-  std::vector<int64_t> leaf(count), start(tree.leaves() + 2);
+std::vector<int64_t> group(const Tree<T>& tree, std::vector<TreePoint<T>>& queries) {
+  const int64_t count = queries.size();
+  std::vector<int64_t> leaf(count), start(tree.leaves() + 2), groups;
   torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) leaf[i] = tree.leaves() > 0 ? tree.leaf_of(unordered[i].x) : 0;
+    for (int64_t i = begin; i < end; ++i) leaf[i] = tree.leaves() > 0 ? tree.leaf_of(queries[i].x) : 0;
   });
   for (int64_t i = 0; i < count; ++i) ++start[leaf[i] + 1];
   std::partial_sum(start.begin(), start.end(), start.begin());
-  std::vector<TreePoint<T>> queries(count);
-  std::vector<int64_t> group_starts;
   for (size_t l = 0; l + 1 < start.size(); ++l) {
-    for (int64_t s = start[l]; s < start[l + 1]; s += kLeaf) group_starts.push_back(s);
+    for (int64_t s = start[l]; s < start[l + 1]; s += kLeaf) groups.push_back(s);
   }
-  group_starts.push_back(count);
+  groups.push_back(count);
+  const std::vector<TreePoint<T>> unordered(std::move(queries));
+  queries.resize(count);
   for (int64_t i = 0; i < count; ++i) queries[start[leaf[i]]++] = unordered[i];
+  return groups;
+}
 
-  torch::stable::parallel_for(0, group_starts.size() - 1, 8, [&](int64_t begin, int64_t end) {
+template <typename T>
+void search_tree(const Search<T>& search) {
+  const Tree<T> tree(tree_points(search.point, search.points, search.channels()));
+  std::vector<TreePoint<T>> others;
+  std::vector<int64_t> groups;
+  if (search.searches_itself()) {  // then leaves are groups
+    for (int64_t l = 0; l < tree.leaves(); ++l) groups.push_back(l * kLeaf);
+    groups.push_back(tree.points().size());
+  } else {
+    others = tree_points(search.query, search.queries, search.channels());
+    groups = group(tree, others);
+  }
+  const std::vector<TreePoint<T>>& queries = search.searches_itself() ? tree.points() : others;
+  if (static_cast<int64_t>(queries.size()) < search.queries) {  // queries with NaN have no neighbours
+    std::fill_n(search.index, search.queries * search.problem.k, -1);
+    std::fill_n(search.distance, search.queries * search.problem.k, std::numeric_limits<T>::infinity());
+  }
+  torch::stable::parallel_for(0, groups.size() - 1, 8, [&](int64_t begin, int64_t end) {
     TreeWalk<T> walk(search, tree);
-    for (int64_t g = begin; g < end; ++g) {
-      walk.run(queries.data() + group_starts[g], group_starts[g + 1] - group_starts[g]);
-    }
+    for (int64_t g = begin; g < end; ++g) walk.run(queries.data() + groups[g], groups[g + 1] - groups[g]);
   });
 }

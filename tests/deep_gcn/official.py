@@ -29,7 +29,15 @@ def layer(
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """(B, C, N, 1) and (B, N, k) to (B, C, N, k)."""
-    return torch.stack([cloud[:, i, 0] for cloud, i in zip(x, index, strict=True)])
+    start = torch.arange(len(x), device=x.device)[:, None, None] * x.shape[2]
+    rows = x[..., 0].mT.flatten(0, 1)[(index + start).flatten()]
+    return rows.unflatten(0, index.shape).permute(0, 3, 1, 2).contiguous()
+
+
+def ends(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The features of both ends of each edge: nodes and neighbours, gathered alike from the official pair of indices."""
+    own = torch.arange(x.shape[2], device=x.device)[:, None].expand(index.shape)
+    return gather(x, own), gather(x, index)
 
 
 Search = Callable[[Tensor, int, int], Tensor]
@@ -48,13 +56,14 @@ class Edge(nn.Module):
         self.nn = layer(2 * inputs, outputs, act, norm, bias)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        center = x.expand(*x.shape[:3], index.shape[-1])
-        return self.nn(torch.cat([center, gather(x, index) - center], 1)).amax(-1, keepdim=True)
+        center, neighbor = ends(x, index)
+        return self.nn(torch.cat([center, neighbor - center], 1)).max(-1, keepdim=True).values
 
 
 class MaxRelative(Edge):
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        return self.nn(torch.cat([x, (gather(x, index) - x).amax(-1, keepdim=True)], 1))
+        center, neighbor = ends(x, index)
+        return self.nn(torch.cat([x, (neighbor - center).max(-1, keepdim=True).values], 1))
 
 
 class Isomorphism(nn.Module):
@@ -74,7 +83,7 @@ class Sage(nn.Module):
         self.nn2 = layer(2 * inputs, outputs, act, norm, bias)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        return self.nn2(torch.cat([x, self.nn1(gather(x, index)).amax(-1, keepdim=True)], 1))
+        return self.nn2(torch.cat([x, self.nn1(gather(x, index)).max(-1, keepdim=True).values], 1))
 
 
 CONVS = {"edge": Edge, "mr": MaxRelative, "gin": Isomorphism, "sage": Sage}

@@ -257,6 +257,24 @@ def test_many_neighbours(channels: int, k: int, dilation: int) -> None:
     assert_close(distance[:40], expected[1], torch.float32)
 
 
+@pytest.mark.parametrize("k", [100, 700])
+@by_dtype
+def test_many_neighbours_in_large_clouds(k: int, dtype: torch.dtype) -> None:
+    """Limits are guessed there from a sample; also where it misleads: its own rows lie together, or many are equal."""
+    x = cloud(2100, 8)
+    sampled = (torch.arange(240, dtype=torch.float64) * 0.6180339887498949 % 1 * len(x)).long()
+    for change in (lambda x: x, lambda x: x.index_fill(0, sampled, 0) + 1e-3 * x, lambda x: x.round(), lambda x: x + 500):
+        points = change(x).to(dtype)
+        for options in ({"k": k}, {"k": k // 10, "dilation": 10, "metric": "inner"}):
+            index, distance = knn(points, **options)
+            # A row of NaN is nobody's neighbour, and there nothing is guessed.
+            expected = knn(torch.cat([points, points[:1] * torch.nan]), **options)
+            assert torch.equal(index, expected[0][:-1])
+            assert torch.equal(distance, expected[1][:-1])
+            if options.get("metric") != "inner" or dtype == torch.float64:
+                assert torch.equal(index[sampled[:20]], neighbours(points[sampled[:20]], points, **options)[0])
+
+
 @by_dtype
 def test_cosine(dtype: torch.dtype) -> None:
     query, points = cloud(80, 12).to(dtype), (cloud(150, 12) + 1).to(dtype)
