@@ -238,12 +238,24 @@ struct Backward {
     }
     for (int64_t node = 0; node < problem.nodes; ++node) {
       mine.select(node);
+      if (node + 1 < problem.nodes) fetch(node + 1, first, last);
       if (mean != nullptr) spread<true>(mine, node, first, last);
       else spread<false>(mine, node, first, last);
     }
   }
 
  private:
+  // Asks for the rows of a node, which may lie anywhere, before their turn.
+  void fetch(int64_t node, int64_t first, int64_t last) const {
+    for (int64_t column = 0; column < edges.problem.k; ++column) {
+      const int64_t row = std::max<int64_t>(0, edges.index[node * edges.problem.k + column]) * edges.problem.channels;
+      for (int64_t c = first; c < last; c += 64 / sizeof(A)) {
+        __builtin_prefetch(edges.neighbor + row + c);
+        __builtin_prefetch(grad_neighbor + row + c, 1);
+      }
+    }
+  }
+
   template <bool statistics>
   void spread(const Edges<T>& edges, int64_t node, int64_t first, int64_t last) const {
     constexpr int64_t group = PAPER_LAYERS_VECTOR_BYTES == 64 ? 2 : 1;

@@ -185,7 +185,7 @@ class MRConv(_PerceptronConv):
     """
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        relative = (neighbor_reduce(x, index, "max") - x).where((index >= 0).any(-1, keepdim=True), 0)
+        relative = (neighbor_reduce(x, index, "max") - x) * (index >= 0).any(-1, keepdim=True)
         return self.nn(torch.cat([x, relative], -1), ptr)
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:

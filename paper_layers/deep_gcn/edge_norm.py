@@ -123,7 +123,7 @@ def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) 
     if not norm.affine:
         return scale, -mean * scale
     scale = scale * norm.weight
-    return scale, norm.bias - mean * scale
+    return scale, torch.addcmul(norm.bias, mean, scale, value=-1)
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ class Perceptron(nn.Module):
 
     def max_over_edges(self, center: Tensor, neighbor: Tensor, index: Tensor, ptr: Tensor | None = None) -> Tensor:
         """Activate and normalise the edges ``center[i] + neighbor[j]``: the largest of each node, 0 for none."""
-        return self._kept(center, neighbor, index, ptr).where((index >= 0).any(-1, keepdim=True), 0)
+        return self._kept(center, neighbor, index, ptr) * (index >= 0).any(-1, keepdim=True)
 
     def _kept(self, center: Tensor, neighbor: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
         norm: BatchNorm | Literal["instance"] | None = "instance" if self.instance else self.norm
