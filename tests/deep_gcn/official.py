@@ -35,7 +35,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def ends(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The features of both ends of each edge: nodes and neighbours, gathered alike from the official pair of indices."""
+    """Features of both ends of each edge, nodes and neighbours, gathered alike as in the official code."""
     own = torch.arange(x.shape[2], device=x.device)[:, None].expand(index.shape)
     return gather(x, own), gather(x, index)
 

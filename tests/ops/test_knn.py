@@ -263,7 +263,12 @@ def test_many_neighbours_in_large_clouds(k: int, dtype: torch.dtype) -> None:
     """Limits are guessed there from a sample; also where it misleads: its own rows lie together, or many are equal."""
     x = cloud(2100, 8)
     sampled = (torch.arange(240, dtype=torch.float64) * 0.6180339887498949 % 1 * len(x)).long()
-    for change in (lambda x: x, lambda x: x.index_fill(0, sampled, 0) + 1e-3 * x, lambda x: x.round(), lambda x: x + 500):
+    for change in (
+        lambda x: x,
+        lambda x: x.index_fill(0, sampled, 0) + 1e-3 * x,
+        lambda x: x.round(),
+        lambda x: x + 500,
+    ):
         points = change(x).to(dtype)
         for options in ({"k": k}, {"k": k // 10, "dilation": 10, "metric": "inner"}):
             index, distance = knn(points, **options)
