@@ -88,6 +88,10 @@ std::vector<Tensor> point_sample_backward_maps(const Tensor& grad, const Tensor&
     grad_maps.push_back(torch::stable::empty(map.sizes(), map.scalar_type(), std::nullopt, map.device(), std::nullopt,
                                              arguments.format()));
   }
+  if (g.numel() == 0) {
+    for (Tensor& map : grad_maps) torch::stable::zero_(map);
+    return grad_maps;
+  }
   arguments.dispatch([&](auto element) {
     using T = decltype(element);
     std::vector<T*> data;
@@ -106,6 +110,7 @@ Tensor point_sample_backward_points(const Tensor& grad, const Tensor& points, co
   check_grad(grad, problem, maps[0]);
   const Tensor g = in_output_layout(grad, problem);
   Tensor grad_points = torch::stable::new_empty(arguments.points, points.sizes());
+  if (g.numel() == 0) return torch::stable::zero_(grad_points);
   arguments.dispatch([&](auto element) {
     using T = decltype(element);
     const Coordinates coordinates(arguments.points);

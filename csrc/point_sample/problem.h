@@ -42,19 +42,19 @@ struct PointSampleProblem {
 };
 
 // Of the points, (x, y) after (x, y), in one of two precisions.
-struct Coordinates {
-  const float* singles = nullptr;
-  const double* doubles = nullptr;
-
-  explicit Coordinates(const Tensor& points) {
-    if (points.scalar_type() == ScalarType::Double) doubles = points.const_data_ptr<double>();
-    else singles = points.const_data_ptr<float>();
-  }
+class Coordinates {
+ public:
+  explicit Coordinates(const Tensor& points)
+      : data_(points.const_data_ptr()), doubles_(points.scalar_type() == ScalarType::Double) {}
   template <typename Function>
   void visit(Function function) const {
-    if (doubles != nullptr) function(doubles);
-    else function(singles);
+    if (doubles_) function(static_cast<const double*>(data_));
+    else function(static_cast<const float*>(data_));
   }
+
+ private:
+  const void* data_;
+  bool doubles_;
 };
 
 inline bool one_of(const char* name, const std::string& value, const char* no, const char* yes) {
