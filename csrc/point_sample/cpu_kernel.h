@@ -46,16 +46,6 @@ void backward_maps(const PointSampleProblem& problem, const T* grad, const Coord
   else backward_planar(problem, plans, grad, grad_maps, streaming);
 }
 
-// The gradient of one point from one level.
-template <typename C, typename A>
-void add_point(const Level& level, Sampling how, const C* point, const A* dots, C* grad) {
-  const auto x = axis_taps(point[0], static_cast<C>(level.scale_x), level.width, how);
-  const auto y = axis_taps(point[1], static_cast<C>(level.scale_y), level.height, how);
-  const C d[4] = {static_cast<C>(dots[0]), static_cast<C>(dots[1]), static_cast<C>(dots[2]), static_cast<C>(dots[3])};
-  if (x.moves) grad[0] += static_cast<C>(level.scale_x) * ((d[1] - d[0]) * (1 - y.fraction) + (d[3] - d[2]) * y.fraction);
-  if (y.moves) grad[1] += static_cast<C>(level.scale_y) * ((d[2] - d[0]) * (1 - x.fraction) + (d[3] - d[1]) * x.fraction);
-}
-
 // Level after level, so that the order of each point's sum does not depend on the threads.
 template <typename T, typename C>
 void backward_points(const PointSampleProblem& problem, const T* grad, const C* coordinates, const Coordinates& points,
@@ -75,7 +65,10 @@ void backward_points(const PointSampleProblem& problem, const T* grad, const C* 
         else dots_planar(problem, level, some, count, map, g, dots.data());
         for (int64_t i = 0; i < count; ++i) {
           const int64_t n = problem.point_at(some[i].place);
-          add_point(level, problem.how, coordinates + 2 * n, dots.data() + 4 * i, grad_points + 2 * n);
+          const C scale_x = static_cast<C>(level.scale_x), scale_y = static_cast<C>(level.scale_y);
+          add_point_gradient(axis_taps(coordinates[2 * n], scale_x, level.width, problem.how),
+                             axis_taps(coordinates[2 * n + 1], scale_y, level.height, problem.how), scale_x, scale_y,
+                             dots.data() + 4 * i, grad_points + 2 * n);
         }
       };
     });

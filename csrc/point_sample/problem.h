@@ -41,6 +41,16 @@ struct PointSampleProblem {
   }
 };
 
+// Adds the gradient of one point from one level. dots: for each tap the sum over channels of gradient times value, 0
+// outside.
+template <typename C, typename A>
+C10_HOST_DEVICE inline void add_point_gradient(AxisTaps<C> x, AxisTaps<C> y, C scale_x, C scale_y, const A* dots,
+                                               C* grad) {
+  const C d[4] = {static_cast<C>(dots[0]), static_cast<C>(dots[1]), static_cast<C>(dots[2]), static_cast<C>(dots[3])};
+  if (x.moves) grad[0] += scale_x * ((d[1] - d[0]) * (1 - y.fraction) + (d[3] - d[2]) * y.fraction);
+  if (y.moves) grad[1] += scale_y * ((d[2] - d[0]) * (1 - x.fraction) + (d[3] - d[1]) * x.fraction);
+}
+
 // Of the points, (x, y) after (x, y), in one of two precisions.
 class Coordinates {
  public:
