@@ -2,11 +2,11 @@
 // next ones need is fetched meanwhile.
 
 // Points that are fetched before their turn.
-constexpr int64_t kAhead = 4;
+constexpr int64_t kAhead = 8;
 
 template <typename T>
 PAPER_LAYERS_INLINE void fetch_row(const T* row, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
+  for (int64_t c = 0; c < channels; c += 64 / sizeof(T)) __builtin_prefetch(row + c, 0, 2);
 }
 
 // The rows of a point's taps within the map, and their weights.
@@ -26,18 +26,25 @@ struct Rows {
   }
 };
 
-template <typename T>
+template <bool streaming, typename T>
 void sample_rows(const Rows<T>& from, int64_t channels, T* out) {
   using V = Vec<Accumulator<T>>;
   if (from.count == 0) std::fill_n(out, channels, T(0));
   else if (from.count == 4) {
     const V w0(from.weights[0]), w1(from.weights[1]), w2(from.weights[2]), w3(from.weights[3]);
-    cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    const auto sample = [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       V sum = load(from.rows[0] + c, lanes) * w0;
       sum = multiply_add(load(from.rows[1] + c, lanes), w1, sum);
       sum = multiply_add(load(from.rows[2] + c, lanes), w2, sum);
-      store(out + c, multiply_add(load(from.rows[3] + c, lanes), w3, sum), lanes);
-    });
+      return multiply_add(load(from.rows[3] + c, lanes), w3, sum);
+    };
+    if constexpr (streaming) {
+      for (int64_t c = 0; c < channels; c += V::size) store_streaming(out + c, sample(c, Full{}));
+    } else {
+      cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        store(out + c, sample(c, lanes), lanes);
+      });
+    }
   } else {
     cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       V sum = load(from.rows[0] + c, lanes) * V(from.weights[0]);
@@ -49,7 +56,8 @@ void sample_rows(const Rows<T>& from, int64_t channels, T* out) {
 
 template <typename T>
 void forward_channels_last(const PointSampleProblem& problem, const Plans<Accumulator<T>>& plans,
-                           const std::vector<const T*>& maps, T* output) {
+                           const std::vector<const T*>& maps, T* output, bool streaming) {
+  using V = Vec<Accumulator<T>>;
   run(cut_points(problem, plans, {0, plans.levels}), [&] {
     return [&](const Piece& piece, const Piece*) {
       const Level& level = problem.levels[piece.level];
@@ -61,9 +69,17 @@ void forward_channels_last(const PointSampleProblem& problem, const Plans<Accumu
           const Rows<T> later(plan.points[i + kAhead], map, channels);
           for (int r = 0; r < later.count; ++r) fetch_row(later.rows[r], channels);
         }
-        sample_rows(Rows<T>(plan.points[i], map, channels), channels,
-                    output + plan.points[i].place + level.first_channel);
+        const Rows<T> from(plan.points[i], map, channels);
+        T* out = output + plan.points[i].place + level.first_channel;
+        if constexpr (std::is_same_v<T, Accumulator<T>>) {
+          if (streaming && channels % V::size == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(V) == 0) {
+            sample_rows<true>(from, channels, out);
+            continue;
+          }
+        }
+        sample_rows<false>(from, channels, out);
       }
+      if (streaming) finish_streaming();
     };
   });
 }

@@ -2,7 +2,7 @@
 
 // Sums of gradients that are kept in the caches until they are complete.
 constexpr int64_t kBandBytes = int64_t(512) << 10;
-// Gradients of more than this are written past the caches, which they would leave before they are read.
+// Results of more than this are written past the caches, which they would leave before they are read.
 constexpr int64_t kStreamingBytes = int64_t(8) << 20;
 
 #include "point_sample/cpu_plan.h"
@@ -29,8 +29,9 @@ void write(const A* sums, int64_t count, T* to, bool streaming) {
 template <typename T>
 void forward(const PointSampleProblem& problem, const Coordinates& points, const int64_t* image,
              const std::vector<const T*>& maps, T* output) {
-  const Plans<Accumulator<T>> plans(problem, points, image, sizeof(T));
-  if (problem.channels_last) forward_channels_last(problem, plans, maps, output);
+  const Plans<Accumulator<T>> plans(problem, points, image, sizeof(T), !problem.channels_last);
+  const int64_t bytes = problem.rows * problem.points * problem.channels * sizeof(T);
+  if (problem.channels_last) forward_channels_last(problem, plans, maps, output, bytes > kStreamingBytes);
   else forward_planar(problem, plans, maps, output);
 }
 

@@ -32,7 +32,7 @@ struct Plan {
 
   template <typename C>
   void build(const PointSampleProblem& problem, const Level& level, const C* coordinates, const int64_t* rows,
-             int64_t row_count, int64_t element_size) {
+             int64_t row_count, int64_t element_size, bool lines_wanted) {
     points.resize(row_count * problem.points);
     starts.assign(level.height + 2, 0);
     const C scale_x = static_cast<C>(level.scale_x), scale_y = static_cast<C>(level.scale_y);
@@ -49,7 +49,7 @@ struct Plan {
     each([&](int64_t, int32_t row, auto, auto) { ++starts[row + 1]; });
     for (int32_t row = 0; row <= level.height; ++row) starts[row + 1] += starts[row];
     std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    std::vector<bool> read(level.pixels() * element_size / kLine + 1);
+    std::vector<bool> read(lines_wanted ? level.pixels() * element_size / kLine + 1 : 0);
     each([&](int64_t n, int32_t row, auto x, auto y) {
       PlannedPoint<A>& point = points[next[row]++];
       const auto taps = make_taps(x, y, level.width);
@@ -57,7 +57,7 @@ struct Plan {
       for (int i = 0; i < 4; ++i) {
         point.pixels[i] = taps.pixels[i];
         point.weights[i] = static_cast<A>(taps.weights[i]);
-        if (taps.pixels[i] >= 0) read[taps.pixels[i] * element_size / kLine] = true;
+        if (lines_wanted && taps.pixels[i] >= 0) read[taps.pixels[i] * element_size / kLine] = true;
       }
     });
     lines.clear();
@@ -79,7 +79,8 @@ struct Plans {
   std::vector<Plan<A>> plans;
   int64_t levels;
 
-  Plans(const PointSampleProblem& problem, const Coordinates& points, const int64_t* image, int64_t element_size)
+  Plans(const PointSampleProblem& problem, const Coordinates& points, const int64_t* image, int64_t element_size,
+        bool lines_wanted = false)
       : plans(problem.images * problem.levels.size()), levels(problem.levels.size()) {
     std::vector<int64_t> rows(problem.rows), starts(problem.images + 1);
     const auto image_of = [&](int64_t row) { return image != nullptr ? image[row] : row; };
@@ -92,7 +93,7 @@ struct Plans {
         const int64_t i = begin / levels;
         points.visit([&](const auto* coordinates) {
           plans[begin].build(problem, problem.levels[begin % levels], coordinates, rows.data() + starts[i],
-                             starts[i + 1] - starts[i], element_size);
+                             starts[i + 1] - starts[i], element_size, lines_wanted);
         });
       }
     });
@@ -131,7 +132,7 @@ std::vector<Piece> cut_points(const PointSampleProblem& problem, const Plans<A>&
   return cut(problem, size, [](int64_t, int64_t) { return kPoints; });
 }
 
-// Calls make()(piece, next piece or null) for all pieces, make() once for many.
+// Calls make()(piece) for all pieces, make() once for many.
 template <typename Make>
 void run(const std::vector<Piece>& pieces, const Make& make) {
   torch::stable::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {

@@ -110,7 +110,7 @@ void add_planes(const Plan<A>& plan, Range points, const T* grad, const T* next_
     for (int t = 0; t < 4; ++t) pixels[t] = std::min(static_cast<uint32_t>(point.pixels[t]) - begin, others);
     for (int64_t b = 0; b < count; ++b) {
       const A g = static_cast<A>(grad[point.place + b * channel_step]);
-      __builtin_prefetch(next_grad + point.place + b * channel_step);
+      __builtin_prefetch(next_grad + point.place + b * channel_step, 0, 2);
 #pragma GCC unroll 4
       for (int t = 0; t < 4; ++t) sums[b * (size + 1) + pixels[t]] += point.weights[t] * g;
     }
