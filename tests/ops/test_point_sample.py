@@ -378,3 +378,12 @@ def test_op_refuses_what_does_not_fit() -> None:
     }.items():
         with pytest.raises(RuntimeError, match=message):
             run()
+
+
+@pytest.mark.parametrize("channels", [33, 64])
+def test_result_written_past_the_caches(channels: int) -> None:
+    """In channels_last, more than 8 MB, aligned or not."""
+    map = images(2, channels, 32, 40).contiguous(memory_format=torch.channels_last)
+    points = torch.rand(2, 40000, 2, generator=torch.Generator().manual_seed(0)) * 1.1 - 0.05
+    expected = F.grid_sample(map.double(), 2 * points[:, :, None].double() - 1, align_corners=False)[..., 0]
+    torch.testing.assert_close(point_sample(map, points).double(), expected, rtol=1e-4, atol=1e-4, check_stride=False)
