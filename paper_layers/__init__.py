@@ -9,6 +9,7 @@ from paper_layers.ops.edge_conv import edge_conv
 from paper_layers.ops.knn import knn
 from paper_layers.ops.lip_pool2d import lip_pool2d
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
+from paper_layers.ops.point_sample import point_sample
 
 __all__ = [
     "LIPPool2d",
@@ -19,6 +20,7 @@ __all__ = [
     "lip",
     "lip_pool2d",
     "neighbor_reduce",
+    "point_sample",
     "show_config",
     "swap",
 ]
