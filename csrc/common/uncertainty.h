@@ -1,0 +1,48 @@
+// Maps of logits whose uncertainty is asked for, for the CPU and the CUDA kernels.
+//
+// They compute margins, the uncertainty with its sign changed: best minus second best logit, or the magnitude of a
+// single class's. The smallest margins are the most uncertain.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "common/checks.h"
+
+namespace paper_layers {
+
+struct LogitMaps {
+  int64_t images, classes, height, width;
+  int64_t image_stride, class_stride, row_stride, column_stride;
+
+  int64_t pixels() const { return height * width; }
+
+  // Whether pixels are `pixel_stride` apart, from one row to the next as well.
+  bool flat() const { return height <= 1 || width <= 1 || row_stride == width * column_stride; }
+  int64_t pixel_stride() const { return width <= 1 ? row_stride : column_stride; }
+};
+
+inline LogitMaps logit_maps(const Tensor& logits) {
+  return {logits.size(0),   logits.size(1),   logits.size(2),   logits.size(3),
+          logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3)};
+}
+
+inline void check_logits(const Tensor& logits, const std::optional<Tensor>& labels) {
+  STD_TORCH_CHECK(logits.dim() == 4 && logits.size(1) > 0,
+                  "logits: expected shape (N, C, H, W) with at least one class, got ", to_string(logits.sizes()));
+  if (!labels.has_value()) return;
+  STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long && labels->dim() == 1 && labels->size(0) == logits.size(0),
+                  "labels: expected int64 of shape (", logits.size(0), "), got ", labels->scalar_type(), " of shape ",
+                  to_string(labels->sizes()));
+  check_same_device("labels", *labels, "logits", logits);
+}
+
+// `labels` is data: read it before what it points to.
+inline void check_labels(const int64_t* labels, const LogitMaps& maps) {
+  for (int64_t i = 0; labels != nullptr && i < maps.images; ++i) {
+    STD_TORCH_CHECK(0 <= labels[i] && labels[i] < maps.classes, "labels: expected classes from 0 to ", maps.classes - 1,
+                    ", got ", labels[i]);
+  }
+}
+
+}  // namespace paper_layers
