@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <optional>
 
+#include <torch/csrc/stable/ops.h>
+
 #include "common/checks.h"
 
 namespace paper_layers {
@@ -37,12 +39,24 @@ inline void check_logits(const Tensor& logits, const std::optional<Tensor>& labe
   check_same_device("labels", *labels, "logits", logits);
 }
 
-// `labels` is data: read it before what it points to.
-inline void check_labels(const int64_t* labels, const LogitMaps& maps) {
-  for (int64_t i = 0; labels != nullptr && i < maps.images; ++i) {
-    STD_TORCH_CHECK(0 <= labels[i] && labels[i] < maps.classes, "labels: expected classes from 0 to ", maps.classes - 1,
-                    ", got ", labels[i]);
+// The class of each image, contiguous, or null where all classes count.
+class ImageLabels {
+ public:
+  explicit ImageLabels(const std::optional<Tensor>& labels) {
+    if (labels.has_value()) labels_ = torch::stable::contiguous(*labels);
   }
-}
+  const int64_t* data() const { return labels_.has_value() ? labels_->const_data_ptr<int64_t>() : nullptr; }
+
+  // On the CPU: labels are data, read before what they point to.
+  void check(const LogitMaps& maps) const {
+    for (int64_t i = 0; labels_.has_value() && i < maps.images; ++i) {
+      STD_TORCH_CHECK(0 <= data()[i] && data()[i] < maps.classes, "labels: expected classes from 0 to ",
+                      maps.classes - 1, ", got ", data()[i]);
+    }
+  }
+
+ private:
+  std::optional<Tensor> labels_;
+};
 
 }  // namespace paper_layers

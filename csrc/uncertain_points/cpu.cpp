@@ -14,19 +14,18 @@
 namespace paper_layers {
 namespace {
 
-Tensor uncertain_points(const Tensor& logits, std::optional<Tensor> labels, int64_t num_points) {
+Tensor uncertain_points(const Tensor& logits, const std::optional<Tensor>& labels, int64_t num_points) {
   check_logits(logits, labels);
   STD_TORCH_CHECK(num_points >= 0, "num_points: expected at least 0, got ", num_points);
   const Tensor x = logit_maps(logits).flat() ? logits : torch::stable::contiguous(logits);
   const LogitMaps maps = logit_maps(x);
-  if (labels.has_value()) labels = torch::stable::contiguous(*labels);
-  const int64_t* of_image = labels.has_value() ? labels->const_data_ptr<int64_t>() : nullptr;
-  check_labels(of_image, maps);
+  const ImageLabels of_image(labels);
+  of_image.check(maps);
   const int64_t count = std::min(num_points, maps.pixels());
   const std::vector<int64_t> shape = {maps.images, count};
   Tensor index = torch::stable::new_empty(x, shape, ScalarType::Long);
   THO_DISPATCH_V2(x.scalar_type(), "uncertain_points", AT_WRAP([&] {
-                    PAPER_LAYERS_DISPATCH(uncertain_points(maps, x.const_data_ptr<scalar_t>(), of_image, count,
+                    PAPER_LAYERS_DISPATCH(uncertain_points(maps, x.const_data_ptr<scalar_t>(), of_image.data(), count,
                                                            index.mutable_data_ptr<int64_t>()));
                   }),
                   ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);

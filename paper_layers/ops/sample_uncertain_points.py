@@ -6,20 +6,19 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from paper_layers.ops import _checks
 from paper_layers.ops._library import define, library
 from paper_layers.ops._uncertainty import check_logits, fold, most_uncertain, of_class, uncertainty, unfold
+from paper_layers.ops.point_sample import _sample
 
 
 def _reference(logits: Tensor, labels: Tensor | None, points: Tensor, count: int) -> Tensor:
     logits = of_class(logits, labels)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    grid = 2 * points.to(dtype)[:, None] - 1
-    sampled = F.grid_sample(logits.to(dtype), grid, align_corners=False)[:, :, 0]
-    return most_uncertain(uncertainty(sampled), count)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    sampled = _sample(points, None, [logits], None, "bilinear", "zeros")
+    return most_uncertain(uncertainty(sampled.mT), count)
 
 
 def _fake(logits: Tensor, labels: Tensor | None, points: Tensor, count: int) -> Tensor:
