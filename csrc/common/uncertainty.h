@@ -8,6 +8,7 @@
 #include <optional>
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/macros/Macros.h>
 
 #include "common/checks.h"
 
@@ -17,11 +18,11 @@ struct LogitMaps {
   int64_t images, classes, height, width;
   int64_t image_stride, class_stride, row_stride, column_stride;
 
-  int64_t pixels() const { return height * width; }
+  C10_HOST_DEVICE int64_t pixels() const { return height * width; }
 
   // Whether pixels are `pixel_stride` apart, from one row to the next as well.
   bool flat() const { return height <= 1 || width <= 1 || row_stride == width * column_stride; }
-  int64_t pixel_stride() const { return width <= 1 ? row_stride : column_stride; }
+  C10_HOST_DEVICE int64_t pixel_stride() const { return width <= 1 ? row_stride : column_stride; }
 };
 
 inline LogitMaps logit_maps(const Tensor& logits) {

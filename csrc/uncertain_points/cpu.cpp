@@ -6,7 +6,7 @@
 #include <iterator>
 
 #include "common/accumulator.h"
-#include "common/uncertainty.h"
+#include "uncertain_points/problem.h"
 
 #define PAPER_LAYERS_KERNEL "uncertain_points/cpu_kernel.h"
 #include "common/for_each_isa.h"
@@ -15,9 +15,8 @@ namespace paper_layers {
 namespace {
 
 Tensor uncertain_points(const Tensor& logits, const std::optional<Tensor>& labels, int64_t num_points) {
-  check_logits(logits, labels);
-  STD_TORCH_CHECK(num_points >= 0, "num_points: expected at least 0, got ", num_points);
-  const Tensor x = logit_maps(logits).flat() ? logits : torch::stable::contiguous(logits);
+  check_uncertain_points(logits, labels, num_points);
+  const Tensor x = with_flat_pixels(logits);
   const LogitMaps maps = logit_maps(x);
   const ImageLabels of_image(labels);
   of_image.check(maps);
