@@ -23,6 +23,31 @@ struct Packing {
   static int64_t index(Packed packed) { return static_cast<int64_t>(packed & ((Packed(1) << half) - 1)); }
 };
 
+// As std::nth_element, whose branches cannot be foreseen, does: the k smallest of n different values to the front, the
+// largest of these last.
+template <typename Packed>
+void move_smallest_forward(Packed* values, int64_t n, int64_t k) {
+  for (int round = 0; round < 32 && n > 32; ++round) {
+    const Packed a = values[0], b = values[n / 2], c = values[n - 1];
+    const Packed pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
+    int64_t less = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const Packed x = values[i];
+      values[i] = values[less];
+      values[less] = x;
+      less += x < pivot;
+    }
+    if (k <= less) {
+      n = less;
+    } else {
+      values += less;
+      n -= less;
+      k -= less;
+    }
+  }
+  std::nth_element(values, values + (k - 1), values + n);
+}
+
 // The `wanted` smallest of margins that come block by block, by ascending index: of equals the first ones.
 template <typename P>
 class Smallest {
@@ -78,7 +103,7 @@ class Smallest {
   // All that follows has higher indices: it must be less than the last one that is kept.
   void keep_wanted() {
     if (count_ <= wanted_) return;
-    std::nth_element(kept_.begin(), kept_.begin() + (wanted_ - 1), kept_.begin() + count_);
+    move_smallest_forward(kept_.data(), count_, wanted_);
     count_ = wanted_;
     bound_ = P::margin(kept_[wanted_ - 1]);
   }
@@ -104,7 +129,8 @@ class Smallest {
 // The indices of the smallest margins of each image, in order. fill(image, begin, end, margins) computes some of them,
 // in whole vectors.
 template <typename P, typename Fill>
-void write_smallest(int64_t images, int64_t points, int64_t wanted, int64_t cost_of_point, int64_t* index, const Fill& fill) {
+void write_smallest(int64_t images, int64_t points, int64_t wanted, int64_t cost_of_point, int64_t* index,
+                    const Fill& fill) {
   using A = typename P::Margin;
   using Found = std::vector<typename P::Packed>;
   constexpr int64_t block = 1 << 16, grain = 1 << 15;

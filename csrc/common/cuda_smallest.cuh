@@ -53,7 +53,7 @@ struct FirstClass {
 // A margin above its point, ordered as first the one, then the other are; margins are not negative, and NaN is before
 // them.
 template <typename MarginOf>
-struct WriteKeys32 {
+struct WriteMarginKeys {
   MarginOf margin_of;
   Divider<typename MarginOf::Index> by_points;
   int64_t points;
@@ -112,7 +112,7 @@ Tensor smallest_margins(const Tensor& like, int64_t images, int64_t points, int6
     const Tensor keys = torch::stable::new_empty(like, all, ScalarType::Long);
     for_each_index<typename MarginOf::Index>(
         images * points, device,
-        WriteKeys32<MarginOf>{margin_of, by_points, points, keys.mutable_data_ptr<int64_t>()});
+        WriteMarginKeys<MarginOf>{margin_of, by_points, points, keys.mutable_data_ptr<int64_t>()});
     const Tensor index = torch::stable::contiguous(smallest(keys, wanted));
     for_each_index<int64_t>(images * wanted, device, PointOfKey{index.mutable_data_ptr<int64_t>()});
     return index;

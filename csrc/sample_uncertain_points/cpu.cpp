@@ -15,7 +15,8 @@
 namespace paper_layers {
 namespace {
 
-Tensor sample_uncertain_points(const Tensor& logits, const std::optional<Tensor>& labels, const Tensor& points, int64_t count) {
+Tensor sample_uncertain_points(const Tensor& logits, const std::optional<Tensor>& labels, const Tensor& points,
+                               int64_t count) {
   check_sample_uncertain_points(logits, labels, points, count);
   const LogitMaps maps = logit_maps(logits);
   const ImageLabels of_image(labels);
@@ -24,9 +25,9 @@ Tensor sample_uncertain_points(const Tensor& logits, const std::optional<Tensor>
   const std::vector<int64_t> shape = {maps.images, count};
   Tensor index = torch::stable::new_empty(logits, shape, ScalarType::Long);
   THO_DISPATCH_V2(logits.scalar_type(), "sample_uncertain_points", AT_WRAP([&] {
-                    PAPER_LAYERS_DISPATCH(sample_uncertain_points(maps, logits.const_data_ptr<scalar_t>(), of_image.data(),
-                                                                  p.const_data_ptr<float>(), p.size(1), count,
-                                                                  index.mutable_data_ptr<int64_t>()));
+                    PAPER_LAYERS_DISPATCH(sample_uncertain_points(
+                        maps, logits.const_data_ptr<scalar_t>(), of_image.data(), p.const_data_ptr<float>(), p.size(1),
+                        count, index.mutable_data_ptr<int64_t>()));
                   }),
                   ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
   return index;

@@ -28,7 +28,12 @@ struct SampledMargin {
     const int64_t classes = first_class.labels != nullptr ? 1 : maps.classes;
     Margin<A> margin;
 #pragma unroll 2
-    for (int64_t c = 0; c < classes; ++c) margin.add(taps.sample<A>(from + c * maps.class_stride));
+    for (int64_t c = 0; c < classes; ++c) {
+      const T* map = from + c * maps.class_stride;
+      A sum = 0;
+      for (int i = 0; i < 4; ++i) sum += taps.inside[i] ? A(taps.weights[i]) * A(map[taps.offsets[i]]) : A(0);
+      margin.add(sum);
+    }
     return margin.of(classes);
   }
 };

@@ -25,31 +25,26 @@ inline void check_sample_uncertain_points(const Tensor& logits, const std::optio
                   points.size(1), ", got ", count);
 }
 
-// The four pixels around a point, as offsets into the map of a class, and their weights.
+// The four pixels around a point, as offsets into the map of a class, and their weights. Of a pixel outside the offset
+// is 0 and must not be looked at.
 struct PointTaps {
-  static constexpr int64_t kOutside = -1;
-
   int64_t offsets[4];
   float weights[4];
+  bool inside[4];
 
-  PointTaps() = default;
   C10_HOST_DEVICE PointTaps(const LogitMaps& maps, const float* point) {
     const int32_t width = static_cast<int32_t>(maps.width), height = static_cast<int32_t>(maps.height);
     const AxisTaps<float> x = axis_taps(point[0], static_cast<float>(width), width, {});
     const AxisTaps<float> y = axis_taps(point[1], static_cast<float>(height), height, {});
+    const int64_t first = y.first * maps.row_stride + x.first * maps.column_stride;
     for (int i = 0; i < 4; ++i) {
       const bool right = i & 1, bottom = i & 2;
-      const bool there = (right ? x.has_second : x.has_first) && (bottom ? y.has_second : y.has_first);
-      offsets[i] = there ? (y.first + bottom) * maps.row_stride + (x.first + right) * maps.column_stride : kOutside;
+      // Without branches, which at the edges of small maps could not be foreseen.
+      inside[i] = (right ? x.has_second : x.has_first) & (bottom ? y.has_second : y.has_first);
+      const int64_t offset = first + (bottom ? maps.row_stride : 0) + (right ? maps.column_stride : 0);
+      offsets[i] = offset & -static_cast<int64_t>(inside[i]);
       weights[i] = (right ? x.fraction : 1 - x.fraction) * (bottom ? y.fraction : 1 - y.fraction);
     }
-  }
-
-  template <typename A, typename T>
-  C10_HOST_DEVICE A sample(const T* map) const {
-    A sum = 0;
-    for (int i = 0; i < 4; ++i) sum += offsets[i] == kOutside ? A(0) : A(weights[i]) * A(map[offsets[i]]);
-    return sum;
   }
 };
 

@@ -20,7 +20,8 @@ struct PixelMargin {
   const T* logits;
 
   C10_DEVICE Accumulator<T> operator()(int64_t image, int64_t pixel) const {
-    const T* from = logits + image * maps.image_stride + first_class(image) * maps.class_stride + pixel * maps.pixel_stride();
+    const T* from = logits + image * maps.image_stride + first_class(image) * maps.class_stride +
+                    pixel * maps.pixel_stride();
     const int64_t classes = first_class.labels != nullptr ? 1 : maps.classes;
     Margin<Accumulator<T>> margin;
 #pragma unroll 8

@@ -36,6 +36,11 @@ def most_uncertain(uncertainty: Tensor, count: int) -> Tensor:
     )
 
 
+def onnx_most_uncertain(uncertainty: Tensor, count: int) -> Tensor:
+    """The same for ONNX, which has no stable sort but whose TopK takes ties by index."""
+    return uncertainty.topk(min(count, uncertainty.shape[1]), dim=1).indices
+
+
 def check_logits(logits: Tensor, labels: Tensor | None) -> Tensor | None:
     """Check the arguments that say what is uncertain; the labels that the op looks at."""
     _checks.floating("logits", logits)

@@ -10,15 +10,30 @@ from torch import Tensor
 
 from paper_layers.ops import _checks
 from paper_layers.ops._library import define, library
-from paper_layers.ops._uncertainty import check_logits, fold, most_uncertain, of_class, uncertainty, unfold
+from paper_layers.ops._uncertainty import (
+    check_logits,
+    fold,
+    most_uncertain,
+    of_class,
+    onnx_most_uncertain,
+    uncertainty,
+    unfold,
+)
 from paper_layers.ops.point_sample import _sample
 
 
-def _reference(logits: Tensor, labels: Tensor | None, points: Tensor, count: int) -> Tensor:
+def _uncertainties(logits: Tensor, labels: Tensor | None, points: Tensor) -> Tensor:
     logits = of_class(logits, labels)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    sampled = _sample(points, None, [logits], None, "bilinear", "zeros")
-    return most_uncertain(uncertainty(sampled.mT), count)
+    return uncertainty(_sample(points, None, [logits], None, "bilinear", "zeros").mT)
+
+
+def _reference(logits: Tensor, labels: Tensor | None, points: Tensor, count: int) -> Tensor:
+    return most_uncertain(_uncertainties(logits, labels, points), count)
+
+
+def _decomposition(logits: Tensor, labels: Tensor | None, points: Tensor, count: int) -> Tensor:
+    return onnx_most_uncertain(_uncertainties(logits, labels, points), count)
 
 
 def _fake(logits: Tensor, labels: Tensor | None, points: Tensor, count: int) -> Tensor:
@@ -35,6 +50,8 @@ _op = define(
     "sample_uncertain_points(Tensor logits, Tensor? labels, Tensor points, SymInt count) -> Tensor", _reference, _fake
 )
 torch.library.register_vmap("paper_layers::sample_uncertain_points", _vmap, lib=library)
+# ONNX export knows no op of ours, only what it is made of.
+torch._decomp.register_decomposition(_op)(_decomposition)
 
 
 def sample_uncertain_points(

@@ -9,11 +9,27 @@ from torch import Tensor
 
 from paper_layers.ops import _checks
 from paper_layers.ops._library import define, library
-from paper_layers.ops._uncertainty import check_logits, fold, most_uncertain, of_class, uncertainty, unfold
+from paper_layers.ops._uncertainty import (
+    check_logits,
+    fold,
+    most_uncertain,
+    of_class,
+    onnx_most_uncertain,
+    uncertainty,
+    unfold,
+)
+
+
+def _uncertainties(logits: Tensor, labels: Tensor | None) -> Tensor:
+    return uncertainty(of_class(logits, labels)).flatten(1)
 
 
 def _reference(logits: Tensor, labels: Tensor | None, num_points: int) -> Tensor:
-    return most_uncertain(uncertainty(of_class(logits, labels)).flatten(1), num_points)
+    return most_uncertain(_uncertainties(logits, labels), num_points)
+
+
+def _decomposition(logits: Tensor, labels: Tensor | None, num_points: int) -> Tensor:
+    return onnx_most_uncertain(_uncertainties(logits, labels), num_points)
 
 
 def _fake(logits: Tensor, labels: Tensor | None, num_points: int) -> Tensor:
@@ -27,6 +43,8 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, labels: Tensor | 
 
 _op = define("uncertain_points(Tensor logits, Tensor? labels, SymInt num_points) -> Tensor", _reference, _fake)
 torch.library.register_vmap("paper_layers::uncertain_points", _vmap, lib=library)
+# ONNX export knows no op of ours, only what it is made of.
+torch._decomp.register_decomposition(_op)(_decomposition)
 
 
 def uncertain_points(logits: Tensor, num_points: int, *, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:

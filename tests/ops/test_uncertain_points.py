@@ -221,6 +221,24 @@ def test_export_of_any_size() -> None:
         assert torch.equal(got, want)
 
 
+def test_onnx() -> None:
+    """Ties too are taken by index there."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    class Module(torch.nn.Module):
+        def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            return *uncertain_points(logits, 9), *uncertain_points(logits, 9, labels=labels)
+
+    logits, labels = maps(2, 3, 6, 7).round(), torch.tensor([2, 0])
+    program = torch.onnx.export(Module().eval(), (logits, labels), dynamo=True, verbose=False)
+    assert program is not None
+    evaluator = ReferenceEvaluator(onnx.load_from_string(program.model_proto.SerializeToString()))
+    inputs = dict(zip(evaluator.input_names, (logits.numpy(), labels.numpy()), strict=True))
+    for got, want in zip(evaluator.run(None, inputs), Module()(logits, labels), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want)
+
+
 def test_same_for_any_number_of_threads() -> None:
     threads, results = torch.get_num_threads(), []
     one, many = maps(1, 4, 300, 500).round(decimals=1), maps(7, 1, 100, 120)
