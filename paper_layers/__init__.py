@@ -10,6 +10,8 @@ from paper_layers.ops.knn import knn
 from paper_layers.ops.lip_pool2d import lip_pool2d
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
 from paper_layers.ops.point_sample import point_sample
+from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
+from paper_layers.ops.uncertain_points import uncertain_points
 
 __all__ = [
     "LIPPool2d",
@@ -21,6 +23,8 @@ __all__ = [
     "lip_pool2d",
     "neighbor_reduce",
     "point_sample",
+    "sample_uncertain_points",
     "show_config",
     "swap",
+    "uncertain_points",
 ]

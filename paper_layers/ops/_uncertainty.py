@@ -1,0 +1,72 @@
+"""What the ops on uncertain points share: the uncertainty, the order of the most uncertain, the checks, vmap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paper_layers.ops import _checks
+
+
+def of_class(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """The logits of one class of each image, (N, 1, H, W); all of them where no classes are given."""
+    if labels is None:
+        return logits
+    return logits.gather(1, labels[:, None, None, None].expand(-1, 1, *logits.shape[2:]))
+
+
+def uncertainty(logits: Tensor) -> Tensor:
+    """(N, C, ...) -> (N, ...): second best minus best, in float32 at least; of a single class minus its magnitude."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logits.shape[1] == 1:
+        return -logits[:, 0].abs()
+    best, second = logits.topk(2, dim=1).values.unbind(1)
+    return second - best
+
+
+def most_uncertain(uncertainty: Tensor, count: int) -> Tensor:
+    """The indices of the `count` largest of each row, in descending order: NaN first, as in topk, ties by index."""
+    # Memory of its own, and the layout that a kernel returns.
+    return (
+        uncertainty.sort(dim=1, descending=True, stable=True)
+        .indices[:, :count]
+        .clone(memory_format=torch.contiguous_format)
+    )
+
+
+def onnx_most_uncertain(uncertainty: Tensor, count: int) -> Tensor:
+    """The same for ONNX, which has no stable sort but whose TopK takes ties by index."""
+    return uncertainty.topk(min(count, uncertainty.shape[1]), dim=1).indices
+
+
+def check_logits(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Check the arguments that say what is uncertain; the labels that the op looks at."""
+    _checks.floating("logits", logits)
+    if logits.dim() != 4 or logits.shape[1] == 0:
+        raise ValueError(f"logits: expected shape (N, C, H, W) with at least one class, got {tuple(logits.shape)}")
+    if labels is None:
+        return None
+    _checks.numbers("labels", labels)
+    _checks.same_device("labels", labels, "logits", logits)
+    if labels.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"labels: expected shape ({logits.shape[0]},), as logits has images, got {tuple(labels.shape)}"
+        )
+    return labels if logits.shape[1] > 1 else None
+
+
+def fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Move a vmapped dimension of each tensor into its images."""
+    folded: list[Tensor | None] = []
+    for tensor, dim in zip(tensors, in_dims, strict=False):
+        if tensor is not None:
+            batched = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            tensor = batched.flatten(0, 1)
+        folded.append(tensor)
+    return folded
+
+
+def unfold(info: Any, index: Tensor) -> tuple[Tensor, int]:
+    return index.unflatten(0, (info.batch_size, index.shape[0] // info.batch_size)), 0
