@@ -2,13 +2,14 @@
 
 __version__ = "0.1.0"
 
-from paper_layers import deep_gcn, lip, swap
+from paper_layers import deep_gcn, lip, point_rend, swap
 from paper_layers.lip import LazyLIPPool2d, LIPPool2d
 from paper_layers.ops._library import show_config
 from paper_layers.ops.edge_conv import edge_conv
 from paper_layers.ops.knn import knn
 from paper_layers.ops.lip_pool2d import lip_pool2d
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
+from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
 from paper_layers.ops.uncertain_points import uncertain_points
 
@@ -21,6 +22,8 @@ __all__ = [
     "lip",
     "lip_pool2d",
     "neighbor_reduce",
+    "point_rend",
+    "point_sample",
     "sample_uncertain_points",
     "show_config",
     "swap",

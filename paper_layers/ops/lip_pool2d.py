@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paper_layers.ops import _checks
+from paper_layers.ops._layout import memory_format
 from paper_layers.ops._library import define
 
 _GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode"
@@ -29,13 +30,6 @@ def _output_shape(
 ) -> list[int]:
     spatial = zip(input.shape[2:], kernel_size, stride, padding, strict=True)
     return [*input.shape[:2], *(_output_size(*sizes, ceil_mode) for sizes in spatial)]
-
-
-def _memory_format(input: Tensor) -> torch.memory_format:
-    """The layout of the outputs: channels_last where the input has it and is not contiguous as well."""
-    if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 class _Taps:
@@ -85,14 +79,14 @@ def _reference(
     input: Tensor, logit: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool
 ) -> Tensor:
     output = _pool(input, logit, kernel_size, stride, padding, ceil_mode)
-    return output.contiguous(memory_format=_memory_format(input))
+    return output.contiguous(memory_format=memory_format(input))
 
 
 def _fake(
     input: Tensor, logit: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool
 ) -> Tensor:
     shape = _output_shape(input, kernel_size, stride, padding, ceil_mode)
-    return input.new_empty(shape).to(memory_format=_memory_format(input))
+    return input.new_empty(shape).to(memory_format=memory_format(input))
 
 
 def _backward_reference(
@@ -113,7 +107,7 @@ def _backward_reference(
     grad_logit = taps.scatter(grad.to(dtype) * weight * deviation, input)
     if logit.shape[1] != input.shape[1]:
         grad_logit = grad_logit.sum(1, keepdim=True)
-    layout = _memory_format(input)
+    layout = memory_format(input)
     return (
         grad_input.to(input.dtype).contiguous(memory_format=layout),
         grad_logit.to(logit.dtype).contiguous(memory_format=layout),
@@ -130,7 +124,7 @@ def _backward_fake(
     padding: list[int],
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = _memory_format(input)
+    layout = memory_format(input)
     return torch.empty_like(input, memory_format=layout), torch.empty_like(logit, memory_format=layout)
 
 

@@ -49,7 +49,7 @@ def _check(input: Tensor, logit: Tensor, grad: Tensor, geometry: Geometry) -> No
     grads = backward(grad, input, logit, output, *geometry)
     g, x, y, out = (tensor.detach().cpu().double() for tensor in (grad, input, logit, output))
     expected = (op._reference(x, y, *geometry), *op._backward_reference(g, x, y, out, *geometry))
-    layout = op._memory_format(input)
+    layout = op.memory_format(input)
     tolerance = TOLERANCE[input.dtype]
     for name, got, want in zip(("output", "grad_input", "grad_logit"), (output, *grads), expected, strict=True):
         assert (got.dtype, got.device) == (input.dtype, input.device)

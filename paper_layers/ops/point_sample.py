@@ -1,0 +1,382 @@
+"""Images sampled at points: the op, its backward, and the function that users call."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from paper_layers.ops import _checks
+from paper_layers.ops._layout import memory_format
+from paper_layers.ops._library import define
+
+MODES = ("bilinear", "nearest")
+PADDINGS = ("zeros", "border")
+
+# Points of row r lie in the image whose number is image[r], or r. A pixel's coordinate is the point's times
+# spatial_scale, or times the map's size, less a half.
+_ARGUMENTS = "Tensor points, Tensor? image, Tensor[] maps, float[]? spatial_scale, str mode, str padding"
+_Options = tuple[list[float] | None, str, str]
+
+
+def _axis(coordinate: Tensor, size: int, scale: float, mode: str, padding: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each point along one axis: the pixels it takes, where they exist, and their weights."""
+    x = coordinate * scale - 0.5
+    if padding == "border":
+        x = x.where(~(x <= 0), 0.0).where(~(x >= size - 1), float(size - 1))  # no gradient outside; NaN stays
+    x = x.where((x > -1) & (x < size), -2.0)  # outside, as NaN is, wherever that was
+    low = (x.round() if mode == "nearest" else x.floor()).detach()
+    taps = [(low, torch.ones_like(x))] if mode == "nearest" else [(low, 1 - (x - low)), (low + 1, x - low)]
+    inside = [(pixel >= 0) & (pixel <= size - 1) for pixel, _ in taps]
+    return [(pixel.where(there, 0).long(), there, weight) for (pixel, weight), there in zip(taps, inside, strict=True)]
+
+
+def _scales(maps: Sequence[Tensor], spatial_scale: list[float] | None) -> Iterator[tuple[float, float]]:
+    for level, map in enumerate(maps):
+        yield (spatial_scale[level],) * 2 if spatial_scale is not None else (map.shape[3], map.shape[2])
+
+
+def _sample(
+    points: Tensor,
+    image: Tensor | None,
+    maps: Sequence[Tensor],
+    spatial_scale: list[float] | None,
+    mode: str,
+    padding: str,
+) -> Tensor:
+    """The formula, differentiable to any order: (R, P, channels of all maps)."""
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
+    if image is None:
+        image = torch.arange(points.shape[0], device=points.device)
+    levels = []
+    for map, (scale_x, scale_y) in zip(maps, _scales(maps, spatial_scale), strict=True):
+        columns = _axis(points[..., 0], map.shape[3], scale_x, mode, padding)
+        rows = _axis(points[..., 1], map.shape[2], scale_y, mode, padding)
+        pixels, values = map.flatten(2), []
+        for row, row_there, row_weight in rows:
+            for column, column_there, column_weight in columns:
+                value = pixels[image[:, None], :, row * map.shape[3] + column].to(dtype)
+                value = value.where((row_there & column_there)[..., None], 0)
+                values.append(value * (row_weight * column_weight).to(dtype)[..., None])
+        levels.append(functools.reduce(torch.add, values))
+    return torch.cat(levels, 2).to(maps[0].dtype)
+
+
+def _reference(points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any) -> Tensor:
+    output = _sample(points, image, maps, *options).contiguous().mT
+    return output if memory_format(maps[0]) == torch.channels_last else output.contiguous()
+
+
+def _fake(points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any) -> Tensor:
+    rows, count, channels = points.shape[0], points.shape[1], sum(map.shape[1] for map in maps)
+    if memory_format(maps[0]) == torch.channels_last:
+        return maps[0].new_empty(rows, count, channels).mT
+    return maps[0].new_empty(rows, channels, count)
+
+
+def _pullback(
+    grad: Tensor, points: Tensor, image: Tensor | None, maps: Sequence[Tensor], options: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    """Gradients of the points and of the maps, differentiable."""
+    return torch.func.vjp(lambda points, *maps: _sample(points, image, maps, *options), points, *maps)[1](grad.mT)
+
+
+def _backward_maps_reference(
+    grad: Tensor, points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any
+) -> list[Tensor]:
+    grads = _pullback(grad, points, image, maps, options)[1:]
+    return [g.contiguous(memory_format=memory_format(maps[0])) for g in grads]
+
+
+def _backward_maps_fake(
+    grad: Tensor, points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any
+) -> list[Tensor]:
+    return [torch.empty_like(map, memory_format=memory_format(maps[0])) for map in maps]
+
+
+def _backward_points_reference(
+    grad: Tensor, points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any
+) -> Tensor:
+    return _pullback(grad, points, image, maps, options)[0].contiguous()
+
+
+def _backward_points_fake(
+    grad: Tensor, points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any
+) -> Tensor:
+    return points.new_empty(points.shape)
+
+
+_forward_op = define(f"point_sample({_ARGUMENTS}) -> Tensor", _reference, _fake)
+_backward_maps_op = define(
+    f"point_sample_backward_maps(Tensor grad, {_ARGUMENTS}) -> Tensor[]", _backward_maps_reference, _backward_maps_fake
+)
+_backward_points_op = define(
+    f"point_sample_backward_points(Tensor grad, {_ARGUMENTS}) -> Tensor",
+    _backward_points_reference,
+    _backward_points_fake,
+)
+# ONNX export knows no op of ours, only what it is made of.
+torch._decomp.register_decomposition(_forward_op)(_reference)
+
+# Dynamo tells whether forward takes a ctx by counting arguments, so it takes no *maps but so many, the last of them
+# None, and a longer pyramid is sampled in parts.
+_LEVELS = 8
+
+
+def _padded(maps: Sequence[Tensor]) -> list[Tensor | None]:
+    return [*maps, *[None] * (_LEVELS - len(maps))]
+
+
+def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Move a vmapped dimension of each tensor into its first dimension."""
+    folded: list[Tensor | None] = []
+    for tensor, dim in zip(tensors, in_dims, strict=True):
+        if tensor is not None:
+            tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            tensor = tensor.flatten(0, 1)
+        folded.append(tensor)
+    return folded
+
+
+def _fold_images(info: Any, dim: int | None, image: Tensor | None, images: int) -> Tensor | None:
+    """Numbers within the images of each element as numbers within all of them."""
+    if image is None:
+        return None
+    image = image[None] if dim is None else image.movedim(dim, 0)
+    return (image + images * torch.arange(info.batch_size, device=image.device)[:, None]).flatten()
+
+
+def _images(map: Tensor, dim: int | None) -> int:
+    return map.shape[0] if dim is None else map.movedim(dim, 0).shape[1]
+
+
+class _PointSample(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        options: _Options,
+        image: Tensor | None,
+        points: Tensor,
+        map0: Tensor,
+        map1: Tensor | None,
+        map2: Tensor | None,
+        map3: Tensor | None,
+        map4: Tensor | None,
+        map5: Tensor | None,
+        map6: Tensor | None,
+        map7: Tensor | None,
+    ) -> Tensor:
+        maps = [map for map in (map0, map1, map2, map3, map4, map5, map6, map7) if map is not None]
+        return _forward_op(points, image, maps, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.options, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        image, points, *maps = ctx.saved_tensors
+        levels = sum(map is not None for map in maps)
+        wanted = (ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:]))
+        grads = _PointSampleBackward.apply((*ctx.options, wanted), image, grad, points, *maps)
+        of_points, of_maps = grads[:1] if wanted[0] else (None,), grads[-levels:] if wanted[1] else ()
+        return None, None, *of_points, *_padded(of_maps)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], options: _Options, image: Tensor | None, *tensors: Any) -> Any:
+        image = _fold_images(info, in_dims[1], image, _images(tensors[1], in_dims[3]))
+        output = _PointSample.apply(options, image, *_fold(info, in_dims[2:], tensors))
+        return output.unflatten(0, (info.batch_size, -1)), 0
+
+
+class _PointSampleBackward(torch.autograd.Function):
+    """Gradients of the points, if wanted, and of the maps, if wanted."""
+
+    @staticmethod
+    def forward(
+        options: tuple[Any, ...],
+        image: Tensor | None,
+        grad: Tensor,
+        points: Tensor,
+        map0: Tensor,
+        map1: Tensor | None,
+        map2: Tensor | None,
+        map3: Tensor | None,
+        map4: Tensor | None,
+        map5: Tensor | None,
+        map6: Tensor | None,
+        map7: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        *how, (points_wanted, maps_wanted) = options
+        maps = [map for map in (map0, map1, map2, map3, map4, map5, map6, map7) if map is not None]
+        grads = []
+        if points_wanted:
+            grads.append(_backward_points_op(grad, points, image, maps, *how))
+        if maps_wanted:
+            grads += _backward_maps_op(grad, points, image, maps, *how)
+        return tuple(grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *options, (points_wanted, maps_wanted) = ctx.options
+        image, grad, points, *maps = ctx.saved_tensors
+        maps = [map for map in maps if map is not None]
+
+        def first_order(grad: Tensor, points: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+            of_points, *of_maps = _pullback(grad, points, image, maps, tuple(options))
+            return (*((of_points,) if points_wanted else ()), *(of_maps if maps_wanted else ()))
+
+        of_grad, of_points, *of_maps = torch.func.vjp(first_order, grad, points, *maps)[1](grads)
+        return None, None, of_grad, of_points, *_padded(of_maps)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], options: tuple[Any, ...], image: Tensor | None, *tensors: Any) -> Any:
+        image = _fold_images(info, in_dims[1], image, _images(tensors[2], in_dims[4]))
+        grads = _PointSampleBackward.apply(options, image, *_fold(info, in_dims[2:], tensors))
+        return tuple(g.unflatten(0, (info.batch_size, -1)) for g in grads), (0,) * len(grads)
+
+
+def _named(name: str, value: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+    """One tensor or several, and what errors call each."""
+    if isinstance(value, list | tuple):
+        return {f"{name}[{i}]": item for i, item in enumerate(value)}
+    return {name: cast(Tensor, value)}
+
+
+def _check_maps(input: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The maps, of one dtype."""
+    maps = _named("input", input)
+    if not maps:
+        raise ValueError("input: expected at least one map, got none")
+    first = next(iter(maps.values()))
+    for name, map in maps.items():
+        _checks.floating(name, map)
+        if map.dim() != 4 or map.shape[2] == 0 or map.shape[3] == 0:
+            raise ValueError(f"{name}: expected shape (N, C, H, W) with pixels, got {tuple(map.shape)}")
+        if map.shape[0] != first.shape[0]:
+            raise ValueError(f"{name}: expected as many images as input[0], {first.shape[0]}, got {map.shape[0]}")
+        _checks.same_device(name, map, "input[0]", first)
+    dtype = functools.reduce(torch.promote_types, (map.dtype for map in maps.values()))
+    return [map.to(dtype) for map in maps.values()]
+
+
+def _check_boxes(boxes: Tensor | Sequence[Tensor], images: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All boxes (R, 4), and the number of each one's image."""
+    parts, several = _named("boxes", boxes), isinstance(boxes, list | tuple)
+    for name, part in parts.items():
+        _checks.floating(name, part)
+        if part.dim() != 2 or part.shape[1] != (4 if several else 5):
+            raise ValueError(f"{name}: expected shape (R, {4 if several else 5}), got {tuple(part.shape)}")
+        if part.device != device:
+            raise ValueError(f"{name}: expected the device of input, {device}, got {part.device}")
+    if not several:
+        corners = parts["boxes"].detach()
+        return corners[:, 1:], corners[:, 0].long()
+    if len(parts) != images:
+        raise ValueError(f"boxes: expected a tensor for each of {images} images, got {len(parts)}")
+    numbers = [torch.full((part.shape[0],), i, device=device) for i, part in enumerate(parts.values())]
+    if not parts:
+        return torch.empty(0, 4, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    return torch.cat([*parts.values()]).detach(), torch.cat(numbers)
+
+
+def _check_scales(spatial_scale: float | Sequence[float], levels: int) -> list[float]:
+    scales = [*spatial_scale] if isinstance(spatial_scale, list | tuple) else [cast(float, spatial_scale)] * levels
+    if not all(isinstance(scale, int | float) and not isinstance(scale, bool) for scale in scales):
+        raise TypeError(f"spatial_scale: expected a float or a float for each map, got {spatial_scale!r}")
+    if len(scales) != levels or not all(0 < scale < math.inf for scale in scales):
+        raise ValueError(f"spatial_scale: expected positive numbers, one or {levels}, got {spatial_scale!r}")
+    return [float(scale) for scale in scales]
+
+
+def point_sample(
+    input: Tensor | Sequence[Tensor],
+    points: Tensor,
+    *,
+    boxes: Tensor | Sequence[Tensor] | None = None,
+    spatial_scale: float | Sequence[float] = 1.0,
+    mode: str = "bilinear",
+    padding: str = "zeros",
+) -> Tensor:
+    r"""Sample images, or the levels of a feature pyramid, at points: all levels' channels in one tensor.
+
+    .. math:: y_{n,c,p} = \sum_{i,j} \max(0, 1 - |u_p - j|) \max(0, 1 - |v_p - i|) \, x_{n,c,i,j},
+        \quad (u_p, v_p) = (p_x W - \tfrac12, p_y H - \tfrac12)
+
+    The point-wise features of section 3.3 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as
+    Rendering", CVPR 2020. A map's corners are (0, 0) and (1, 1), and its pixels' centres lie half a pixel inside, so
+    that one map gives what ``grid_sample(input, 2 * points - 1, align_corners=False)`` does. With `boxes` the
+    points are relative to these: ``(u, v) = (corner + p * size) * spatial_scale - 0.5`` in each map.
+
+    Coordinates are computed in float32, or float64 where the points are, whatever the maps are; half types are summed
+    in float32. Gradients go to the maps, always summed in one order, and to the points, not to the boxes.
+
+    Args:
+        input: Maps of shape (N, C, H, W), one or a list of any sizes; float32, float64, bfloat16 or float16. Of
+            several dtypes the result has the promoted one.
+        points: (x, y) of shape (N, P, 2) or (N, H_g, W_g, 2), or (R, ...) with `boxes`, 0 to 1 across the image or
+            the box. Others are outside; NaN takes nothing and gives 0.
+        boxes: Corners (x1, y1, x2, y2) in pixels of the image: a tensor (R_i, 4) for each image, or (R, 5) with the
+            image's number first, as in torchvision's ``roi_align``. Those without area are points.
+        spatial_scale: With `boxes`, pixels of a map for each pixel of the image: one number or one for each map.
+        mode: "bilinear", or "nearest": the pixel whose centre is nearest, of two the even one.
+        padding: What is outside: "zeros", or "border", the nearest pixel.
+
+    Returns:
+        Tensor of shape (N, channels of all maps, P) or (N, channels of all maps, H_g, W_g), or (R, ...) with `boxes`.
+        As in the first map, either points or channels (channels_last) are next to one another in memory.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or names do not fit.
+
+    Example:
+        >>> import torch, paper_layers
+        >>> p2, p3 = torch.randn(2, 256, 64, 64), torch.randn(2, 256, 32, 32)
+        >>> paper_layers.point_sample([p2, p3], torch.rand(2, 100, 2)).shape
+        torch.Size([2, 512, 100])
+        >>> boxes = [torch.tensor([[8.0, 8.0, 96.0, 64.0]]), torch.empty(0, 4)]
+        >>> paper_layers.point_sample(p2, torch.rand(1, 14, 14, 2), boxes=boxes, spatial_scale=1 / 4).shape
+        torch.Size([1, 256, 14, 14])
+    """
+    maps = _check_maps(input)
+    _checks.floating("points", points)
+    _checks.same_device("points", points, "input", maps[0])
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    if padding not in PADDINGS:
+        raise ValueError(f"padding: expected one of {', '.join(PADDINGS)}, got {padding!r}")
+    scales = _check_scales(spatial_scale, len(maps))
+    rows, count = "N", maps[0].shape[0]
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    image = None
+    if boxes is not None:
+        corners, image = _check_boxes(boxes, count, maps[0].device)
+        rows, count = "R", corners.shape[0]
+    elif spatial_scale != 1.0:
+        raise ValueError(f"spatial_scale: expected 1.0 without boxes, got {spatial_scale!r}")
+    if points.dim() not in (3, 4) or points.shape[0] != count or points.shape[-1] != 2:
+        raise ValueError(
+            f"points: expected shape ({rows}, P, 2) or ({rows}, H_g, W_g, 2) with {rows} = {count}, "
+            f"got {tuple(points.shape)}"
+        )
+    grid, points = points.shape[1:-1], points.flatten(1, -2)
+    if image is not None:
+        corners = corners.to(points.dtype)[:, None]
+        points = corners[..., :2] + points * (corners[..., 2:] - corners[..., :2])
+    parts = []
+    for first in range(0, len(maps), _LEVELS):
+        some = slice(first, first + _LEVELS)
+        options = (scales[some] if image is not None else None, mode, padding)
+        parts.append(_PointSample.apply(options, image, points, *_padded(maps[some])))
+    output = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return output if len(grid) == 1 else output.unflatten(2, grid)
