@@ -112,6 +112,8 @@ class PointRendHead(nn.Module):
         expected = (fine.shape[0], self.num_classes, fine.shape[2])
         if coarse.shape != expected:
             raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
+        if labels is not None:
+            _checks.int64("labels", labels, fine.shape[0])
         return self.finish(self.fine_shares([fine])[0], self.coarse_shares(coarse, labels), labels)
 
     def fine_shares(self, fine: Sequence[Tensor]) -> list[Tensor]:
