@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from paper_layers.ops import _checks
 from paper_layers.ops.point_sample import point_sample
@@ -159,7 +160,7 @@ class PointRendMask(nn.Module):
         )
         fine = point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale)
         logits = self.point_head(fine, point_sample(coarse, points), classes)[:, 0]
-        own = coarse[torch.arange(len(classes), device=classes.device), classes]
+        own = coarse[torch.arange(classes.shape[0], device=classes.device), classes]
         return {
             "loss_mask": mask_loss(own, cell_labels(masks, self.coarse_head.side, boxes, matched)),
             "loss_mask_point": mask_loss(logits, sample_masks(masks, points, boxes, matched)),
@@ -167,7 +168,7 @@ class PointRendMask(nn.Module):
 
     def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
         """The coarse logits (R, num_classes, 7, 7) of the boxes, from the features on a regular grid in each."""
-        count = len(boxes) if isinstance(boxes, Tensor) else sum(map(len, boxes))
+        count = boxes.shape[0] if isinstance(boxes, Tensor) else sum(box.shape[0] for box in boxes)
         side = 2 * self.coarse_head.side
         first = features if isinstance(features, Tensor) else features[0]
         grid = regular_grid(count, (side, side), first.device)
@@ -185,14 +186,14 @@ class PointRendMask(nn.Module):
         rois, classes, sizes, fine = self._prepare(coarse, features, boxes, labels, size)
         count = max(1, _CHUNK // max(self._points(sizes)))
         # A compiler arranges the memory itself, and should not unroll a loop over boxes.
-        if torch.compiler.is_compiling() or len(rois) <= count:
+        if torch.compiler.is_compiling() or rois.shape[0] <= count:
             return last(self._steps(coarse, rois, classes, sizes, fine))
         masks = coarse.new_empty(0)
-        for first in range(0, len(rois), count):
+        for first in range(0, rois.shape[0], count):
             some = slice(first, first + count)
             logits = last(self._steps(coarse[some], rois[some], classes[some], sizes, fine))
             if first == 0:
-                masks = logits.new_empty(len(rois), *logits.shape[1:])
+                masks = logits.new_empty(rois.shape[0], *logits.shape[1:])
             masks[some] = logits
         return masks
 
@@ -217,11 +218,11 @@ class PointRendMask(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Size], Sampler]:
         _checks.integer("size", size, 1)
         rois, classes = rows(boxes, labels, coarse.device)
-        if coarse.dim() != 4 or coarse.shape[:2] != (len(rois), self.coarse_head.num_classes):
-            expected = f"({len(rois)}, {self.coarse_head.num_classes}, h, w)"
+        if coarse.dim() != 4 or coarse.shape[:2] != (rois.shape[0], self.coarse_head.num_classes):
+            expected = f"({rois.shape[0]}, {self.coarse_head.num_classes}, h, w)"
             raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
         sizes = grid_sizes(size, self.init_resolution, self.subdivision_num_points)
-        return rois, classes, sizes, self._fine(features, len(rois) * sum(self._points(sizes)))
+        return rois, classes, sizes, self._fine(features, rois.shape[0] * sum(self._points(sizes)))
 
     def _points(self, sizes: list[Size]) -> list[int]:
         """How many points of each map are predicted."""
@@ -233,7 +234,8 @@ class PointRendMask(nn.Module):
         maps = [features] if isinstance(features, Tensor) else list(features)
         head = self.point_head
         sample = functools.partial(point_sample, spatial_scale=self.spatial_scale)
-        if sum(m.shape[0] * m.shape[2] * m.shape[3] for m in maps) > count:
+        # A graph for any number of boxes has one form: the product after sampling.
+        if not statically_known_true(sum(m.shape[0] * m.shape[2] * m.shape[3] for m in maps) <= count):
             return lambda points, rois: head.fine_shares([sample(maps, points, boxes=rois)])[0]
         shares = head.fine_shares(maps)
         return lambda points, rois: functools.reduce(
@@ -248,7 +250,7 @@ class PointRendMask(nn.Module):
         def predict(points: Tensor) -> Tensor:
             return head.finish(fine(points, rois), point_sample(shares, points).split(channels, 1), labels)
 
-        points = regular_grid(len(rois), sizes[0], coarse.device).flatten(1, 2)
+        points = regular_grid(rois.shape[0], sizes[0], coarse.device).flatten(1, 2)
         logits = predict(points).unflatten(2, sizes[0])
         yield Step(logits, points)
         yield from subdivide(logits, sizes[1:], self.subdivision_num_points, predict)

@@ -29,7 +29,7 @@ def rows(boxes: Boxes, labels: Tensor | Sequence[Tensor], device: torch.device) 
     rois = torch.cat(parts) if parts else torch.empty(0, 5, device=device)
     if not isinstance(labels, Tensor):
         labels = torch.cat(list(labels)) if labels else torch.empty(0, dtype=torch.int64, device=device)
-    _checks.int64("labels", labels, len(rois))
+    _checks.int64("labels", labels, rois.shape[0])
     return rois, labels
 
 
@@ -47,15 +47,19 @@ def sample_masks(
     if len(masks) != len(boxes):
         raise ValueError(f"masks: expected a tensor for each of {len(boxes)} images, got {len(masks)}")
     values = [points.new_empty(0, *points.shape[1:-1])]
-    for image, (mask, box, some) in enumerate(zip(masks, boxes, points.split(list(map(len, boxes))), strict=True)):
+    for image, (mask, box, some) in enumerate(
+        zip(masks, boxes, points.split([box.shape[0] for box in boxes]), strict=True)
+    ):
         if matched is None:
-            if len(mask) != len(box):
-                raise ValueError(f"masks[{image}]: expected a mask for each of {len(box)} boxes, got {len(mask)}")
-            number = torch.arange(len(box), device=box.device)
+            if mask.shape[0] != box.shape[0]:
+                raise ValueError(
+                    f"masks[{image}]: expected a mask for each of {box.shape[0]} boxes, got {mask.shape[0]}"
+                )
+            number = torch.arange(box.shape[0], device=box.device)
         else:
             number = matched[image]
-            _checks.int64(f"matched[{image}]", number, len(box))
-        if len(box) == 0:
+            _checks.int64(f"matched[{image}]", number, box.shape[0])
+        if box.shape[0] == 0:
             continue
         rois = torch.cat([number[:, None].to(box.dtype), box], 1)
         maps = [(mask[:, None].clamp(min=0) if mask.dtype.is_signed else mask[:, None]).to(points.dtype)]
@@ -71,8 +75,8 @@ def cell_labels(
 ) -> Tensor:
     """Whether the true mask covers half of each of side x side cells of the boxes: (R, side, side) of 0, 1, or -1."""
     device = masks[0].device if masks else None
-    grid = regular_grid(sum(map(len, boxes)), (side * _SAMPLES, side * _SAMPLES), device)
+    grid = regular_grid(sum(box.shape[0] for box in boxes), (side * _SAMPLES, side * _SAMPLES), device)
     values = sample_masks(masks, grid, boxes, matched)
-    covered = F.avg_pool2d(values.clamp(min=0), _SAMPLES) >= 0.5
-    ignored = F.max_pool2d((values < 0).to(values.dtype), _SAMPLES) > 0
+    covered = F.avg_pool2d(values[:, None].clamp(min=0), _SAMPLES)[:, 0] >= 0.5
+    ignored = F.avg_pool2d((values[:, None] < 0).to(values.dtype), _SAMPLES)[:, 0] > 0
     return covered.to(values.dtype).where(~ignored, -1)
