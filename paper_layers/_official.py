@@ -30,7 +30,7 @@ def load(
     if isinstance(state_dict, str | os.PathLike):
         found = torch.load(state_dict, map_location="cpu", weights_only=True)
     for wrapper in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+        if isinstance(found, Mapping) and wrapper in found:
             found = found[wrapper]
     if not isinstance(found, Mapping):
         raise TypeError(f"state_dict: expected a mapping or a path, got {type(found).__name__}")
