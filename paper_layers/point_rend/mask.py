@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from paper_layers.ops import _checks
 from paper_layers.ops.point_sample import point_sample
@@ -234,8 +233,8 @@ class PointRendMask(nn.Module):
         maps = [features] if isinstance(features, Tensor) else list(features)
         head = self.point_head
         sample = functools.partial(point_sample, spatial_scale=self.spatial_scale)
-        # A graph for any number of boxes has one form: the product after sampling.
-        if not statically_known_true(sum(m.shape[0] * m.shape[2] * m.shape[3] for m in maps) <= count):
+        # What is exported may be for any number of boxes.
+        if torch.compiler.is_exporting() or sum(m.shape[0] * m.shape[2] * m.shape[3] for m in maps) > count:
             return lambda points, rois: head.fine_shares([sample(maps, points, boxes=rois)])[0]
         shares = head.fine_shares(maps)
         return lambda points, rois: functools.reduce(
