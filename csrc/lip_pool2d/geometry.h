@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 
 #include "common/checks.h"
+#include "common/layout.h"
 #include "lip_pool2d/problem.h"
 
 namespace paper_layers {
@@ -36,18 +37,6 @@ inline Side make_side(int64_t length, int64_t kernel, int64_t stride, int64_t pa
   // Every window starts inside the image or its left padding.
   if (ceil_mode && (outputs - 1) * stride >= length + padding) --outputs;
   return {length, outputs, kernel, stride, padding};
-}
-
-// Elements in the order of channels_last: torch's rule, by which the stride of a side of 1 does not matter.
-inline bool is_channels_last(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (tensor.size(dim) == 1) continue;
-    if (tensor.stride(dim) != expected) return false;
-    expected *= tensor.size(dim);
-  }
-  return true;
 }
 
 inline LipPool2dProblem lip_pool2d_problem(const Tensor& input, const Tensor& logit,

@@ -1,0 +1,22 @@
+// The order of images' elements in memory.
+#pragma once
+
+#include <cstdint>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace paper_layers {
+
+// Elements in the order of channels_last: torch's rule, by which the stride of a side of 1 does not matter.
+inline bool is_channels_last(const torch::stable::Tensor& tensor) {
+  if (tensor.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (tensor.size(dim) == 1) continue;
+    if (tensor.stride(dim) != expected) return false;
+    expected *= tensor.size(dim);
+  }
+  return true;
+}
+
+}  // namespace paper_layers

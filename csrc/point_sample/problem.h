@@ -1,0 +1,119 @@
+// The argument checks of point_sample and the problem that follows from them, for the CPU and the CUDA kernels.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/bilinear.h"
+#include "common/checks.h"
+#include "common/layout.h"
+
+namespace paper_layers {
+
+struct Level {
+  int32_t height, width;
+  int64_t channels, first_channel;  // the first among those of all levels
+  double scale_x, scale_y;          // pixels for each unit of the points
+
+  int64_t pixels() const { return int64_t(height) * width; }
+};
+
+struct PointSampleProblem {
+  int64_t images, rows, points, channels;  // points in each row of points, channels of all levels
+  bool channels_last;
+  Sampling how;
+  std::vector<Level> levels;
+
+  // Of the point's first channel in an output, the point with this number among those of all rows; and back.
+  int64_t place(int64_t point) const {
+    return channels_last ? point * channels : point / points * points * channels + point % points;
+  }
+  int64_t point_at(int64_t place) const {
+    return channels_last ? place / channels : place / (points * channels) * points + place % (points * channels);
+  }
+  int64_t channel_step() const { return channels_last ? 1 : points; }
+
+  std::vector<int64_t> output_shape() const {
+    return channels_last ? std::vector<int64_t>{rows, points, channels} : std::vector<int64_t>{rows, channels, points};
+  }
+};
+
+// Of the points, (x, y) after (x, y), in one of two precisions.
+struct Coordinates {
+  const float* singles = nullptr;
+  const double* doubles = nullptr;
+
+  explicit Coordinates(const Tensor& points) {
+    if (points.scalar_type() == ScalarType::Double) doubles = points.const_data_ptr<double>();
+    else singles = points.const_data_ptr<float>();
+  }
+  template <typename Function>
+  void visit(Function function) const {
+    if (doubles != nullptr) function(doubles);
+    else function(singles);
+  }
+};
+
+inline bool one_of(const char* name, const std::string& value, const char* no, const char* yes) {
+  STD_TORCH_CHECK(value == no || value == yes, name, ": expected ", no, " or ", yes, ", got ", value);
+  return value == yes;
+}
+
+inline Level make_level(const Tensor& map, int64_t first_channel, std::optional<double> scale) {
+  STD_TORCH_CHECK(map.dim() == 4 && map.size(2) > 0 && map.size(3) > 0,
+                  "maps: expected shape (N, C, H, W) with pixels, got ", to_string(map.sizes()));
+  const int64_t height = map.size(2), width = map.size(3);
+  STD_TORCH_CHECK(height <= std::numeric_limits<int32_t>::max() / width,
+                  "maps: expected fewer than 2^31 pixels in a plane, got ", to_string(map.sizes()));
+  return {static_cast<int32_t>(height),   static_cast<int32_t>(width),     map.size(1), first_channel,
+          scale.value_or(double(width)), scale.value_or(double(height))};
+}
+
+inline PointSampleProblem point_sample_problem(const Tensor& points, const std::optional<Tensor>& image,
+                                               const std::vector<Tensor>& maps,
+                                               const std::optional<std::vector<double>>& spatial_scale,
+                                               const std::string& mode, const std::string& padding) {
+  STD_TORCH_CHECK(!maps.empty(), "maps: expected at least one, got none");
+  STD_TORCH_CHECK(points.dim() == 3 && points.size(2) == 2, "points: expected shape (R, P, 2), got ",
+                  to_string(points.sizes()));
+  STD_TORCH_CHECK(points.scalar_type() == ScalarType::Float || points.scalar_type() == ScalarType::Double,
+                  "points: expected float32 or float64, got ", points.scalar_type());
+  STD_TORCH_CHECK(!spatial_scale || spatial_scale->size() == maps.size(), "spatial_scale: expected ", maps.size(),
+                  " numbers, got ", spatial_scale ? spatial_scale->size() : 0);
+  PointSampleProblem problem{};
+  problem.how = {one_of("mode", mode, "bilinear", "nearest"), one_of("padding", padding, "zeros", "border")};
+  for (size_t level = 0; level < maps.size(); ++level) {
+    const Tensor& map = maps[level];
+    check_same_dtype_and_device("maps", map, "the first", maps[0]);
+    problem.levels.push_back(make_level(
+        map, problem.channels, spatial_scale ? std::optional<double>((*spatial_scale)[level]) : std::nullopt));
+    problem.channels += map.size(1);
+    STD_TORCH_CHECK(map.size(0) == maps[0].size(0), "maps: expected ", maps[0].size(0), " images, got ", map.size(0));
+  }
+  problem.images = maps[0].size(0);
+  problem.rows = points.size(0);
+  problem.points = points.size(1);
+  problem.channels_last = is_channels_last(maps[0]);
+  check_same_device("points", points, "maps", maps[0]);
+  if (image) {
+    STD_TORCH_CHECK(image->scalar_type() == ScalarType::Long && image->dim() == 1 && image->size(0) == problem.rows,
+                    "image: expected int64 of shape (", problem.rows, ",), got ", image->scalar_type(), " of shape ",
+                    to_string(image->sizes()));
+    check_same_device("image", *image, "maps", maps[0]);
+  } else {
+    STD_TORCH_CHECK(problem.rows == problem.images, "points: expected ", problem.images, " rows, got ", problem.rows);
+  }
+  return problem;
+}
+
+inline void check_grad(const Tensor& grad, const PointSampleProblem& problem, const Tensor& map) {
+  const std::vector<int64_t> shape = {problem.rows, problem.channels, problem.points};
+  STD_TORCH_CHECK(equal(grad.sizes(), shape), "grad: expected shape ", to_string(shape), ", got ",
+                  to_string(grad.sizes()));
+  check_same_dtype_and_device("grad", grad, "maps", map);
+}
+
+}  // namespace paper_layers
