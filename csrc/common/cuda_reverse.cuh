@@ -20,11 +20,11 @@ struct Sorted {
   Tensor values, order;
 };
 
-// Equal values stay in order.
-inline Sorted sorted(const Tensor& tensor) {
+// Along a dimension; equal values stay in order.
+inline Sorted sorted(const Tensor& tensor, int64_t dim = 0) {
   std::array<StableIValue, 4> stack{torch::stable::detail::from(tensor),
                                     torch::stable::detail::from(std::optional<bool>(true)),
-                                    torch::stable::detail::from(int64_t(0)), torch::stable::detail::from(false)};
+                                    torch::stable::detail::from(dim), torch::stable::detail::from(false)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }

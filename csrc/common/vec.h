@@ -54,6 +54,19 @@ PAPER_LAYERS_INLINE V max_or_second(V a, V b) {
   return V(a.lanes > b.lanes ? a.lanes : b.lanes);
 }
 
+// The smaller of the two, and b where either is NaN.
+template <typename V>
+PAPER_LAYERS_INLINE V min_or_second(V a, V b) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  if constexpr (V::size == 16) return V(typename V::Lanes(_mm512_min_ps(__m512(a.lanes), __m512(b.lanes))));
+#elif PAPER_LAYERS_VECTOR_BYTES == 32
+  if constexpr (V::size == 8) return V(typename V::Lanes(_mm256_min_ps(__m256(a.lanes), __m256(b.lanes))));
+#elif defined(PAPER_LAYERS_X86)
+  if constexpr (V::size == 4) return V(typename V::Lanes(_mm_min_ps(__m128(a.lanes), __m128(b.lanes))));
+#endif
+  return V(a.lanes < b.lanes ? a.lanes : b.lanes);
+}
+
 template <typename T>
 PAPER_LAYERS_INLINE Vec<T> load(const T* p) {
   Vec<T> v;

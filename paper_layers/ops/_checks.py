@@ -41,6 +41,12 @@ def integer(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"{name}: expected at least {minimum}, got {value!r}")
 
 
+def number(name: str, value: float) -> None:
+    """A number, whole or not."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
 def int64(name: str, value: Tensor, *sizes: int | str) -> None:
     """An int64 tensor of these sizes, where names stand for any."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:

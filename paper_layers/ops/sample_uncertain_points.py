@@ -6,20 +6,19 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from paper_layers.ops import _checks
 from paper_layers.ops._library import define, library
 from paper_layers.ops._uncertainty import check_logits, fold, most_uncertain, of_class, uncertainty, unfold
+from paper_layers.ops.point_sample import _sample
 
 
 def _reference(logits: Tensor, labels: Tensor | None, points: Tensor, count: int) -> Tensor:
     logits = of_class(logits, labels)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    grid = 2 * points.to(dtype)[:, None] - 1
-    sampled = F.grid_sample(logits.to(dtype), grid, align_corners=False)[:, :, 0]
-    return most_uncertain(uncertainty(sampled), count)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    sampled = _sample(points, None, [logits], None, "bilinear", "zeros")
+    return most_uncertain(uncertainty(sampled.mT), count)
 
 
 def _fake(logits: Tensor, labels: Tensor | None, points: Tensor, count: int) -> Tensor:
@@ -82,11 +81,14 @@ def sample_uncertain_points(
     """
     labels = check_logits(logits, labels)
     _checks.integer("num_points", num_points, 0)
+    _checks.number("oversample_ratio", oversample_ratio)
     if not 1 <= oversample_ratio < math.inf:
         raise ValueError(f"oversample_ratio: expected at least 1, got {oversample_ratio}")
+    _checks.number("importance_sample_ratio", importance_sample_ratio)
     if not 0 <= importance_sample_ratio <= 1:
         raise ValueError(f"importance_sample_ratio: expected from 0 to 1, got {importance_sample_ratio}")
-
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     # Without None among them: torch.rand of a generator knows no symbolic sizes.
     options: dict[str, Any] = {} if generator is None else {"generator": generator}
 

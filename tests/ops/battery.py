@@ -1,4 +1,4 @@
-"""The battery that every op passes: one subclass of `OpBattery` an op, in a file of the op's name."""
+"""The battery that every op passes: one subclass of `Battery` an op, in a file of the op's name."""
 
 from __future__ import annotations
 
@@ -55,18 +55,12 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: fl
     )
 
 
-class OpBattery:
-    """Subclasses set these four and write `cases`, a strategy, and `fixed_cases`, small and smooth."""
+class Battery:
+    """What every op passes, with gradients or without. Subclasses set these three and write `fixed_cases`, small."""
 
     function: Callable[..., Tensor]
-    formula: Callable[..., Tensor]  # differentiable to any order, the oracle in float64
     ops: dict[str, Any]  # the op and its backward, by name
     bad_inputs: dict[str, tuple[Callable[[], Any], type[Exception], str]]
-    grad_scale = 4.0  # absolute tolerance of gradients, in those of values
-
-    @staticmethod
-    def cases() -> st.SearchStrategy[Case]:
-        raise NotImplementedError
 
     @staticmethod
     def fixed_cases() -> list[Case]:
@@ -77,14 +71,62 @@ class OpBattery:
         """The arguments of each of `ops`."""
         raise NotImplementedError
 
+    def test_kernels_are_loaded(self) -> None:
+        for name in self.ops:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"paper_layers::{name}", "CPU")
+
+    def test_opcheck(self) -> None:
+        for case in self.fixed_cases():
+            for name, arguments in self.op_arguments(case).items():
+                torch.library.opcheck(self.ops[name], arguments)
+
+    def test_export(self) -> None:
+        function, case = self.function, self.fixed_cases()[0]
+
+        class Module(torch.nn.Module):
+            def forward(self, *tensors: Tensor) -> Tensor:
+                return function(*tensors, **case.options)
+
+        program = torch.export.export(Module(), case.tensors)
+        torch.testing.assert_close(program.module()(*case.tensors), function(*case.tensors, **case.options))
+
+    def test_meta(self) -> None:
+        for case in self.fixed_cases():
+            options = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in case.options.items()}
+            on_meta = self.function(*(t.to("meta") for t in case.tensors), **options)
+            real = self.function(*case.tensors, **case.options)
+            assert (on_meta.shape, on_meta.dtype, on_meta.stride()) == (real.shape, real.dtype, real.stride())
+
+    def test_bad_inputs(self, subtests: Any) -> None:
+        for name, (call, error, message) in self.bad_inputs.items():
+            with subtests.test(name), pytest.raises(error, match=message):
+                call()
+
+    def test_lesser_instruction_set(self) -> None:
+        """The baseline kernels, in a process of their own: the set is chosen when the library is loaded."""
+        if os.environ.get("PAPER_LAYERS_CPU_CAPABILITY"):
+            return
+        file = sys.modules[type(self).__module__].__file__
+        environment = {**os.environ, "PAPER_LAYERS_CPU_CAPABILITY": "default", "PAPER_LAYERS_EXAMPLES": "20"}
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file), "-k", "equals_formula"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+class OpBattery(Battery):
+    """Of an op with gradients. Subclasses set these too and write `cases`, a strategy; `fixed_cases` are smooth."""
+
+    formula: Callable[..., Tensor]  # differentiable to any order, the oracle in float64
+    grad_scale = 4.0  # absolute tolerance of gradients, in those of values
+
+    @staticmethod
+    def cases() -> st.SearchStrategy[Case]:
+        raise NotImplementedError
+
     @staticmethod
     def output_dtype(dtype: torch.dtype) -> torch.dtype:
         """The dtype of what the function returns for tensors of a dtype."""
         return dtype
-
-    def test_kernels_are_loaded(self) -> None:
-        for name in self.ops:
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"paper_layers::{name}", "CPU")
 
     @by_dtype
     def test_equals_formula(self, dtype: torch.dtype) -> None:
@@ -109,11 +151,6 @@ class OpBattery:
                 )
 
         check()
-
-    def test_opcheck(self) -> None:
-        for case in self.fixed_cases():
-            for name, arguments in self.op_arguments(case).items():
-                torch.library.opcheck(self.ops[name], arguments)
 
     def test_gradcheck(self) -> None:
         for case in self.fixed_cases():
@@ -167,23 +204,6 @@ class OpBattery:
             for a, b in zip(actual, expected, strict=True):
                 torch.testing.assert_close(a.grad, b.grad)
 
-    def test_export(self) -> None:
-        function, case = self.function, self.fixed_cases()[0]
-
-        class Module(torch.nn.Module):
-            def forward(self, *tensors: Tensor) -> Tensor:
-                return function(*tensors, **case.options)
-
-        program = torch.export.export(Module(), case.tensors)
-        torch.testing.assert_close(program.module()(*case.tensors), function(*case.tensors, **case.options))
-
-    def test_meta(self) -> None:
-        for case in self.fixed_cases():
-            options = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in case.options.items()}
-            on_meta = self.function(*(t.to("meta") for t in case.tensors), **options)
-            real = self.function(*case.tensors, **case.options)
-            assert (on_meta.shape, on_meta.dtype, on_meta.stride()) == (real.shape, real.dtype, real.stride())
-
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast(self, dtype: torch.dtype) -> None:
         """Half tensors beside float32 ones are promoted; gradients come back in each tensor's dtype."""
@@ -195,18 +215,3 @@ class OpBattery:
         actual.float().sum().backward()
         assert [t.grad.dtype for t in tensors] == [t.dtype for t in tensors]
         assert_close(actual, self.formula(*(t.double() for t in tensors), **case.options), dtype)
-
-    def test_bad_inputs(self, subtests: Any) -> None:
-        for name, (call, error, message) in self.bad_inputs.items():
-            with subtests.test(name), pytest.raises(error, match=message):
-                call()
-
-    def test_lesser_instruction_set(self) -> None:
-        """The baseline kernels, in a process of their own: the set is chosen when the library is loaded."""
-        if os.environ.get("PAPER_LAYERS_CPU_CAPABILITY"):
-            return
-        file = sys.modules[type(self).__module__].__file__
-        environment = {**os.environ, "PAPER_LAYERS_CPU_CAPABILITY": "default", "PAPER_LAYERS_EXAMPLES": "20"}
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file), "-k", "equals_formula"]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout + result.stderr
