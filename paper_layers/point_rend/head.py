@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -121,28 +121,36 @@ class PointRendHead(nn.Module):
         weights = self._layers[0].weight[:, : self.in_channels].split([level.shape[1] for level in fine], 1)
         return [_project(level, weight) for level, weight in zip(fine, weights, strict=True)]
 
-    def coarse_shares(self, coarse: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """What the coarse logits (N, num_classes, ...) add to each layer that takes them, in order."""
+    def coarse_shares(self, coarse: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
+        """What the coarse logits (N, num_classes, ...) add to each layer that takes them, one after the other."""
         if not self.coarse_pred_each_layer:
-            return [_project(coarse, self._layers[0].weight[:, self.in_channels :])]
-        shares = [_project(coarse, layer.weight[:, -self.num_classes :]) for layer in self._layers]
-        weight, _ = self._predictor(labels)
-        rows = weight[..., -self.num_classes :]
-        if rows.dim() == 2:
-            return [*shares, _project(coarse, rows)]
-        return [*shares, (rows @ coarse.flatten(2)).unflatten(2, coarse.shape[2:])]
+            yield _project(coarse, self._layers[0].weight[:, self.in_channels :])
+            return
+        for layer in self._layers:
+            yield _project(coarse, layer.weight[:, -self.num_classes :])
+        weight = self._predictor(labels)[0][..., -self.num_classes :]
+        if weight.dim() == 2:
+            yield _project(coarse, weight)
+        else:
+            yield (weight @ coarse.flatten(2)).unflatten(2, coarse.shape[2:])
 
-    def finish(self, fine: Tensor, coarse: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
-        """The logits from the shares (N, ..., P) that the fine features and the coarse logits have in the sums."""
-        first, *rest = (share.mT for share in coarse)
-        x = (fine.mT + first).add_(self._layers[0].bias).relu_()
-        for number, layer in enumerate(self._layers[1:]):
-            x = F.linear(x, layer.weight[:, : self.fc_dim], layer.bias)
-            x = (x.add_(rest[number]) if rest else x).relu_()
+    def finish(self, fine: Tensor, coarse: Iterable[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The logits from what the fine features and the coarse logits add to the layers at points: (N, ..., P) each.
+
+        `coarse` is asked for each share when its layer is computed, so that none waits in memory.
+        """
+        shares = iter(coarse)
+        first, *layers = self._layers
+        x = (fine.mT + next(shares).mT).add_(first.bias).relu_()
+        for layer in layers:
+            x = self._add(F.linear(x, layer.weight[:, : self.fc_dim], layer.bias), shares).relu_()
         weight, bias = self._predictor(labels)
         weight = weight[..., : self.fc_dim]
         y = F.linear(x, weight, bias) if weight.dim() == 2 else x @ weight.mT + bias[:, None]
-        return (y.add_(rest[-1]) if rest else y).mT
+        return self._add(y, shares).mT
+
+    def _add(self, x: Tensor, shares: Iterator[Tensor]) -> Tensor:
+        return x.add_(next(shares).mT) if self.coarse_pred_each_layer else x
 
     def _predictor(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight (K, C) and bias (K,) of the last layer, or (N, 1, C) and (N, 1) of the labels' classes."""

@@ -20,7 +20,7 @@ Sampler = Callable[[Tensor, Tensor], Tensor]  # From points (R, P, 2) in boxes (
 
 # Points that are predicted at once in inference. With the usual widths what is computed for them has less than 20 MB:
 # it stays in the cache, and below the 32 MB from where glibc maps new pages for each tensor.
-_CHUNK = 8 * 28 * 28
+_CHUNK = 4 * 28 * 28
 
 
 class PointRendMask(nn.Module):
@@ -243,11 +243,10 @@ class PointRendMask(nn.Module):
 
     def _steps(self, coarse: Tensor, rois: Tensor, labels: Tensor, sizes: list[Size], fine: Sampler) -> Iterator[Step]:
         head = self.point_head
-        shares = head.coarse_shares(coarse, labels)
-        channels = [share.shape[1] for share in shares]
+        shares = list(head.coarse_shares(coarse, labels))
 
         def predict(points: Tensor) -> Tensor:
-            return head.finish(fine(points, rois), point_sample(shares, points).split(channels, 1), labels)
+            return head.finish(fine(points, rois), (point_sample(share, points) for share in shares), labels)
 
         points = regular_grid(rois.shape[0], sizes[0], coarse.device).flatten(1, 2)
         logits = predict(points).unflatten(2, sizes[0])
