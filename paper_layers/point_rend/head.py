@@ -157,4 +157,5 @@ class PointRendHead(nn.Module):
         weight, bias = self.predictor.weight, self.predictor.bias
         if labels is None or self.class_agnostic:
             return weight, bias
-        return weight[labels, None], bias[labels, None]
+        # Where indexing would count a label of -1 from the end, this raises.
+        return weight.index_select(0, labels)[:, None], bias.index_select(0, labels)[:, None]

@@ -18,8 +18,8 @@ from paper_layers.point_rend.targets import Boxes, cell_labels, mask_loss, rows,
 
 Sampler = Callable[[Tensor, Tensor], Tensor]  # From points (R, P, 2) in boxes (R, 5).
 
-# Points that are predicted at once in inference. With the usual widths what is computed for them has less than 20 MB:
-# it stays in the cache, and below the 32 MB from where glibc maps new pages for each tensor.
+# Points that are predicted at once in inference. With the usual widths each tensor of them has 3 MB: it stays in the
+# cache, and far below the 32 MB from where glibc maps new pages for each tensor.
 _CHUNK = 4 * 28 * 28
 
 

@@ -46,6 +46,8 @@ def sample_masks(
     """The true masks at points (R, ..., 2) of all images' boxes: (R, ...), soft at borders, -1 beside a pixel of -1."""
     if len(masks) != len(boxes):
         raise ValueError(f"masks: expected a tensor for each of {len(boxes)} images, got {len(masks)}")
+    if matched is not None and len(matched) != len(boxes):
+        raise ValueError(f"matched: expected a tensor for each of {len(boxes)} images, got {len(matched)}")
     values = [points.new_empty(0, *points.shape[1:-1])]
     for image, (mask, box, some) in enumerate(
         zip(masks, boxes, points.split([box.shape[0] for box in boxes]), strict=True)

@@ -230,6 +230,8 @@ def test_bad_inputs() -> None:
         (lambda: head(x, c[:, :, :4]), ValueError, r"coarse: expected shape \(2, 4, 5\), got \(2, 4, 4\)"),
         (lambda: head(x, c, torch.tensor([1])), ValueError, r"labels: expected shape \(2,\), got \(1,\)"),
         (lambda: head(x, c, torch.tensor([1.0, 2])), TypeError, "labels: expected an int64 Tensor, got torch.float32"),
+        (lambda: head(x, c, torch.tensor([0, 4])), IndexError, "index out of range"),
+        (lambda: head(x, c, torch.tensor([0, -1])), IndexError, "index out of range"),
         (lambda: PointRendHead(0, 4), ValueError, "in_channels: expected at least 1, got 0"),
         (lambda: PointRendHead(6, 4, num_fc=0), ValueError, "num_fc: expected at least 1, got 0"),
         (lambda: PointRendHead(6, 4.0), TypeError, "num_classes: expected an int, got 4.0"),

@@ -383,6 +383,12 @@ def test_bad_inputs() -> None:
             TypeError,
             r"matched\[0\]: expected an int64 Tensor",
         ),
+        (
+            lambda: ours(features, boxes, labels, masks, matched=labels[:2]),
+            ValueError,
+            "matched: expected a tensor for",
+        ),
+        (lambda: ours(features, boxes, joined - 9, size=24), IndexError, "index out of range"),
         (lambda: ours(features[:, :5], boxes, labels), ValueError, r"features: expected shape \(R, 6, 14, 14\)"),
         (lambda: ours.refine(coarse[:4], features, boxes, labels), ValueError, r"coarse: expected shape \(5, 4, h, w"),
         (lambda: list(ours.steps(coarse, features, boxes, labels, size=0)), ValueError, "size: expected at least 1"),
