@@ -81,7 +81,7 @@ def mask_plain(
     """Only the map of the predicted class; a few boxes at once."""
     parts = []
     for c, b, k in _chunks(coarse, boxes, labels):
-        points = official.regular_points(len(b), 28).to(b.device)
+        points = official.regular_points(len(b), 28, b.device)
         values = official.mask_points(c, features, [b], head, points, SCALE)
         logits = official.of_class(values, k).unflatten(2, (28, 28))
         while logits.shape[3] < side:
@@ -98,7 +98,7 @@ def mask_dense(
 ) -> Tensor:
     """Every pixel, in parts of as many points as above."""
     parts = []
-    every = official.regular_points(1, side).to(coarse.device)
+    every = official.regular_points(1, side, coarse.device)
     for c, b, k in zip(coarse.split(1), boxes.split(1), labels.split(1), strict=True):
         pieces = every.split(CHUNK * POINTS, 1)
         values = [official.of_class(official.mask_points(c, features, [b], head, p, SCALE), k) for p in pieces]
@@ -210,10 +210,10 @@ def measure_growth(device: str, threads: int, quick: bool) -> tuple[list[Result]
 
 
 def _multiply_adds(case: Case, contender: Contender) -> dict[str, Any]:
-    """Of all products of one mask: the point head's, by shapes alone."""
-    shapes = Case({**case.params, "boxes": 1}, case.inputs, 0, False, "meta")
+    """Of all products of one mask: those of the point head."""
+    one = Case({**case.params, "boxes": 1}, case.inputs, 0, False, case.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        contender.function(*(contender.inputs or case.inputs)(shapes))
+        contender.function(*(contender.inputs or case.inputs)(one))
     row = {"contender": contender.name, "side": case.params["side"]}
     return {**row, "multiply_adds": counter.get_total_flops() // 2}
 

@@ -17,7 +17,7 @@ def point_sample(input: Tensor, points: Tensor, mode: str = "bilinear") -> Tenso
 
 def box_sample(features: Tensor, boxes: Sequence[Tensor], points: Tensor, scale: float) -> Tensor:
     """Features at points relative to the boxes, image by image: (R, C, P)."""
-    size = torch.tensor([features.shape[3], features.shape[2]]) / scale
+    size = torch.tensor([features.shape[3], features.shape[2]], device=features.device) / scale
     parts = []
     for image, (box, some) in enumerate(zip(boxes, points.split([len(b) for b in boxes]), strict=True)):
         absolute = box[:, None, :2] + some.to(box.dtype) * (box[:, None, 2:] - box[:, None, :2])
@@ -27,8 +27,8 @@ def box_sample(features: Tensor, boxes: Sequence[Tensor], points: Tensor, scale:
     return torch.cat(parts)
 
 
-def regular_points(rows: int, side: int) -> Tensor:
-    center = (torch.arange(side) + 0.5) / side
+def regular_points(rows: int, side: int, device: torch.device | None = None) -> Tensor:
+    center = (torch.arange(side, device=device) + 0.5) / side
     y, x = torch.meshgrid(center, center, indexing="ij")
     return torch.stack([x, y], -1).flatten(0, 1).expand(rows, -1, -1)
 
@@ -135,7 +135,7 @@ def mask_inference(
     """(R, K, S, S), all classes, as the official code keeps them."""
     while 4 * init * init <= count:
         init, steps = 2 * init, steps - 1
-    points = regular_points(len(coarse), init)
+    points = regular_points(len(coarse), init, coarse.device)
     logits = mask_points(coarse, features, boxes, head, points, scale).unflatten(2, (init, init))
     for _ in range(steps):
         logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
