@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from paper_layers import deep_gcn, lip, swap
+from paper_layers import deep_gcn, lip, point_rend, swap
 from paper_layers.lip import LazyLIPPool2d, LIPPool2d
 from paper_layers.ops._library import show_config
 from paper_layers.ops.edge_conv import edge_conv
@@ -22,6 +22,7 @@ __all__ = [
     "lip",
     "lip_pool2d",
     "neighbor_reduce",
+    "point_rend",
     "point_sample",
     "sample_uncertain_points",
     "show_config",

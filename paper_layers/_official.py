@@ -19,22 +19,25 @@ def load(
     state_dict: StateDict,
     names: Callable[[str], Iterable[str]],
     adapt: Callable[[str, Tensor], Tensor] = lambda name, value: value,
+    meant: Callable[[str], bool] = lambda key: True,
 ) -> _Module:
     """Load an official state dict, or nothing at all where it does not fit.
 
     `names` gives what an official key may be called here, the first that is there and free being meant; `adapt` turns
-    a value into what stands here under a name.
+    a value into what stands here under a name; `meant` says which keys are for this module, the others being a host's.
     """
     found: Any = state_dict
     if isinstance(state_dict, str | os.PathLike):
         found = torch.load(state_dict, map_location="cpu", weights_only=True)
-    if isinstance(found, Mapping) and "state_dict" in found:
-        found = found["state_dict"]
+    for wrapper in ("state_dict", "model"):
+        if isinstance(found, Mapping) and wrapper in found:
+            found = found[wrapper]
     if not isinstance(found, Mapping):
         raise TypeError(f"state_dict: expected a mapping or a path, got {type(found).__name__}")
     official: dict[str, Any] = dict(found)
     if official and all(key.startswith("module.") for key in official):
         official = {key.removeprefix("module."): value for key, value in official.items()}
+    official = {key: value for key, value in official.items() if meant(key)}
 
     own = module.state_dict()
     renamed: dict[str, Tensor] = {}

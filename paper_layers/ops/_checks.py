@@ -47,14 +47,19 @@ def number(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
-def neighbors(name: str, value: Tensor, *sizes: int | str) -> None:
-    """A table of neighbours: int64 of these sizes, where names stand for any, and k columns."""
+def int64(name: str, value: Tensor, *sizes: int | str) -> None:
+    """An int64 tensor of these sizes, where names stand for any."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int64 Tensor, got {getattr(value, 'dtype', type(value).__name__)}")
     fits = zip(value.shape, sizes, strict=False)
-    if value.dim() != len(sizes) + 1 or any(isinstance(want, int) and got != want for got, want in fits):
-        expected = ", ".join(str(size) for size in (*sizes, "k"))
+    if value.dim() != len(sizes) or any(isinstance(want, int) and got != want for got, want in fits):
+        expected = ", ".join(map(str, sizes)) + ("," if len(sizes) == 1 else "")
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(value.shape)}")
+
+
+def neighbors(name: str, value: Tensor, *sizes: int | str) -> None:
+    """A table of neighbours: int64 of these sizes, where names stand for any, and k columns."""
+    int64(name, value, *sizes, "k")
 
 
 def numbers(name: str, value: Tensor) -> None:

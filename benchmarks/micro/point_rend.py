@@ -1,0 +1,272 @@
+"""PointRend's subdivision against the official procedure, its best form in plain PyTorch and dense prediction.
+
+python -m benchmarks.micro.point_rend [--device cuda] [--threads 2 1] [--quick] [--json PATH]
+
+Beside PATH, a plot of the same name: multiply-adds, time and memory by the side of the mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.environment import environment, save
+from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from paper_layers.point_rend import PointRendMask, PointRendSemantic, load_official
+from tests.point_rend import official
+
+OURS, OFFICIAL, PLAIN, DENSE = "paper_layers.point_rend", "official procedure", "its best form in PyTorch", "dense"
+CLASSES, POINTS, SCALE = 80, 28 * 28, 0.25
+BOXES, GROWTH_BOXES = 100, 8
+SIDES = (28, 56, 112, 224, 448)
+FEATURES = (1, 256, 200, 304)
+CHUNK = 8  # Boxes at once.
+
+
+class _Parts(nn.Module):
+    """The official point head, in a module of its official name."""
+
+    def __init__(self, classes: int, each: bool):
+        super().__init__()
+        self.point_head = official.randomize(official.PointHead(256, classes, each=each))
+
+
+# --- masks of boxes
+
+
+def mask_inputs(case: Case) -> Inputs:
+    """Ours and the official head with the same parameters; coarse logits; features in channels_last; boxes; classes."""
+    theirs = _Parts(CLASSES, True)
+    ours = PointRendMask(256, CLASSES, SCALE)
+    load_official(ours.point_head, theirs.state_dict())
+    count = case.params["boxes"]
+    corner = torch.rand(count, 2) * torch.tensor([800.0, 500.0])
+    boxes = torch.cat([corner, corner + 20 + 300 * torch.rand(count, 2)], 1)
+    tensors = (torch.randn(count, CLASSES, 7, 7), torch.randn(FEATURES), boxes, torch.randint(CLASSES, (count,)))
+    coarse, features, boxes, labels = (t.to(case.device) for t in tensors)
+    features = features.contiguous(memory_format=torch.channels_last)
+    heads = (ours.to(case.device).eval(), theirs.point_head.to(case.device).eval())
+    return (*heads, coarse, features, boxes, labels, case.params["side"])
+
+
+def mask_inputs_planar(case: Case) -> Inputs:
+    """The same with features as NCHW."""
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in mask_inputs(case))
+
+
+def mask_ours(
+    ours: PointRendMask, head: nn.Module, coarse: Tensor, features: Tensor, boxes: Tensor, labels: Tensor, side: int
+) -> Tensor:
+    return ours.refine(coarse, features, [boxes], labels, side)
+
+
+def mask_official(
+    ours: nn.Module, head: nn.Module, coarse: Tensor, features: Tensor, boxes: Tensor, labels: Tensor, side: int
+) -> Tensor:
+    steps = (side // 7).bit_length() - 1
+    logits = official.mask_inference(coarse, features, [boxes], labels, head, steps, 7, POINTS, SCALE)
+    return official.of_class(logits, labels)
+
+
+def mask_plain(
+    ours: nn.Module, head: nn.Module, coarse: Tensor, features: Tensor, boxes: Tensor, labels: Tensor, side: int
+) -> Tensor:
+    """Only the map of the predicted class; a few boxes at once."""
+    parts = []
+    for c, b, k in _chunks(coarse, boxes, labels):
+        points = official.regular_points(len(b), 28, b.device)
+        values = official.mask_points(c, features, [b], head, points, SCALE)
+        logits = official.of_class(values, k).unflatten(2, (28, 28))
+        while logits.shape[3] < side:
+            logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
+            index, points = official.grid_points(-logits[:, 0].abs(), POINTS)
+            values = official.of_class(official.mask_points(c, features, [b], head, points, SCALE), k)
+            logits.flatten(2).scatter_(2, index[:, None], values)
+        parts.append(logits)
+    return torch.cat(parts)
+
+
+def mask_dense(
+    ours: nn.Module, head: nn.Module, coarse: Tensor, features: Tensor, boxes: Tensor, labels: Tensor, side: int
+) -> Tensor:
+    """Every pixel, in parts of as many points as above."""
+    parts = []
+    every = official.regular_points(1, side, coarse.device)
+    for c, b, k in zip(coarse.split(1), boxes.split(1), labels.split(1), strict=True):
+        pieces = every.split(CHUNK * POINTS, 1)
+        values = [official.of_class(official.mask_points(c, features, [b], head, p, SCALE), k) for p in pieces]
+        parts.append(torch.cat(values, 2))
+    return torch.cat(parts).unflatten(2, (side, side))
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(t.split(CHUNK) for t in tensors), strict=True)
+
+
+def product_inputs(case: Case) -> Inputs:
+    weights = [torch.randn(size, 336, device=case.device) for size in (256, 256, 256, CLASSES)]
+    maps = (case.params["side"] // 28).bit_length()
+    return (torch.randn(CHUNK * POINTS, 336, device=case.device), maps * case.params["boxes"] / CHUNK, *weights)
+
+
+def products(x: Tensor, times: float, *weights: Tensor) -> Tensor:
+    for part in [x] * int(times) + [x[: round(times % 1 * len(x))]]:
+        for weight in weights:
+            y = F.linear(part, weight)
+    return y
+
+
+MASK_LIMIT = Contender("limit: products of the point head", products, "limit", inputs=product_inputs)
+MASK_CONTENDERS = (
+    Contender(OURS, mask_ours, "ours"),
+    Contender(f"{OURS}, NCHW features", mask_ours, "other", inputs=mask_inputs_planar),
+    Contender(OFFICIAL, mask_official, "peer", inputs=mask_inputs_planar),
+    Contender(PLAIN, mask_plain, "peer"),
+)
+MASK_DENSE = Contender(f"{DENSE} at this size", mask_dense, "other")
+
+
+# --- semantic maps
+
+
+def semantic_inputs(case: Case) -> Inputs:
+    n, classes, height, width = case.params["coarse"]
+    theirs = _Parts(classes, False)
+    ours = PointRendSemantic(256, classes)
+    load_official(ours, theirs.state_dict())
+    # Smooth, as a network's are: few pixels are uncertain.
+    seed = torch.randn(n, classes, height // 16, width // 16)
+    coarse = F.interpolate(seed, (height, width), mode="bilinear").to(case.device)
+    features = torch.randn(n, 256, height, width, device=case.device).contiguous(memory_format=torch.channels_last)
+    heads = (ours.to(case.device).eval(), theirs.point_head.to(case.device).eval())
+    return (*heads, coarse, features, case.params["steps"])
+
+
+def semantic_inputs_planar(case: Case) -> Inputs:
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in semantic_inputs(case))
+
+
+def semantic_ours(ours: PointRendSemantic, head: nn.Module, coarse: Tensor, features: Tensor, steps: int) -> Tensor:
+    size = (coarse.shape[2] * 2**steps, coarse.shape[3] * 2**steps)
+    return ours(coarse, features, size=size)
+
+
+def semantic_official(ours: nn.Module, head: nn.Module, coarse: Tensor, features: Tensor, steps: int) -> Tensor:
+    return official.semantic_inference(coarse, [features], head, steps, 8192)
+
+
+def semantic_plain(ours: nn.Module, head: nn.Module, coarse: Tensor, features: Tensor, steps: int) -> Tensor:
+    """A running best and second best in place of topk, and the scatter in place."""
+    logits = coarse
+    for _ in range(steps):
+        logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
+        best, second = logits[:, 0], torch.full_like(logits[:, 0], -torch.inf)
+        for one in logits.unbind(1)[1:]:
+            second = torch.maximum(second, torch.minimum(best, one))
+            best = torch.maximum(best, one)
+        index, points = official.grid_points(second - best, 8192)
+        values = head(official.point_sample(features, points), official.point_sample(coarse, points))
+        logits.flatten(2).scatter_(2, index[:, None].expand_as(values), values)
+    return logits
+
+
+SEMANTIC_CONTENDERS = (
+    Contender(OURS, semantic_ours, "ours"),
+    Contender(f"{OURS}, NCHW features", semantic_ours, "other", inputs=semantic_inputs_planar),
+    Contender(OFFICIAL, semantic_official, "peer", inputs=semantic_inputs_planar),
+    Contender(PLAIN, semantic_plain, "peer"),
+)
+
+
+def measure(device: str, threads: int, quick: bool) -> list[Result]:
+    rounds = (2, 0.1) if quick else (5, 0.5)
+    features = 4 * 256 * 200 * 304
+    case = Case({"masks of": "boxes", "boxes": BOXES, "side": 224}, mask_inputs, features, False, device)
+    contenders = MASK_CONTENDERS if quick else (*MASK_CONTENDERS, MASK_DENSE)
+    results = compare(contenders, [case], threads, *rounds, limit=MASK_LIMIT)
+    moved = 2 * 4 * 19 * 1024 * 2048
+    case = Case({"map": "semantic", "coarse": (1, 19, 256, 512), "steps": 2}, semantic_inputs, moved, False, device)
+    return results + compare(SEMANTIC_CONTENDERS, [case], threads, *rounds)
+
+
+# --- growth with the size of the mask
+
+
+def measure_growth(device: str, threads: int, quick: bool) -> tuple[list[Result], list[dict[str, Any]]]:
+    sides = SIDES[:-2] if quick else SIDES
+    settings: dict[str, Any] = {"masks of": "boxes", "boxes": GROWTH_BOXES}
+    moved = 4 * 256 * 200 * 304
+    cases = [Case({**settings, "side": side}, mask_inputs, moved, False, device) for side in sides]
+    contenders = (MASK_CONTENDERS[0], MASK_CONTENDERS[2], MASK_DENSE)
+    results = compare(contenders, cases, threads, *((2, 0.1) if quick else (5, 0.2)), limit=MASK_LIMIT)
+    return results, [_multiply_adds(case, contender) for case in cases for contender in contenders]
+
+
+def _multiply_adds(case: Case, contender: Contender) -> dict[str, Any]:
+    """Of all products of one mask: those of the point head."""
+    one = Case({**case.params, "boxes": 1}, case.inputs, 0, False, case.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        contender.function(*(contender.inputs or case.inputs)(one))
+    row = {"contender": contender.name, "side": case.params["side"]}
+    return {**row, "multiply_adds": counter.get_total_flops() // 2}
+
+
+def plot(results: list[Result], counts: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for name in dict.fromkeys(row["contender"] for row in counts):
+        mine = [row for row in counts if row["contender"] == name]
+        left.loglog([r["side"] for r in mine], [r["multiply_adds"] / 1e9 for r in mine], "o-", label=name)
+        rows = [r for r in results if r.contender == name and not r.error]
+        sides = [r.params["side"] for r in rows]
+        middle.loglog(sides, [r.median * 1e3 / GROWTH_BOXES for r in rows], "o-", label=name)
+        right.loglog(sides, [r.peak / 1e6 / GROWTH_BOXES for r in rows], "o-", label=name)
+    left.set(title="10^9 multiply-adds a mask", xlabel="side of the mask, pixels")
+    middle.set(title="milliseconds a mask", xlabel="side of the mask, pixels")
+    right.set(title="peak MB a mask", xlabel="side of the mask, pixels")
+    for axes in (left, middle, right):
+        axes.set_xticks(SIDES, [str(side) for side in SIDES])
+        axes.minorticks_off()
+    left.legend()
+    figure.savefig(path, dpi=120)
+    print(f"written: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads, one run each")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no dense masks of 224 pixels")
+    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
+    options = parser.parse_args()
+
+    head = environment(options.device)
+    print("\n".join(f"{name}: {value}" for name, value in head.items()))
+    results = []
+    for threads in options.threads:
+        part = measure(options.device, threads, options.quick)
+        print(table(part))
+        results += part
+    growth, counts = measure_growth(options.device, options.threads[0], options.quick)
+    print(table(growth))
+    for row in counts:
+        print(f"{row['contender']:34} {row['side']:4} {row['multiply_adds'] / 1e9:8.3f} G multiply-adds a mask")
+    if options.json:
+        numbers = {"results": as_dicts(results), "growth": as_dicts(growth), "multiply_adds": counts}
+        save(options.json, {"benchmark": "point_rend", **head, **numbers})
+        plot(growth, counts, Path(options.json).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

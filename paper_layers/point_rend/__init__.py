@@ -1,0 +1,19 @@
+"""PointRend: segmentation as rendering (Kirillov, Wu, He, Girshick, CVPR 2020)."""
+
+from paper_layers.point_rend.checkpoints import load_official
+from paper_layers.point_rend.coarse import CoarseMaskHead
+from paper_layers.point_rend.head import PointRendHead
+from paper_layers.point_rend.mask import PointRendMask
+from paper_layers.point_rend.pictures import draw_steps
+from paper_layers.point_rend.semantic import PointRendSemantic
+from paper_layers.point_rend.subdivision import Step
+
+__all__ = [
+    "CoarseMaskHead",
+    "PointRendHead",
+    "PointRendMask",
+    "PointRendSemantic",
+    "Step",
+    "draw_steps",
+    "load_official",
+]

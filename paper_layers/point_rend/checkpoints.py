@@ -1,0 +1,89 @@
+"""Published PointRend checkpoints: their keys into ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from paper_layers._official import StateDict, load
+from paper_layers.point_rend.coarse import CoarseMaskHead
+from paper_layers.point_rend.head import PointRendHead
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+# Where a head's keys stand in a whole model, in old checkpoints as well.
+_PLACE = re.compile(r"(?:^|\.)(?:mask_)?(point|coarse)_head\.(.+)$")
+# Official names -> ours, by head.
+_RENAMED: dict[str, list[tuple[re.Pattern[str], Any]]] = {
+    "point": [(re.compile(r"^fc(\d+)\."), lambda found: f"layers.{int(found[1]) - 1}.")],
+    "coarse": [
+        (re.compile(r"^coarse_mask_fc"), "fc"),
+        (re.compile(r"^reduce_channel_dim_conv"), "reduce_channels"),
+        (re.compile(r"^reduce_spatial_dim_conv"), "reduce_size"),
+    ],
+}
+_HEADS: dict[str, type[nn.Module]] = {"point": PointRendHead, "coarse": CoarseMaskHead}
+
+
+def load_official(module: _Module, state_dict: StateDict) -> _Module:
+    """Load a checkpoint of the official PointRend code (detectron2's project) into a head of this package.
+
+    For Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020: `PointRendHead`,
+    `CoarseMaskHead`, `PointRendSemantic` and `PointRendMask`. Of a whole model's checkpoint the keys of
+    ``point_head`` and ``coarse_head`` are taken, also under the names of old ones (``mask_point_head``,
+    ``coarse_mask_fc1``), and the rest is left to the host. Nothing is loaded unless all fits.
+
+    Args:
+        module: The module to load into.
+        state_dict: The official state dict, as it is, within ``{"model": ...}`` or ``{"state_dict": ...}``, with
+            DataParallel's ``module.`` before each key, or the path of a file that holds one (read with
+            ``weights_only=True``).
+
+    Returns:
+        `module`.
+
+    Raises:
+        TypeError: `state_dict` is neither a mapping nor a path.
+        ValueError: Keys are missing or unexpected, or shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.point_rend import PointRendHead
+        >>> names = {"fc1.weight": (8, 6, 1), "fc1.bias": (8,), "predictor.weight": (2, 8, 1), "predictor.bias": (2,)}
+        >>> official = {f"sem_seg_head.point_head.{name}": torch.randn(shape) for name, shape in names.items()}
+        >>> head = PointRendHead(4, 2, fc_dim=8, num_fc=1, coarse_pred_each_layer=False)
+        >>> head = load_official(head, {**official, "backbone.stem.conv1.weight": torch.ones(1)})
+        >>> bool((head.layers[0].weight == official["sem_seg_head.point_head.fc1.weight"][..., 0]).all())
+        True
+    """
+    paths = dict(_paths(module))
+
+    def place(key: str) -> tuple[str, str] | None:
+        """The head that a key belongs to, if the module has it, and the name there."""
+        found = _PLACE.search(key)
+        if found is not None:
+            return (found[1], found[2]) if found[1] in paths else None
+        root = next((head for head, path in paths.items() if path == ""), None)
+        return (root, key) if root is not None and key.count(".") == 1 else None
+
+    def names(key: str) -> Iterator[str]:
+        head, name = place(key) or ("", "")
+        for pattern, ours in _RENAMED.get(head, ()):
+            name = pattern.sub(ours, name)
+        yield paths.get(head, "") + name
+
+    def adapt(name: str, value: Tensor) -> Tensor:
+        return value.squeeze(-1) if value.dim() == 3 else value
+
+    return load(module, state_dict, names, adapt, lambda key: place(key) is not None)
+
+
+def _paths(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The heads in a module, and what the names of their parameters start with."""
+    for path, part in module.named_modules():
+        for head, kind in _HEADS.items():
+            if isinstance(part, kind):
+                yield head, f"{path}." if path else ""

@@ -1,0 +1,161 @@
+"""The point head: a small perceptron that labels points from fine features and a coarse prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paper_layers.ops import _checks
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer on the channels of (N, C, ...), which are next to one another in the result's memory."""
+    return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
+class PointRendHead(nn.Module):
+    r"""Label points from their fine features and the coarse prediction there: PointRend's point head.
+
+    .. math:: h_0 = x, \quad h_{l} = \mathrm{relu}(W_l [h_{l-1}, c] + b_l), \quad y = W [h_L, c] + b
+
+    Section 3.3 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, with fine
+    features x and coarse logits c of each point. No features are put side by side: what a layer makes of c is a
+    product of its own. The first layer's product with x and all products with c are linear, so they may as well be
+    computed on whole maps and sampled at the points: `fine_shares`, `coarse_shares` and `finish` are the three parts.
+
+    Args:
+        in_channels: Channels of the fine features, of all maps together.
+        num_classes: Channels of the coarse prediction.
+        fc_dim: Channels of the hidden layers.
+        num_fc: Hidden layers.
+        coarse_pred_each_layer: Whether every layer takes c, or only the first; the official semantic models have False.
+        class_agnostic: Predict one logit for all classes.
+        device: Where the parameters are.
+        dtype: Their dtype.
+
+    Raises:
+        TypeError: A number is no int.
+        ValueError: A number is too small.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.point_rend import PointRendHead
+        >>> head = PointRendHead(256, 80)
+        >>> fine, coarse = torch.randn(8, 256, 196), torch.randn(8, 80, 196)
+        >>> head(fine, coarse).shape
+        torch.Size([8, 80, 196])
+        >>> head(fine, coarse, labels=torch.arange(8)).shape  # of one class each, at a fraction of the predictor's cost
+        torch.Size([8, 1, 196])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        fc_dim: int = 256,
+        num_fc: int = 3,
+        coarse_pred_each_layer: bool = True,
+        class_agnostic: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        numbers = {"in_channels": in_channels, "num_classes": num_classes, "fc_dim": fc_dim, "num_fc": num_fc}
+        for name, value in numbers.items():
+            _checks.integer(name, value, 1)
+        self.in_channels, self.num_classes, self.fc_dim, self.num_fc = in_channels, num_classes, fc_dim, num_fc
+        self.coarse_pred_each_layer, self.class_agnostic = coarse_pred_each_layer, class_agnostic
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        appended = num_classes if coarse_pred_each_layer else 0
+        widths = [in_channels + num_classes] + [fc_dim + appended] * (num_fc - 1)
+        self.layers = nn.ModuleList(nn.Linear(width, fc_dim, **factory) for width in widths)
+        self.predictor = nn.Linear(fc_dim + appended, 1 if class_agnostic else num_classes, **factory)
+        self.reset_parameters()
+
+    @property
+    def _layers(self) -> list[nn.Linear]:
+        return [cast(nn.Linear, layer) for layer in self.layers]
+
+    def reset_parameters(self) -> None:
+        """Start again, as in the official code."""
+        for layer in self._layers:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        nn.init.zeros_(self.predictor.bias)
+
+    def extra_repr(self) -> str:
+        """All arguments."""
+        return (
+            f"{self.in_channels}, {self.num_classes}, fc_dim={self.fc_dim}, num_fc={self.num_fc}, "
+            f"coarse_pred_each_layer={self.coarse_pred_each_layer}, class_agnostic={self.class_agnostic}"
+        )
+
+    def forward(self, fine: Tensor, coarse: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Label the points.
+
+        Args:
+            fine: Features of shape (N, in_channels, P), as `paper_layers.point_sample` gives them; either layout in
+                memory is taken as it is.
+            coarse: Coarse logits of shape (N, num_classes, P).
+            labels: The class of each row whose logit is wanted, int64 of shape (N,); default all classes.
+
+        Returns:
+            Logits of shape (N, num_classes, P), or (N, 1, P) with `labels` or `class_agnostic`.
+        """
+        if fine.dim() != 3 or fine.shape[1] != self.in_channels:
+            raise ValueError(f"fine: expected shape (N, {self.in_channels}, P), got {tuple(fine.shape)}")
+        expected = (fine.shape[0], self.num_classes, fine.shape[2])
+        if coarse.shape != expected:
+            raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
+        if labels is not None:
+            _checks.int64("labels", labels, fine.shape[0])
+        return self.finish(self.fine_shares([fine])[0], self.coarse_shares(coarse, labels), labels)
+
+    def fine_shares(self, fine: Sequence[Tensor]) -> list[Tensor]:
+        """What each of the fine features (N, C_l, ...) adds to the first layer: (N, fc_dim, ...), without the bias."""
+        weights = self._layers[0].weight[:, : self.in_channels].split([level.shape[1] for level in fine], 1)
+        return [_project(level, weight) for level, weight in zip(fine, weights, strict=True)]
+
+    def coarse_shares(self, coarse: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
+        """What the coarse logits (N, num_classes, ...) add to each layer that takes them, one after the other."""
+        if not self.coarse_pred_each_layer:
+            yield _project(coarse, self._layers[0].weight[:, self.in_channels :])
+            return
+        for layer in self._layers:
+            yield _project(coarse, layer.weight[:, -self.num_classes :])
+        weight = self._predictor(labels)[0][..., -self.num_classes :]
+        if weight.dim() == 2:
+            yield _project(coarse, weight)
+        else:
+            yield (weight @ coarse.flatten(2)).unflatten(2, coarse.shape[2:])
+
+    def finish(self, fine: Tensor, coarse: Iterable[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The logits from what the fine features and the coarse logits add to the layers at points: (N, ..., P) each.
+
+        `coarse` is asked for each share when its layer is computed, so that none waits in memory.
+        """
+        shares = iter(coarse)
+        first, *layers = self._layers
+        x = (fine.mT + next(shares).mT).add_(first.bias).relu_()
+        for layer in layers:
+            x = self._add(F.linear(x, layer.weight[:, : self.fc_dim], layer.bias), shares).relu_()
+        weight, bias = self._predictor(labels)
+        weight = weight[..., : self.fc_dim]
+        y = F.linear(x, weight, bias) if weight.dim() == 2 else x @ weight.mT + bias[:, None]
+        return self._add(y, shares).mT
+
+    def _add(self, x: Tensor, shares: Iterator[Tensor]) -> Tensor:
+        return x.add_(next(shares).mT) if self.coarse_pred_each_layer else x
+
+    def _predictor(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight (K, C) and bias (K,) of the last layer, or (N, 1, C) and (N, 1) of the labels' classes."""
+        weight, bias = self.predictor.weight, self.predictor.bias
+        if labels is None or self.class_agnostic:
+            return weight, bias
+        # Where indexing would count a label of -1 from the end, this raises.
+        return weight.index_select(0, labels)[:, None], bias.index_select(0, labels)[:, None]

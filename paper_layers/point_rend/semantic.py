@@ -1,0 +1,180 @@
+"""PointRend for semantic segmentation: a coarse map of logits, refined from fine features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paper_layers.ops import _checks
+from paper_layers.ops.point_sample import point_sample
+from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
+from paper_layers.point_rend.head import PointRendHead
+from paper_layers.point_rend.subdivision import Size, Step, halvings, last, subdivide
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Mean cross-entropy of (N, K, ...) over the labels that count, zero if there are none; binary for one class."""
+    counted = labels != ignore_index
+    if logits.shape[1] == 1:
+        one = F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
+        total = one.where(counted, 0).sum()
+    else:
+        total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return total / counted.sum().clamp(min=1)
+
+
+class PointRendSemantic(nn.Module):
+    """Refine coarse semantic logits, of whatever network, at their uncertain points; the losses and the inference.
+
+    Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, sections 3 and 5. In training
+    the point head learns at points drawn where the coarse logits are unsure, and so do, through them, the coarse
+    network and the features. In inference the map is enlarged step by step, at most twofold each time, and of every
+    map the `subdivision_num_points` least sure pixels are predicted from the coarse logits and the features there.
+    The official code puts several feature maps behind one another as images in inference; here, as in training, their
+    channels are side by side. With one class the logits are binary, of label 1 against 0.
+
+    Args:
+        in_channels: Channels of the fine feature maps, all together.
+        num_classes: Channels of the coarse logits.
+        fc_dim: As in `PointRendHead`.
+        num_fc: As in `PointRendHead`.
+        coarse_pred_each_layer: As in `PointRendHead`.
+        num_points: Points of each image to train on.
+        oversample_ratio: As in `paper_layers.sample_uncertain_points`.
+        importance_sample_ratio: As in `paper_layers.sample_uncertain_points`.
+        subdivision_num_points: Pixels of each map to predict in inference.
+        ignore_index: The label that does not count.
+        device: Where the parameters are.
+        dtype: Their dtype.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or numbers do not fit.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.point_rend import PointRendSemantic
+        >>> refine = PointRendSemantic(in_channels=256, num_classes=19)
+        >>> coarse, features = torch.randn(2, 19, 8, 16), torch.randn(2, 256, 32, 64)
+        >>> refine(coarse, features, size=(128, 256)).shape
+        torch.Size([2, 19, 128, 256])
+        >>> losses = refine(coarse, features, target=torch.randint(19, (2, 128, 256)))
+        >>> list(losses)
+        ['loss_sem_seg', 'loss_sem_seg_point']
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        fc_dim: int = 256,
+        num_fc: int = 3,
+        coarse_pred_each_layer: bool = False,
+        num_points: int = 2048,
+        oversample_ratio: float = 3.0,
+        importance_sample_ratio: float = 0.75,
+        subdivision_num_points: int = 8192,
+        ignore_index: int = 255,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _checks.integer("num_points", num_points, 1)
+        _checks.integer("subdivision_num_points", subdivision_num_points, 1)
+        self.num_points, self.subdivision_num_points = num_points, subdivision_num_points
+        self.oversample_ratio, self.importance_sample_ratio = oversample_ratio, importance_sample_ratio
+        self.ignore_index = ignore_index
+        self.point_head = PointRendHead(
+            in_channels, num_classes, fc_dim, num_fc, coarse_pred_each_layer, device=device, dtype=dtype
+        )
+
+    def reset_parameters(self) -> None:
+        """Start again, as in the official code."""
+        self.point_head.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """What the point head does not show."""
+        return (
+            f"num_points={self.num_points}, oversample_ratio={self.oversample_ratio}, "
+            f"importance_sample_ratio={self.importance_sample_ratio}, "
+            f"subdivision_num_points={self.subdivision_num_points}, ignore_index={self.ignore_index}"
+        )
+
+    def forward(
+        self,
+        coarse: Tensor,
+        features: Tensor | Sequence[Tensor],
+        target: Tensor | None = None,
+        *,
+        size: Size | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Refine the logits, or compute the losses where there is a target.
+
+        Args:
+            coarse: Logits of shape (N, num_classes, h, w).
+            features: Maps of shape (N, C_l, h_l, w_l), one or a list of any sizes.
+            target: Labels, int64 of shape (N, H, W).
+            size: (height, width) of the refined map; any, wanted without a target. Where it is not larger than the
+                coarse map there is nothing to refine, and this is interpolated.
+            generator: What the points are drawn from; default torch's own.
+
+        Returns:
+            Logits of shape (N, num_classes, *size) in the dtype of `coarse`; or two losses: "loss_sem_seg", the coarse
+            logits' at the size of the target, and "loss_sem_seg_point". They are zero where no label counts.
+        """
+        if target is None:
+            if size is None:
+                raise ValueError("size: expected (height, width) where there is no target, got None")
+            return last(self.steps(coarse, features, size))
+        point_loss = self.point_loss(coarse, features, target, generator=generator)
+        full = F.interpolate(coarse, target.shape[1:], mode="bilinear", align_corners=False)
+        return {
+            "loss_sem_seg": segmentation_loss(full, target, self.ignore_index),
+            "loss_sem_seg_point": point_loss,
+        }
+
+    def steps(self, coarse: Tensor, features: Tensor | Sequence[Tensor], size: Size) -> Iterator[Step]:
+        """The refinement step by step, as `forward` does it: first the coarse map, last the map of this size."""
+        self._check(coarse)
+        height, width = _checks.pair("size", size, 1)
+        _, *sizes = halvings((height, width), (coarse.shape[2], coarse.shape[3]))
+        if not sizes and (height, width) != coarse.shape[2:]:
+            coarse = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
+        yield Step(coarse, None)
+        yield from subdivide(
+            coarse, sizes, self.subdivision_num_points, lambda points: self._predict(coarse, features, points)
+        )
+
+    def point_loss(
+        self,
+        coarse: Tensor,
+        features: Tensor | Sequence[Tensor],
+        target: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss at the points alone, for a host that computes the coarse one; arguments as in `forward`."""
+        self._check(coarse)
+        _checks.int64("target", target, coarse.shape[0], "H", "W")
+        points = sample_uncertain_points(
+            coarse,
+            self.num_points,
+            oversample_ratio=self.oversample_ratio,
+            importance_sample_ratio=self.importance_sample_ratio,
+            generator=generator,
+        )
+        labels = point_sample(target[:, None].to(torch.float32), points, mode="nearest")[:, 0].long()
+        return segmentation_loss(self._predict(coarse, features, points), labels, self.ignore_index)
+
+    def _predict(self, coarse: Tensor, features: Tensor | Sequence[Tensor], points: Tensor) -> Tensor:
+        return self.point_head(point_sample(features, points), point_sample(coarse, points))
+
+    def _check(self, coarse: Tensor) -> None:
+        _checks.floating("coarse", coarse)
+        classes = self.point_head.num_classes
+        if coarse.dim() != 4 or coarse.shape[1] != classes or 0 in coarse.shape[2:]:
+            raise ValueError(f"coarse: expected shape (N, {classes}, h, w) with pixels, got {tuple(coarse.shape)}")
