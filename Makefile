@@ -26,7 +26,9 @@ bench: $(KERNELS) $(PEERS)
 	$(BIN)/python -m benchmarks.micro.knn --json benchmarks/results/knn_cpu.json
 	$(BIN)/python -m benchmarks.micro.knn_growth --json benchmarks/results/knn_growth.json
 	$(BIN)/python -m benchmarks.micro.graph_conv --json benchmarks/results/graph_conv_cpu.json
+	$(BIN)/python -m benchmarks.micro.point_sample --json benchmarks/results/point_sample_cpu.json
 	$(BIN)/python -m benchmarks.micro.uncertain_points --json benchmarks/results/uncertain_points_cpu.json
+	$(BIN)/python -m benchmarks.micro.point_rend --json benchmarks/results/point_rend_cpu.json
 
 claims: $(KERNELS)
 	$(BIN)/python -m benchmarks.claims.lip
