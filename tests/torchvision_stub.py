@@ -58,6 +58,8 @@ def _roi_align(
         size = size.clamp(min=1.0)
     columns = _interpolation(corners[:, 0], size[:, 0], pooled_width, sampling_ratio, input.shape[3])
     rows = _interpolation(corners[:, 1], size[:, 1], pooled_height, sampling_ratio, input.shape[2])
+    if not len(input):
+        return input.new_empty(0, input.shape[1], pooled_height, pooled_width)
     parts = [(rois[:, 0] == image).nonzero()[:, 0] for image in range(len(input))]
     pooled = [torch.einsum("kph,chw,kqw->kcpq", rows[k], x, columns[k]) for k, x in zip(parts, input, strict=True)]
     return torch.cat(pooled)[torch.cat(parts).argsort()]

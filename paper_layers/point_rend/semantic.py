@@ -146,7 +146,7 @@ class PointRendSemantic(nn.Module):
             coarse = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
         yield Step(coarse, None)
         yield from subdivide(
-            coarse, sizes, self.subdivision_num_points, lambda points: self._predict(coarse, features, points)
+            coarse, sizes, self.subdivision_num_points, lambda points: self.predict(coarse, features, points)
         )
 
     def point_loss(
@@ -160,17 +160,22 @@ class PointRendSemantic(nn.Module):
         """The loss at the points alone, for a host that computes the coarse one; arguments as in `forward`."""
         self._check(coarse)
         _checks.int64("target", target, coarse.shape[0], "H", "W")
-        points = sample_uncertain_points(
+        points = self.draw(coarse, generator=generator)
+        labels = point_sample(target[:, None].to(torch.float32), points, mode="nearest")[:, 0].long()
+        return segmentation_loss(self.predict(coarse, features, points), labels, self.ignore_index)
+
+    def draw(self, coarse: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Points (N, num_points, 2) to train on, most of them where the coarse logits are unsure."""
+        return sample_uncertain_points(
             coarse,
             self.num_points,
             oversample_ratio=self.oversample_ratio,
             importance_sample_ratio=self.importance_sample_ratio,
             generator=generator,
         )
-        labels = point_sample(target[:, None].to(torch.float32), points, mode="nearest")[:, 0].long()
-        return segmentation_loss(self._predict(coarse, features, points), labels, self.ignore_index)
 
-    def _predict(self, coarse: Tensor, features: Tensor | Sequence[Tensor], points: Tensor) -> Tensor:
+    def predict(self, coarse: Tensor, features: Tensor | Sequence[Tensor], points: Tensor) -> Tensor:
+        """The point head's logits (N, num_classes, P) at points (N, P, 2)."""
         return self.point_head(point_sample(features, points), point_sample(coarse, points))
 
     def _check(self, coarse: Tensor) -> None:

@@ -9,5 +9,6 @@ and swap before DDP or FSDP wrap the model. When an error is raised, nothing has
 
 from paper_layers.swap.graph import graph_conv
 from paper_layers.swap.lip import LIPConv2d, pooling, strided_conv
+from paper_layers.swap.point_rend import pointrend
 
-__all__ = ["LIPConv2d", "graph_conv", "pooling", "strided_conv"]
+__all__ = ["LIPConv2d", "graph_conv", "pointrend", "pooling", "strided_conv"]

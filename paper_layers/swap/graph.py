@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from paper_layers.swap._surgery import Filter, select
+from paper_layers.swap._surgery import Filter, exactly, select
 
 
 def graph_conv(model: nn.Module, *, filter: Filter | None = None) -> nn.Module:
@@ -49,7 +47,7 @@ def graph_conv(model: nn.Module, *, filter: Filter | None = None) -> nn.Module:
     from paper_layers.deep_gcn import pyg
 
     ours = {host.EdgeConv: pyg.EdgeConv, host.DynamicEdgeConv: pyg.DynamicEdgeConv}
-    chosen: dict[Any, str] = select(model, "PyG EdgeConv or DynamicEdgeConv", tuple(ours), tuple(ours.values()), filter)
-    for conv in chosen:
+    wanted = "PyG EdgeConv or DynamicEdgeConv"
+    for conv in select(model, wanted, exactly(*ours), exactly(*ours.values()), filter):
         conv.__class__ = ours[type(conv)]
     return model

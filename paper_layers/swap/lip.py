@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from paper_layers.lip.pool import LIPPool2d, Logit
-from paper_layers.swap._surgery import Filter, M, become, called, placement, select
+from paper_layers.swap._surgery import Filter, M, become, called, exactly, placement, select, trial_run
 
-_GUESSED_SIZE = 224
 # What a pool may be told that LIP cannot do, and the values that ask for nothing.
 _UNSUPPORTED = {"dilation": (1, (1, 1), [1, 1]), "return_indices": (False,), "divisor_override": (None,)}
 
@@ -25,50 +20,20 @@ def _own(logit: Logit, placement: dict[str, Any]) -> Logit:
     return copy.deepcopy(logit).to(**placement) if isinstance(logit, nn.Module) else logit
 
 
-def _meta_copy(model: nn.Module, modules: Iterable[M]) -> tuple[nn.Module, dict[M, M]]:
-    """The model without data and hooks, and what has become of some of its modules."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for key, value in chain(vars(module).items(), module._parameters.items(), module._buffers.items()):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value.detach().to("meta")
-            elif "_hooks" in key:
-                memo[id(value)] = OrderedDict()
-    return copy.deepcopy(model, memo), {module: memo[id(module)] for module in modules}
-
-
-def _guess_input(model: nn.Module) -> Tensor:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            size = (2, module.in_channels, _GUESSED_SIZE, _GUESSED_SIZE)
-            return torch.empty(size, dtype=module.weight.dtype, device="meta")
-    raise ValueError("example_input: expected an input for a model that has no nn.Conv2d to guess one from, got None")
-
-
 def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: Any) -> dict[M, int]:
     """How many channels reach each module, by a run on the meta device: no data, no random numbers, no hooks.
 
     A run that breaks off after it has reached all of them (say at a linear layer of another image size) will do.
     """
-    args = _guess_input(model) if example_input is None else example_input
-    args = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), args)
     seen: dict[M, set[int]] = {module: set() for module in modules}
 
-    def watch(module: M) -> Callable[..., None]:
+    def watch(module: M, copied: M) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen[module].add((args[0] if args else kwargs["input"]).shape[-3])
 
-        return hook
+        copied.register_forward_pre_hook(hook, with_kwargs=True)
 
-    failure = None
-    try:
-        with torch.no_grad(), torch.device("meta"), torch.random.fork_rng([]), torch.compiler.set_stance("force_eager"):
-            twin, twins = _meta_copy(model, modules)
-            for module in modules:
-                twins[module].register_forward_pre_hook(watch(module), with_kwargs=True)
-            twin(*args) if isinstance(args, tuple) else twin(args)
-    except Exception as error:  # Any host may raise anything; it is reported below unless it came too late to matter.
-        failure = error
+    _, failure = trial_run(model, modules, example_input, watch)
     for module, name in modules.items():
         if not seen[module] and failure is not None:
             raise ValueError(
@@ -124,7 +89,8 @@ def pooling(
         >>> model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 16, 15, 15])
     """
-    pools = select(model, "nn.MaxPool2d or nn.AvgPool2d", (nn.MaxPool2d, nn.AvgPool2d), (LIPPool2d,), filter)
+    kinds = exactly(nn.MaxPool2d, nn.AvgPool2d)
+    pools = select(model, "nn.MaxPool2d or nn.AvgPool2d", kinds, exactly(LIPPool2d), filter)
     for pool, name in pools.items():
         for option, neutral in _UNSUPPORTED.items():
             value = getattr(pool, option, neutral[0])
@@ -226,7 +192,10 @@ def strided_conv(
         >>> model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 16, 16, 16])
     """
-    convs = select(model, "strided nn.Conv2d", (nn.Conv2d,), (LIPConv2d,), filter, lambda conv: max(conv.stride) > 1)
+    plain = exactly(nn.Conv2d)
+    convs = select(
+        model, "strided nn.Conv2d", lambda conv: plain(conv) and max(conv.stride) > 1, exactly(LIPConv2d), filter
+    )
     pools = [_stride_pool(conv, logit, bottleneck_width) for conv in convs]
     for conv, pool in zip(convs, pools, strict=True):
         conv.__class__ = LIPConv2d

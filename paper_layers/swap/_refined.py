@@ -1,0 +1,169 @@
+"""What PointRend adds to finished models: the classes that hosts become subclasses of."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from paper_layers.point_rend.mask import PointRendMask
+from paper_layers.point_rend.semantic import PointRendSemantic
+
+
+class Grafted(nn.Module):
+    """Comes before the host's own class in a class that `graft` makes; super() is the host."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the two classes: the one that is made of them cannot be found by its name."""
+        return (_blank, type(self).__bases__, *super().__reduce_ex__(max(protocol, 2))[2:])
+
+
+@functools.cache
+def graft(ours: Any, host: Any) -> Any:
+    """The host's class with ours before it."""
+    return type(f"PointRend{host.__name__}", (ours, host), {"__module__": ours.__module__, "__doc__": ours.__doc__})
+
+
+def _blank(ours: Any, host: Any) -> Any:
+    kind = graft(ours, host)
+    return kind.__new__(kind)
+
+
+class Tap:
+    """A forward hook that hands a module's output over to the model around it, while that one runs and no longer.
+
+    Each thread has its own. Of several calls the last counts.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.outputs: dict[int, Any] = {}
+        # Pickled with the hook, this keeps its number from being given to another one where it is loaded.
+        self.handle = module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if _thread() in self.outputs:
+            self.outputs[_thread()] = output
+
+    def open(self) -> None:
+        self.outputs[_thread()] = None
+
+    def close(self) -> Any:
+        return self.outputs.pop(_thread())
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def logits_of(output: Any) -> Any:
+    """The logits in what a semantic host returns."""
+    return output["out"] if isinstance(output, Mapping) and "out" in output else output
+
+
+class SemanticHost(Grafted):
+    """A segmentation model that refines its logits with PointRend; see `paper_layers.swap.pointrend`."""
+
+    point_rend: PointRendSemantic
+    _point_rend_taps: list[Tap]  # Of the coarse logits, and of the fine features.
+
+    def forward(self, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:
+        """What the host returns, with refined logits in evaluation, and those of points in training without target.
+
+        Args:
+            *args: The host's, and the keyword arguments as well.
+            target: Labels, int64 of shape (N, H, W): return the loss at points too, as "loss_point".
+        """
+        for tap in self._point_rend_taps:
+            tap.open()
+        try:
+            output = super().forward(*args, **kwargs)
+        finally:
+            coarse, *features = [tap.close() for tap in self._point_rend_taps]
+        logits = logits_of(output)
+        if not self.training:
+            refined = self.point_rend(coarse, features, size=tuple(logits.shape[2:]))
+        elif target is None:
+            refined = self._with_points(logits, coarse, features)
+        else:
+            refined = logits
+        if output is logits:
+            if target is None:
+                return refined
+            output = {}
+        output["out"] = refined
+        if target is not None:
+            output["loss_point"] = self.point_rend.point_loss(coarse, features, target)
+        return output
+
+    def _with_points(self, logits: Tensor, coarse: Tensor, features: list[Tensor]) -> Tensor:
+        """The map with the point head's logits at the pixels that points fall on."""
+        points = self.point_rend.draw(coarse)
+        height, width = logits.shape[2:]
+        x, y = ((p * n).long().clamp(max=n - 1) for p, n in zip(points.unbind(2), (width, height), strict=True))
+        points = torch.stack([(x + 0.5) / width, (y + 0.5) / height], 2)
+        values = self.point_rend.predict(coarse, features, points).to(logits.dtype)
+        fixed = values.detach()
+        weighted = fixed + (values - fixed) * (height * width / points.shape[1])
+        # Points on one pixel have one value there, and scatter's backward gives each of them the pixel's gradient: a
+        # pixel counts as often as it was drawn, as in the paper's loss.
+        index = (y * width + x)[:, None].expand_as(weighted)
+        return logits.flatten(2).scatter(2, index, weighted).unflatten(2, (height, width))
+
+
+class SequentialHost(SemanticHost):
+    """An nn.Sequential, whose forward calls what it holds one after the other, but not what we have added."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([module for name, module in self.named_children() if name != "point_rend"])
+
+
+class MaskHost(Grafted):
+    """torchvision's RoIHeads with the masks of PointRend; see `paper_layers.swap.pointrend`.
+
+    Its own mask branch is gone, so that it predicts boxes (and keypoints), for which the masks are then predicted.
+    """
+
+    point_rend: PointRendMask
+    _point_rend_level: str  # Name of the feature map.
+    _point_rend_samples: tuple[list[Tensor], ...] = ()  # Boxes, the numbers of their objects and labels.
+
+    def check_targets(self, targets: list[dict[str, Tensor]] | None) -> None:
+        """Ask for masks too."""
+        host = cast(Any, super())
+        host.check_targets(targets)
+        for number, target in enumerate(targets or ()):
+            if "masks" not in target:
+                raise ValueError(f"targets[{number}]: expected a key 'masks', got {', '.join(target)}")
+
+    def select_training_samples(self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None) -> Any:
+        """Remember the boxes that are trained on."""
+        host = cast(Any, super())
+        samples = host.select_training_samples(proposals, targets)
+        self._point_rend_samples = samples[:3]
+        return samples
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """As in torchvision."""
+        result, losses = super().forward(features, proposals, image_shapes, targets)
+        if self.training:
+            samples, self._point_rend_samples = self._point_rend_samples, ()
+            objects = [label > 0 for label in samples[2]]
+            boxes, matched, labels = ([x[some] for x, some in zip(part, objects, strict=True)] for part in samples)
+            masks = [target["masks"] for target in targets or ()]
+            losses.update(self.point_rend(features[self._point_rend_level], boxes, labels, masks, matched=matched))
+        else:
+            boxes, labels = ([found[key] for found in result] for key in ("boxes", "labels"))
+            masks = self.point_rend(features[self._point_rend_level], boxes, labels).sigmoid()
+            for found, some in zip(result, masks.split([len(box) for box in boxes]), strict=True):
+                found["masks"] = some
+        return result, losses

@@ -1,0 +1,222 @@
+"""Segmentation models become PointRend models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from paper_layers.point_rend.mask import PointRendMask
+from paper_layers.point_rend.semantic import PointRendSemantic
+from paper_layers.swap._refined import MaskHost, SemanticHost, SequentialHost, Tap, graft, logits_of
+from paper_layers.swap._surgery import Filter, placement, select, trial_run
+
+_WANTED = "torchvision FCN, DeepLabV3, LRASPP or Mask R-CNN (fine and coarse name the modules of another model)"
+_STRIDE = 4  # Of the paper's fine features.
+
+
+def pointrend(
+    model: nn.Module,
+    *,
+    fine: str | Sequence[str] | None = None,
+    coarse: str | None = None,
+    example_input: Any = None,
+    filter: Filter | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Turn a finished segmentation model into its PointRend version, which renders object borders sharply.
+
+    For Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020; `PointRendSemantic` and
+    `PointRendMask` have the method. The host keeps its parameters and its output's format, and gains `point_rend`.
+
+    A semantic model, torchvision's FCN, DeepLabV3 and LRASPP or any that is told by `fine` and `coarse`, returns a map
+    of logits, or a dict with one as "out" (torchvision's "aux" stays as it is), which is larger than the coarse logits:
+
+    - In evaluation the map is refined at its uncertain points, at its own size.
+    - In training P random points are drawn, most of them where the coarse logits are unsure, and moved to the centres
+      of the pixels of the map. There it holds the point head's logits, elsewhere the host's. The gradient of these
+      logits is multiplied by H * W / P, once for each point on the pixel: a loss that is a mean over all pixels
+      trains the point head, and what it reads, by the paper's mean over the points. So the host's own loop need not
+      change. The host's logits at these pixels have no loss of their own, and where labels are ignored, the share of
+      pixels that count stands for that of points.
+    - With ``model(images, target=labels)`` the dict gains "loss_point", the paper's loss at the points, to be added to
+      the host's on the coarse map: in training "out" is then the host's map, untouched. A map alone becomes a dict of
+      the two.
+
+    A torchvision Mask R-CNN loses its mask branch; the features are those of the first map that it read. In training
+    "loss_mask" is the loss of the coarse masks and "loss_mask_point" comes beside it; in inference masks of 224 x 224,
+    of each box's own class only, are pasted into the images as before.
+
+    Args:
+        model: Any module; changed in place, or what it holds of torchvision's models.
+        fine: The module, or modules, whose outputs are the fine features, by name. Default, for torchvision: the last
+            part of the backbone with stride 4.
+        coarse: The module whose output is the coarse logits. Where it is given, `model` itself is the host. Default,
+            for torchvision: "classifier".
+        example_input: A tensor, or a tuple of the host's arguments (of its backbone's for Mask R-CNN) for a run of a
+            copy on the meta device that finds the channels; only shapes and dtypes matter. Default: two images of
+            224 x 224 with the channels of the first `nn.Conv2d`.
+        filter: ``filter(module, name) -> bool``, which of torchvision's models to swap; default all.
+        **options: Further arguments of `PointRendSemantic` or `PointRendMask`: `num_points` and the like.
+
+    Returns:
+        `model`; unchanged if it is, or holds, a PointRend version and no other host that `filter` accepts.
+
+    Raises:
+        TypeError: `model` is not a module, names are not strings, or an option is unknown.
+        ValueError: Nothing to swap; no module of that name; outputs that are no maps or do not fit; the run failed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from paper_layers import swap
+        >>> encoder, head = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 5, 3, stride=4, padding=1)
+        >>> model = nn.Sequential(encoder, head, nn.Upsample(scale_factor=8, mode="bilinear"))
+        >>> model = swap.pointrend(model, fine="0", coarse="1", num_points=100)
+        >>> images, labels = torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64))
+        >>> nn.functional.cross_entropy(model(images), labels).backward()
+        >>> list(model(images, target=labels))
+        ['out', 'loss_point']
+        >>> model.eval()(images).shape
+        torch.Size([2, 5, 64, 64])
+    """
+    root = getattr(model, "_orig_mod", model)  # Of a compiled model.
+
+    def fits(module: nn.Module) -> bool:
+        return not _done(module) and (_of_torchvision(module) if coarse is None else module is root)
+
+    changes = []
+    for host, name in select(model, _WANTED, fits, _done, filter).items():
+        build = _masks if _has_masks(host) else _semantic
+        changes.append(build(host, fine, coarse, example_input, options, placement(model, name)))
+    for change in changes:
+        change()
+    return model
+
+
+def _done(module: nn.Module) -> bool:
+    return isinstance(module, SemanticHost | MaskHost)
+
+
+def _of_torchvision(module: nn.Module) -> bool:
+    return _inherits(module, "_SimpleSegmentationModel", "LRASPP") or _has_masks(module)
+
+
+def _has_masks(module: Any) -> bool:
+    return (
+        _inherits(module, "GeneralizedRCNN") and _inherits(module.roi_heads, "RoIHeads") and module.roi_heads.has_mask()
+    )
+
+
+def _inherits(module: nn.Module, *names: str) -> bool:
+    """Whether a class of torchvision's is among its own; without an import, as there may be no torchvision."""
+    kinds = type(module).__mro__
+    return any(kind.__module__.startswith("torchvision.models.") and kind.__name__ in names for kind in kinds)
+
+
+def _semantic(
+    host: Any, fine: Any, coarse: Any, example_input: Any, options: dict[str, Any], place: dict[str, Any]
+) -> Callable[[], None]:
+    """What turns a semantic model into its PointRend version, once it is called."""
+    head = _module(host, "coarse", "classifier" if coarse is None else coarse)
+    guess = fine is None and _of_torchvision(host)
+    if guess:
+        parts = list(host.backbone.children())
+    else:
+        parts = [_module(host, "fine", name) for name in ([fine] if isinstance(fine, str) else fine or ())]
+    if not parts:
+        raise ValueError(f"fine: expected names of modules in {type(host).__name__}, got {fine!r}")
+    output, calls = _run(host, [head, *parts], example_input)
+    logits = _map(f"the output of {type(host).__name__}", logits_of(output))
+    low = _map("coarse", calls[head][1])
+    if low.shape[1] != logits.shape[1]:
+        raise ValueError(f"coarse: expected {logits.shape[1]} channels, as the model's output has, got {low.shape[1]}")
+    if low.shape[2] >= logits.shape[2] and low.shape[3] >= logits.shape[3]:
+        raise ValueError(
+            f"coarse: expected a map smaller than the model's output, {tuple(logits.shape[2:])}, "
+            f"got {tuple(low.shape[2:])}"
+        )
+    if guess:
+        heights = {part: calls[part][1].shape[2] for part in parts if _is_map(calls[part][1])}
+        parts = [part for part, height in heights.items() if round(logits.shape[2] / height) == _STRIDE][-1:]
+    if not parts:
+        raise ValueError(
+            f"fine: expected names of modules where the backbone has nothing of stride {_STRIDE}, got None"
+        )
+    channels = sum(_map("fine", calls[part][1]).shape[1] for part in parts)
+    refine = PointRendSemantic(channels, low.shape[1], **options, **place)
+
+    def change() -> None:
+        ours = SequentialHost if isinstance(host, nn.Sequential) else SemanticHost
+        host.__class__ = graft(ours, host.__class__)
+        host.point_rend = refine.train(host.training)
+        host._point_rend_taps = [Tap(module) for module in (head, *parts)]
+
+    return change
+
+
+def _masks(
+    host: Any, fine: Any, coarse: Any, example_input: Any, options: dict[str, Any], place: dict[str, Any]
+) -> Callable[[], None]:
+    """What turns a Mask R-CNN into its PointRend version, once it is called."""
+    if fine is not None or coarse is not None:
+        raise ValueError(f"fine, coarse: expected None for {type(host).__name__}, got {fine!r}, {coarse!r}")
+    heads = host.roi_heads
+    level = heads.mask_roi_pool.featmap_names[0]
+    convs = [layer for layer in heads.mask_predictor.modules() if isinstance(layer, nn.Conv2d)]
+    if not convs:
+        raise ValueError("model: expected an nn.Conv2d that tells the classes in roi_heads.mask_predictor, got none")
+    maps, calls = _run(host.backbone, [host.backbone], example_input)
+    features = _map(f"the backbone's {level!r}", maps[level] if isinstance(maps, Mapping) else maps)
+    # A power of two, as in torchvision, whatever the padding.
+    scale = 2.0 ** round(math.log2(features.shape[2] / calls[host.backbone][0][0].shape[2]))
+    new = PointRendMask(features.shape[1], convs[-1].out_channels, scale, **options, **place)
+
+    def change() -> None:
+        heads.__class__ = graft(MaskHost, heads.__class__)
+        heads.point_rend = new.train(heads.training)
+        heads._point_rend_level = level
+        heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
+
+    return change
+
+
+def _run(host: nn.Module, modules: Sequence[nn.Module], example_input: Any) -> tuple[Any, dict[nn.Module, Any]]:
+    """The output of the host in a run on the meta device, and arguments and output of some modules there."""
+    calls: dict[nn.Module, Any] = dict.fromkeys(modules, ((), None))
+
+    def watch(module: nn.Module, copied: nn.Module) -> None:
+        copied.register_forward_hook(lambda _, args, output: calls.update({module: (args, output)}))
+
+    output, failure = trial_run(host, modules, example_input, watch)
+    if failure is not None:
+        raise ValueError(
+            f"example_input: expected an input that runs through {type(host).__name__} on the meta device, "
+            f"got {type(failure).__name__}: {failure}"
+        ) from failure
+    return output, calls
+
+
+def _module(host: nn.Module, argument: str, name: Any) -> nn.Module:
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected the name of a module, got {name!r}")
+    found = dict(host.named_modules(remove_duplicate=False)).get(name) if name else None
+    if found is None:
+        children = ", ".join(child for child, _ in host.named_children())
+        raise ValueError(
+            f"{argument}: expected the name of a module in {type(host).__name__} (it has {children}), got {name!r}"
+        )
+    return found
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+
+
+def _map(name: str, value: Any) -> Tensor:
+    if not _is_map(value):
+        got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a map (N, C, H, W) of floating numbers, got {got}")
+    return value
