@@ -1,4 +1,4 @@
-"""Train and test classifiers, several at once; the mean of a few runs and its interval."""
+"""Train and test models, several at once; the mean of a few runs and its interval."""
 
 from __future__ import annotations
 
@@ -12,18 +12,35 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
+
+from benchmarks.micro.harness import WORKER_ENVIRONMENT, environ
 
 # Inputs and labels, both indexed by a tensor of numbers; models answer with the classes' scores in the last dimension.
 Data = tuple[Any, Any]
 Result = TypeVar("Result")
+Loss = Callable[[Any, Any], Tensor]
 
 
 def train(
-    model: nn.Module, data: Data, steps: int, seed: int, batch_size: int = 32, progress: str | None = None
+    model: nn.Module,
+    data: Data,
+    steps: int,
+    seed: int,
+    batch_size: int = 32,
+    progress: str | None = None,
+    loss: Loss | None = None,
 ) -> None:
-    """AdamW with a one-cycle schedule; the seed alone decides the order of the batches. `progress` names a bar."""
+    """AdamW with a one-cycle schedule; the seed alone decides the order of the batches. `progress` names a bar.
+
+    The loss of inputs and labels is by default the cross-entropy of the model's answers.
+    """
+
+    def cross_entropy(inputs: Any, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs).flatten(0, -2), labels.flatten())
+
+    loss = loss or cross_entropy
     inputs, labels = data
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4)
@@ -31,9 +48,9 @@ def train(
     model.train()
     for _ in tqdm(range(steps), progress, unit="step", disable=progress is None):
         batch = torch.randint(len(inputs), (batch_size,), generator=generator)
-        loss = F.cross_entropy(model(inputs[batch]).flatten(0, -2), labels[batch].flatten())
+        value = loss(inputs[batch], labels[batch])
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
         schedule.step()
 
@@ -54,7 +71,8 @@ def accuracy(model: nn.Module, data: Data) -> float:
 def in_parallel(job: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], title: str) -> list[Result]:
     """The job's result for each tuple of arguments, one thread and one process a core, with a progress bar."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
+    workers = ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,))
+    with environ(WORKER_ENVIRONMENT), workers as pool:
         futures = [pool.submit(job, *values) for values in arguments]
         for future in tqdm(as_completed(futures), title, len(futures), unit="training"):
             future.result()  # An error ends it here.

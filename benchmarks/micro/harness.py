@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 Inputs = tuple[Any, ...]
 
-_WORKER_ENVIRONMENT = {
+WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",  # glibc: large tensors come from the heap ...
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),  # ... and the heap is kept.
     "KINETO_LOG_LEVEL": "99",  # The profiler that counts bytes is quiet.
@@ -203,7 +203,7 @@ class _Process:
         self.pipe, other = context.Pipe()
         arguments = (other, self.contender, self.threads)
         self.process = context.Process(target=_worker, args=arguments, daemon=True)
-        with _environment({**_WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.threads)}):
+        with environ({**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.threads)}):
             self.process.start()
         other.close()
 
@@ -224,7 +224,7 @@ class _Process:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environ(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,0 +1,256 @@
+"""PointRend's claim at small scale: maps refined at uncertain points are sharper than enlarged coarse ones.
+
+The same coarse network trained equally long (steps, batches, start) with three ways to the full size:
+
+- bilinear: the coarse logits are enlarged;
+- PointRend: they are refined at uncertain points, from features of half the size;
+- dense: the point head labels every pixel, in training and in inference: the same layers, the same parameters.
+
+What came out (benchmarks/results/claims_point_rend.json): PointRend is far above bilinear, above all at the
+borders. From dense prediction it does not differ by more than seeds do; that one takes 5 times as long
+to train and, for an image of 512 x 512 pixels, 3.5 times the time and 14 times the memory.
+
+    python -m benchmarks.claims.point_rend [--path PATH] [--seeds 3] [--steps 400] [--quick] [--json PATH]
+
+PATH is a folder with images/ and labels/ (see benchmarks/claims/scenes.py), or an npz of digits for the scenes, with
+images (N, 28, 28). How the cost grows with the size is in benchmarks/micro/point_rend.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.claims import scenes
+from benchmarks.claims.segmentation import Overlaps, Scores
+from benchmarks.claims.training import Data, in_parallel, mean_and_interval, parameter_count, train
+from benchmarks.environment import environment, save
+from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare
+from paper_layers.point_rend import PointRendHead, PointRendSemantic
+
+TRAIN, TEST = 800, 200  # Scenes.
+BATCH = 8
+FINE, HEAD = 16, 64  # Channels of the fine features and of the point head.
+TRAIN_POINTS, POINTS = 1024, 2048  # Of an image in training, and of a map in inference.
+DISTANCE = 2  # Pixels from a border that are near it.
+SIZES = (scenes.SIZE, 4 * scenes.SIZE)  # Of the images that inference is measured on.
+
+
+class Backbone(nn.Module):
+    """Coarse logits of an eighth of the image's size, and fine features of half of it."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        self.fine = nn.Sequential(_layer(channels, FINE, 2), _layer(FINE, FINE))
+        layers = [_layer(FINE, 32, 2), _layer(32, 32), _layer(32, 64, 2)]
+        layers += [_layer(64, 64, dilation=dilation) for dilation in (1, 2, 4)]
+        self.coarse = nn.Sequential(*layers, nn.Conv2d(64, classes, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        fine = self.fine(images)
+        return self.coarse(fine), fine
+
+
+def _layer(before: int, channels: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(before, channels, 3, stride, dilation, dilation, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+
+
+class Bilinear(nn.Module):
+    """From images (N, C, H, W) to logits (N, classes, H, W); `loss` is of images and labels."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        self.backbone = Backbone(channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _enlarged(self.backbone(images)[0], images)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return _cross_entropy(self(images), labels)
+
+
+class PointRend(Bilinear):
+    def __init__(self, channels: int, classes: int):
+        super().__init__(channels, classes)
+        points = {"num_points": TRAIN_POINTS, "subdivision_num_points": POINTS}
+        self.refine = PointRendSemantic(FINE, classes, HEAD, ignore_index=scenes.IGNORED, **points)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.refine(*self.backbone(images), size=images.shape[2:])
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return sum(self.refine(*self.backbone(images), target=labels).values())
+
+
+class Dense(Bilinear):
+    def __init__(self, channels: int, classes: int):
+        super().__init__(channels, classes)
+        self.head = PointRendHead(FINE, classes, HEAD, coarse_pred_each_layer=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._both(images)[1]
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        coarse, dense = self._both(images)
+        return _cross_entropy(coarse, labels) + _cross_entropy(dense, labels)
+
+    def _both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        coarse, fine = (_enlarged(maps, images) for maps in self.backbone(images))
+        return coarse, self.head(fine.flatten(2), coarse.flatten(2)).unflatten(2, images.shape[2:])
+
+
+def _enlarged(maps: Tensor, images: Tensor) -> Tensor:
+    return F.interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=scenes.IGNORED)
+
+
+WAYS: dict[str, type[Bilinear]] = {"bilinear": Bilinear, "PointRend": PointRend, "dense": Dense}
+OURS = "PointRend"
+
+
+def network(way: str, channels: int, classes: int) -> Bilinear:
+    return WAYS[way](channels, classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+# --- what comes out of training
+
+
+class Outcome(NamedTuple):
+    scores: Scores
+    seconds: float  # Of training.
+    parameters: int
+
+
+@functools.lru_cache(maxsize=1)
+def datasets(path: str | None, seed: int) -> tuple[Data, Data]:
+    """To train on, of this seed where scenes are made, and to test on, always the same."""
+    if path is not None and Path(path).is_dir():
+        return scenes.folder(path)
+    train_digits, test_digits = scenes.split(scenes.digits(path))
+    return scenes.scenes(train_digits, TRAIN, seed), scenes.scenes(test_digits, TEST, seed=10_000)
+
+
+@torch.no_grad()
+def scores(model: nn.Module, data: Data, classes: int) -> Scores:
+    model.eval()
+    overlaps = Overlaps(classes, DISTANCE, scenes.IGNORED)
+    for images, labels in zip(data[0].split(32), data[1].split(32), strict=True):
+        overlaps.add(model(images).argmax(1), labels)
+    return overlaps.scores()
+
+
+def run(way: str, seed: int, steps: int, path: str | None) -> Outcome:
+    train_data, test_data = datasets(path, seed)
+    classes = 1 + max(int(labels[labels != scenes.IGNORED].max()) for _, labels in (train_data, test_data))
+    torch.manual_seed(seed)
+    model = network(way, train_data[0].shape[1], classes)
+    start = time.perf_counter()
+    train(model, train_data, steps, seed, BATCH, loss=model.loss)
+    seconds = time.perf_counter() - start
+    return Outcome(scores(model, test_data, classes), seconds, parameter_count(model))
+
+
+# --- the cost of inference
+
+
+def _inputs(way: str, case: Case) -> Inputs:
+    side = case.params["side"]
+    model = network(way, 1, len(scenes.CLASSES)).eval()
+    if isinstance(model, PointRend):  # As many for each pixel of a border: these grow with the side.
+        model.refine.subdivision_num_points = POINTS * side // scenes.SIZE
+    return model, torch.rand(1, 1, side, side).contiguous(memory_format=torch.channels_last)
+
+
+def _infer(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images)
+
+
+def measure_inference(threads: int, sizes: tuple[int, ...]) -> list[Result]:
+    """One image at a time, untrained networks: what they answer does not change the cost."""
+    contenders = [
+        Contender(way, _infer, "ours" if way == OURS else "other", inputs=functools.partial(_inputs, way))
+        for way in WAYS
+    ]
+    cases = [Case({"side": side}, functools.partial(_inputs, OURS), 8 * side**2, backward=False) for side in sizes]
+    return compare(contenders, cases, threads, rounds=3)
+
+
+# --- reports
+
+
+def row(way: str, runs: list[Outcome], ours: list[Outcome]) -> dict[str, Any]:
+    """Mean and half of the 95 % interval of each score, and of what PointRend's is above it, seed by seed."""
+    found: dict[str, Any] = {"name": way, "parameters": runs[0].parameters}
+    found["train_seconds"] = statistics.median(outcome.seconds for outcome in runs)
+    for name in Scores._fields:
+        mine, reference = ([getattr(outcome.scores, name) for outcome in part] for part in (runs, ours))
+        mean, half = mean_and_interval(mine)
+        lead, lead_half = mean_and_interval([a - b for a, b in zip(reference, mine, strict=True)])
+        found[name] = {"values": mine, "mean": mean, "interval": half}
+        found[name] |= {"point_rend_minus_it": lead, "point_rend_minus_it_interval": lead_half}
+    return found
+
+
+def table(rows: list[dict[str, Any]], inference: list[Result]) -> str:
+    names = {"miou": "mIoU", "near": f"within {DISTANCE} pixels", "boundary": "boundary IoU"}
+    lines = [f"{'':10}" + "".join(f"{name:>20}{'PointRend -':>16}" for name in names.values())]
+    for found in rows:
+        line = f"{found['name']:10}"
+        for name in names:
+            score = found[name]
+            mean = f"{score['mean']:.1f} ± {score['interval']:.1f} %"
+            lead = f"{score['point_rend_minus_it']:+.1f} ± {score['point_rend_minus_it_interval']:.1f}"
+            line += f"{mean:>20}{'' if found['name'] == OURS else lead:>16}"
+        lines.append(line)
+    sides = sorted({r.params["side"] for r in inference})
+    lines += [
+        "",
+        f"{'':10}{'parameters':>11}{'training s':>11}" + "".join(f"{f'{s} x {s}: ms':>16}{'MB':>8}" for s in sides),
+    ]
+    for found in rows:
+        cost = {r.params["side"]: r for r in inference if r.contender == found["name"]}
+        line = f"{found['name']:10}{found['parameters']:11,}{found['train_seconds']:11.1f}"
+        lines.append(line + "".join(f"{1e3 * cost[s].median:16.1f}{cost[s].peak / 1e6:8.1f}" for s in sides))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", help="folder of images and label maps, or npz of digits; default scikit-learn's")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--quick", action="store_true", help="does it run, rather than what comes out")
+    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
+    options = parser.parse_args()
+    sizes = SIZES
+    if options.quick:
+        options.seeds, options.steps, sizes = 2, 10, SIZES[:1]
+
+    jobs = [(way, seed, options.steps, options.path) for seed in range(options.seeds) for way in WAYS]
+    outcomes = in_parallel(run, jobs, "claims of PointRend")
+    by_way = {way: outcomes[number :: len(WAYS)] for number, way in enumerate(WAYS)}
+    rows = [row(way, runs, by_way[OURS]) for way, runs in by_way.items()]
+    inference = measure_inference(1, sizes)
+    print(f"\n{table(rows, inference)}")
+    if options.json:
+        setup: dict[str, Any] = {"data": Path(options.path).name if options.path else "scikit-learn digits"}
+        setup |= {"train": TRAIN, "test": TEST, "steps": options.steps, "batch": BATCH, "seeds": options.seeds}
+        setup |= {"points_in_training": TRAIN_POINTS, "points_of_a_map": POINTS, "distance": DISTANCE}
+        setup |= {"threads_per_training": 1, "results": rows, "inference": as_dicts(inference)}
+        save(options.json, {"claim": (__doc__ or "").splitlines()[0], **environment(), **setup})
+
+
+if __name__ == "__main__":
+    main()
