@@ -66,6 +66,7 @@ class Contender:
     role: str  # "ours"; "peer": computes the same; "other": something else, for comparison; "limit".
     compiled: bool = False  # Run it through torch.compile.
     inputs: Callable[[Case], Inputs] | None = None  # In place of the case's.
+    keeps_heap: bool = True  # False: glibc's defaults, where tensors over 32 MB are mapped anew each time.
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,8 @@ class _Process:
         self.pipe, other = context.Pipe()
         arguments = (other, self.contender, self.threads)
         self.process = context.Process(target=_worker, args=arguments, daemon=True)
-        with environ({**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.threads)}):
+        kept = {n: v for n, v in WORKER_ENVIRONMENT.items() if self.contender.keeps_heap or "MALLOC" not in n}
+        with environ({**kept, "OMP_NUM_THREADS": str(self.threads)}):
             self.process.start()
         other.close()
 

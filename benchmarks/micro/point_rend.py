@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,11 @@ MASK_CONTENDERS = (
     Contender(OFFICIAL, mask_official, "peer", inputs=mask_inputs_planar),
     Contender(PLAIN, mask_plain, "peer"),
 )
+# As they run where nobody has told glibc to keep the heap.
+MASK_DEFAULTS = tuple(
+    replace(contender, name=f"{contender.name}, malloc's defaults", role="other", keeps_heap=False)
+    for contender in (MASK_CONTENDERS[0], *MASK_CONTENDERS[2:])
+)
 MASK_DENSE = Contender(f"{DENSE} at this size", mask_dense, "other")
 
 
@@ -189,7 +195,7 @@ def measure(device: str, threads: int, quick: bool) -> list[Result]:
     rounds = (2, 0.1) if quick else (5, 0.5)
     features = 4 * 256 * 200 * 304
     case = Case({"masks of": "boxes", "boxes": BOXES, "side": 224}, mask_inputs, features, False, device)
-    contenders = MASK_CONTENDERS if quick else (*MASK_CONTENDERS, MASK_DENSE)
+    contenders = (*MASK_CONTENDERS, *MASK_DEFAULTS, *(() if quick else (MASK_DENSE,)))
     results = compare(contenders, [case], threads, *rounds, limit=MASK_LIMIT)
     moved = 2 * 4 * 19 * 1024 * 2048
     case = Case({"map": "semantic", "coarse": (1, 19, 256, 512), "steps": 2}, semantic_inputs, moved, False, device)
