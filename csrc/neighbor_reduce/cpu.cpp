@@ -14,8 +14,9 @@
 namespace paper_layers {
 namespace {
 
-std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& input, const Tensor& index, std::string reduce) {
-  const NeighborReduceProblem problem = neighbor_reduce_problem("input", input, index, reduce);
+std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& input, const Tensor& index, std::string reduce,
+                                           bool relative) {
+  const NeighborReduceProblem problem = neighbor_reduce_problem("input", input, index, reduce, relative);
   const Tensor x = torch::stable::contiguous(input), i = torch::stable::contiguous(index);
   check_index(i.const_data_ptr<int64_t>(), i.numel(), problem.rows);
   const std::vector<int64_t> shape = {problem.nodes, problem.channels}, none = {0};
@@ -32,8 +33,8 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& input, const Tensor& in
 }
 
 Tensor neighbor_reduce_backward(const Tensor& grad, const Tensor& index, const Tensor& arg, int64_t rows,
-                                std::string reduce) {
-  const NeighborReduceProblem problem = neighbor_reduce_backward_problem(grad, index, arg, rows, reduce);
+                                std::string reduce, bool relative) {
+  const NeighborReduceProblem problem = neighbor_reduce_backward_problem(grad, index, arg, rows, reduce, relative);
   const ScalarType dtype = accumulation_dtype(grad.scalar_type());
   const Tensor g = torch::stable::contiguous(torch::stable::to(grad, dtype)), i = torch::stable::contiguous(index),
                a = torch::stable::contiguous(arg);

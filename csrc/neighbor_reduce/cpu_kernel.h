@@ -28,9 +28,9 @@ PAPER_LAYERS_INLINE void store_numbers(int32_t* to, BitLanes lanes, Full) {
   std::memcpy(to, &numbers, sizeof(numbers));
 }
 
-// The largest or smallest, and the column of the first of these; NaN is beyond all others.
+// The largest or smallest, and the column of the first of these; NaN is beyond all others. Less `own`, if not null.
 template <bool largest, typename T>
-void extreme(const Neighbours<T>& from, int64_t channels, T* output, int32_t* arg) {
+void extreme(const Neighbours<T>& from, int64_t channels, const T* own, T* output, int32_t* arg) {
   using V = Vec<Accumulator<T>>;
   const int64_t count = from.rows.size();
   cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
@@ -43,19 +43,21 @@ void extreme(const Neighbours<T>& from, int64_t channels, T* output, int32_t* ar
       best = V(better ? x.lanes : best.lanes);
       column = better ? from.columns[r] - typename V::BitLanes{} : column;
     }
+    if (own != nullptr) best = best - V(load(own + c, lanes));
     store(output + c, best, lanes);
     store_numbers(arg + c, column, lanes);
   });
 }
 
 template <typename T>
-void total(const Neighbours<T>& from, int64_t channels, bool mean, T* output) {
+void total(const Neighbours<T>& from, int64_t channels, const T* own, bool mean, T* output) {
   using V = Vec<Accumulator<T>>;
-  const V divisor(static_cast<Accumulator<T>>(mean ? from.rows.size() : 1));
+  const V count(static_cast<Accumulator<T>>(from.rows.size()));
   cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
     V sum = load(from.rows[0] + c, lanes);
     for (size_t r = 1; r < from.rows.size(); ++r) sum = sum + load(from.rows[r] + c, lanes);
-    store(output + c, sum / divisor, lanes);
+    if (own != nullptr) sum = sum - count * V(load(own + c, lanes));
+    store(output + c, mean ? sum / count : sum, lanes);
   });
 }
 
@@ -66,16 +68,17 @@ void neighbor_reduce(const NeighborReduceProblem& problem, const T* input, const
     Neighbours<T> from;
     for (int64_t i = begin; i < end; ++i) {
       from.select(input, channels, index + i * k, k);
+      const T* own = problem.relative ? input + i * channels : nullptr;
       T* out = output + i * channels;
       if (from.rows.empty()) {
         std::fill_n(out, channels, T(0));
         if (problem.has_arg()) std::fill_n(arg + i * channels, channels, -1);
       } else if (problem.reduce == Reduce::max) {
-        extreme<true>(from, channels, out, arg + i * channels);
+        extreme<true>(from, channels, own, out, arg + i * channels);
       } else if (problem.reduce == Reduce::min) {
-        extreme<false>(from, channels, out, arg + i * channels);
+        extreme<false>(from, channels, own, out, arg + i * channels);
       } else {
-        total(from, channels, problem.reduce == Reduce::mean, out);
+        total(from, channels, own, problem.reduce == Reduce::mean, out);
       }
     }
   });
@@ -88,28 +91,36 @@ void neighbor_reduce_backward(const NeighborReduceProblem& problem, const T* gra
   constexpr int64_t line = 64 / sizeof(T);
   const int64_t channels = problem.channels, k = problem.k;
   torch::stable::parallel_for(0, (channels + line - 1) / line, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * line, last = std::min(channels, end * line);
-    for (int64_t row = 0; row < problem.rows; ++row) {
-      std::fill_n(grad_input + row * channels + first, last - first, T(0));
-    }
+    const int64_t first = begin * line, last = std::min(channels, end * line), size = last - first;
+    for (int64_t row = 0; row < problem.rows; ++row) std::fill_n(grad_input + row * channels + first, size, T(0));
+    // Where each column's gradient goes; that of a neighbour that is missing goes nowhere.
+    Scratch<T> nowhere(channels);
+    std::vector<T*> rows(k);
     for (int64_t i = 0; i < problem.nodes; ++i) {
       const T* from = grad + i * channels;
+      T* own = grad_input + i * channels;
+      int64_t count = 0;
+      for (int64_t column = 0; column < k; ++column) {
+        const int64_t row = index[i * k + column];
+        rows[column] = row < 0 ? nowhere.data() : grad_input + row * channels;
+        count += row >= 0;
+      }
+      if (count == 0) continue;
       if (problem.has_arg()) {
         for (int64_t c = first; c < last; ++c) {
-          const int64_t column = arg[i * channels + c];
-          if (column < 0 || column >= k || index[i * k + column] < 0) continue;
-          grad_input[index[i * k + column] * channels + c] += from[c];
+          const uint64_t column = arg[i * channels + c];
+          T* to = column < static_cast<uint64_t>(k) ? rows[column] : nowhere.data();
+          to[c] += from[c];
         }
+        for (int64_t c = first; problem.relative && c < last; ++c) own[c] -= from[c];
         continue;
       }
-      int64_t count = 0;
-      for (int64_t column = 0; column < k; ++column) count += index[i * k + column] >= 0;
       const T divisor = problem.reduce == Reduce::mean ? T(count) : T(1);
-      for (int64_t column = 0; column < k; ++column) {
-        if (index[i * k + column] < 0) continue;
-        T* to = grad_input + index[i * k + column] * channels;
+      for (T* to : rows) {
+        if (to == nowhere.data()) continue;
         for (int64_t c = first; c < last; ++c) to[c] += from[c] / divisor;
       }
+      for (int64_t c = first; problem.relative && c < last; ++c) own[c] -= from[c] * (T(count) / divisor);
     }
   });
 }

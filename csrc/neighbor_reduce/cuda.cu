@@ -20,8 +20,9 @@
 namespace paper_layers {
 namespace {
 
-std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor& any_index, std::string reduce) {
-  const NeighborReduceProblem problem = neighbor_reduce_problem("input", any_input, any_index, reduce);
+std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor& any_index, std::string reduce,
+                                           bool relative) {
+  const NeighborReduceProblem problem = neighbor_reduce_problem("input", any_input, any_index, reduce, relative);
   const int32_t device = any_input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor input = torch::stable::contiguous(any_input), index = torch::stable::contiguous(any_index);
@@ -39,11 +40,11 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor
       if (problem.has_arg()) {
         for_each_index<typename R::Index>(
             count, device,
-            Extreme<T, R>{rows, neighbours, problem.reduce == Reduce::max, packs<T, V>(input),
+            Extreme<T, R>{rows, neighbours, problem.reduce == Reduce::max, relative, packs<T, V>(input),
                           mutable_packs<T, V>(output), mutable_packs<int32_t, V>(arg)});
       } else {
         for_each_index<typename R::Index>(count, device,
-                                          Total<T, R>{rows, neighbours, problem.reduce == Reduce::mean,
+                                          Total<T, R>{rows, neighbours, problem.reduce == Reduce::mean, relative,
                                                       packs<T, V>(input), mutable_packs<T, V>(output)});
       }
     });
@@ -52,9 +53,9 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor
 }
 
 Tensor neighbor_reduce_backward(const Tensor& any_grad, const Tensor& any_index, const Tensor& any_arg, int64_t rows,
-                                std::string reduce) {
+                                std::string reduce, bool relative) {
   const NeighborReduceProblem problem =
-      neighbor_reduce_backward_problem(any_grad, any_index, any_arg, rows, reduce);
+      neighbor_reduce_backward_problem(any_grad, any_index, any_arg, rows, reduce, relative);
   const int32_t device = any_grad.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor grad = torch::stable::contiguous(any_grad), index = torch::stable::contiguous(any_index),
@@ -64,13 +65,13 @@ Tensor neighbor_reduce_backward(const Tensor& any_grad, const Tensor& any_index,
   if (grad_input.numel() == 0) return grad_input;
   const RowOfEdge row_of{index.const_data_ptr<int64_t>()};
   const ReverseTable reverse = reverse_table(grad, index.numel(), rows, row_of);
-  const bool mean = problem.reduce == Reduce::mean;
+  const bool counted = problem.reduce == Reduce::mean || (relative && !problem.has_arg());
   const Tensor counts = torch::stable::new_empty(grad, nodes, accumulation_dtype(grad.scalar_type()));
   with_dtype(grad.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    A* count = mean ? counts.mutable_data_ptr<A>() : nullptr;
-    if (mean) for_each_index<int64_t>(problem.nodes, device, CountNeighbours<A>{row_of.index, problem.k, count});
+    A* count = counted ? counts.mutable_data_ptr<A>() : nullptr;
+    if (counted) for_each_index<int64_t>(problem.nodes, device, CountNeighbours<A>{row_of.index, problem.k, count});
     const int64_t largest = std::max(grad_input.numel(), index.numel());
     with_rows<T>(largest, problem.channels, {grad, arg, grad_input}, [&](auto packed) {
       using R = decltype(packed);
@@ -78,6 +79,8 @@ Tensor neighbor_reduce_backward(const Tensor& any_grad, const Tensor& any_index,
       const Gather<T, R> body{packed,
                               Divider<typename R::Index>(std::max<int64_t>(problem.k, 1)),
                               problem.k,
+                              problem.reduce == Reduce::mean,
+                              relative,
                               reverse.edge_data(),
                               reverse.start_data(),
                               packs<T, V>(grad),

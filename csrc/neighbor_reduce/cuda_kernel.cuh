@@ -17,7 +17,7 @@ struct Extreme {
 
   R shape;
   NeighbourRows neighbours;
-  bool largest;
+  bool largest, relative;
   const Pack<T, V>* input;
   Pack<T, V>* output;
   Pack<int32_t, V>* arg;
@@ -37,8 +37,10 @@ struct Extreme {
         }
       }
     });
+    // Where one channel has a neighbour, all have.
+    const Pack<T, V> own = relative && column[0] >= 0 ? input[index] : Pack<T, V>{};
     Pack<T, V> result;
-    for (int v = 0; v < V; ++v) result[v] = static_cast<T>(best[v]);
+    for (int v = 0; v < V; ++v) result[v] = static_cast<T>(best[v] - A(own[v]));
     output[index] = result;
     arg[index] = column;
   }
@@ -53,7 +55,7 @@ struct Total {
 
   R shape;
   NeighbourRows neighbours;
-  bool mean;
+  bool mean, relative;
   const Pack<T, V>* input;
   Pack<T, V>* output;
 
@@ -66,13 +68,14 @@ struct Total {
       ++count;
     });
     const A divisor = mean && count > 0 ? A(count) : A(1);
+    const Pack<T, V> own = relative && count > 0 ? input[index] : Pack<T, V>{};
     Pack<T, V> result;
-    for (int v = 0; v < V; ++v) result[v] = static_cast<T>(sum[v] / divisor);
+    for (int v = 0; v < V; ++v) result[v] = static_cast<T>((sum[v] - A(count) * A(own[v])) / divisor);
     output[index] = result;
   }
 };
 
-// Over how many neighbours each node's mean is taken.
+// How many neighbours each node has.
 template <typename A>
 struct CountNeighbours {
   const int64_t* index;
@@ -96,11 +99,12 @@ struct Gather {
   R shape;
   Divider<Index> by_k;
   int64_t k;
+  bool mean, relative;
   const int64_t* edges;
   const int64_t* starts;
   const Pack<T, V>* grad;
   const Pack<int32_t, V>* arg;  // of the largest or smallest, or null
-  const A* counts;              // of the mean, or null
+  const A* counts;              // of neighbours, where they matter, or null
   Pack<T, V>* grad_input;
 
   C10_DEVICE void operator()(Index index) const {
@@ -115,9 +119,15 @@ struct Gather {
         const Pack<int32_t, V> chosen = arg[node * shape.packs + pack];
         for (int v = 0; v < V; ++v) sum[v] += chosen[v] == column ? A(g[v]) : A(0);
       } else {
-        const A divisor = counts != nullptr ? counts[node] : A(1);
+        const A divisor = mean ? counts[node] : A(1);
         for (int v = 0; v < V; ++v) sum[v] += A(g[v]) / divisor;
       }
+    }
+    if (relative) {
+      const Pack<T, V> g = grad[index];
+      const Pack<int32_t, V> chosen = arg != nullptr ? arg[index] : Pack<int32_t, V>{};
+      const A times = arg != nullptr ? A(1) : mean ? A(counts[row] > 0) : counts[row];
+      for (int v = 0; v < V; ++v) sum[v] -= chosen[v] >= 0 ? times * A(g[v]) : A(0);
     }
     Pack<T, V> result;
     for (int v = 0; v < V; ++v) result[v] = static_cast<T>(sum[v]);

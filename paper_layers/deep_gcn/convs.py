@@ -185,13 +185,17 @@ class MRConv(_PerceptronConv):
     """
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        relative = (neighbor_reduce(x, index, "max") - x) * (index >= 0).any(-1, keepdim=True)
-        return self.nn(torch.cat([x, relative], -1), ptr)
+        return self._combine(x, neighbor_reduce(x, index, "max", relative=True), ptr)
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
         source, target = edge_index
-        relative = _scatter(x[source] - x[target], target, len(x), "max")
-        return self.nn(torch.cat([x, relative], -1), ptr)
+        return self._combine(x, _scatter(x[source] - x[target], target, len(x), "max"), ptr)
+
+    def _combine(self, x: Tensor, relative: Tensor, ptr: Tensor | None) -> Tensor:
+        # The linear layer on both side by side, without putting them there.
+        own, difference = self.nn.linear.weight.chunk(2, 1)
+        z = F.linear(x, own, self.nn.linear.bias) + F.linear(relative, difference)
+        return self.nn.drop(self.nn.activate_and_normalize(z, ptr), ptr)
 
 
 class GINConv(_PerceptronConv):

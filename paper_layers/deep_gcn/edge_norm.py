@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers.ops.edge_conv import edge_conv
@@ -29,6 +30,17 @@ def frozen_statistics() -> Iterator[None]:
         yield
     finally:
         _frozen.depth -= 1
+
+
+def _is_frozen() -> bool:
+    return getattr(_frozen, "depth", 0) > 0
+
+
+def batch_norm(norm: nn.BatchNorm1d, rows: Tensor) -> Tensor:
+    """Normalise rows; the running statistics stay where they are frozen."""
+    if norm.training and _is_frozen():
+        return F.batch_norm(rows, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+    return norm(rows)
 
 
 def max_over_edges(
@@ -117,7 +129,7 @@ def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) 
     else:
         if isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized():
             mean, var, count = _of_all_ranks(mean, var, count, norm.process_group)
-        if norm.running_mean is not None and not getattr(_frozen, "depth", 0):
+        if norm.running_mean is not None and not _is_frozen():
             _follow(norm, mean.detach(), var.detach(), count)
     scale = (var + norm.eps).rsqrt()
     if not norm.affine:

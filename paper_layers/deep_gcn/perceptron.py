@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, max_over_edges
+from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, max_over_edges
 from paper_layers.ops import _checks
 
 Act = Literal["relu", "leakyrelu", "prelu"]
@@ -102,8 +102,14 @@ class Perceptron(nn.Module):
 
     def activate_and_normalize(self, z: Tensor, ptr: Tensor | None = None) -> Tensor:
         """All that follows the linear layer, without dropout."""
+        act = self.act or nn.Identity()
         if self.norm is None and not self.instance:
-            return z if self.act is None else self.act(z)
+            return act(z)
+        if isinstance(self.norm, nn.BatchNorm1d):
+            rows = z.flatten(0, -2)
+            act_first = self.order == "act_norm"
+            rows = batch_norm(self.norm, act(rows)) if act_first else act(batch_norm(self.norm, rows))
+            return rows.view(z.shape)
         # Every row is a node with one edge, to a neighbour that is zero.
         rows = z if self.instance else z.flatten(0, -2)
         index = torch.zeros((1,) * rows.dim(), dtype=torch.int64, device=z.device).expand(*rows.shape[:-1], 1)

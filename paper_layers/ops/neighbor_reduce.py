@@ -19,7 +19,7 @@ def _gathered(input: Tensor, index: Tensor, column: int) -> tuple[Tensor, Tensor
     return input[index[:, column].clamp(min=0)], index[:, column, None] >= 0
 
 
-def _reference(input: Tensor, index: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
+def _reference(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(input.dtype, torch.float32)
     shape = (index.shape[0], input.shape[1])
     output = input.new_zeros(shape, dtype=dtype)
@@ -28,8 +28,11 @@ def _reference(input: Tensor, index: Tensor, reduce: str) -> tuple[Tensor, Tenso
         for column in columns:
             rows, there = _gathered(input, index, column)
             output = output + rows.to(dtype).where(there, 0)
+        count = (index >= 0).sum(1, keepdim=True)
+        if relative:
+            output = output - (count * input.to(dtype)).where(count > 0, 0)
         if reduce == "mean":
-            output = output / (index >= 0).sum(1, keepdim=True).clamp(min=1)
+            output = output / count.clamp(min=1)
         return output.to(input.dtype), index.new_empty(0, dtype=torch.int32)
     arg = index.new_full(shape, -1, dtype=torch.int32)
     for column in columns:
@@ -38,34 +41,41 @@ def _reference(input: Tensor, index: Tensor, reduce: str) -> tuple[Tensor, Tenso
         # The first of equals; NaN counts as beyond all others, as in torch.
         better = there & ((arg < 0) | better | (rows.isnan() & ~output.isnan()))
         output, arg = rows.to(dtype).where(better, output), arg.where(~better, column)
+    if relative:
+        output = (output - input).where(arg >= 0, 0)
     return output.to(input.dtype), arg
 
 
-def _fake(input: Tensor, index: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
+def _fake(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
     shape = (index.shape[0], input.shape[1])
     return input.new_empty(shape), index.new_empty(shape if reduce in ("max", "min") else 0, dtype=torch.int32)
 
 
-def _backward_reference(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str) -> Tensor:
+def _backward_reference(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool) -> Tensor:
     dtype = torch.promote_types(grad.dtype, torch.float32)
     result = grad.new_zeros(rows, grad.shape[1], dtype=dtype)
     weight = grad.to(dtype)
+    count = (index >= 0).sum(1, keepdim=True)
     if reduce == "mean":
-        weight = weight / (index >= 0).sum(1, keepdim=True).clamp(min=1)
+        weight = weight / count.clamp(min=1)
     for column in range(index.shape[1] if rows else 0):
         there = index[:, column, None] >= 0
         part = weight.where(there & (arg == column) if reduce in ("max", "min") else there, 0)
         result = result.index_add(0, index[:, column].clamp(min=0), part)
+    if relative:
+        result = result - weight * (count if reduce in ("sum", "mean") else count > 0)
     return result.to(grad.dtype)
 
 
-def _backward_fake(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str) -> Tensor:
+def _backward_fake(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool) -> Tensor:
     return grad.new_empty(rows, grad.shape[1])
 
 
-_reduce_op = define("neighbor_reduce(Tensor input, Tensor index, str reduce) -> (Tensor, Tensor)", _reference, _fake)
+_reduce_op = define(
+    "neighbor_reduce(Tensor input, Tensor index, str reduce, bool relative) -> (Tensor, Tensor)", _reference, _fake
+)
 _backward_op = define(
-    "neighbor_reduce_backward(Tensor grad, Tensor index, Tensor arg, SymInt rows, str reduce) -> Tensor",
+    "neighbor_reduce_backward(Tensor grad, Tensor index, Tensor arg, SymInt rows, str reduce, bool relative) -> Tensor",
     _backward_reference,
     _backward_fake,
 )
@@ -73,43 +83,43 @@ _backward_op = define(
 
 class _NeighborReduce(torch.autograd.Function):
     @staticmethod
-    def forward(input: Tensor, index: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
-        return _reduce_op(input, index, reduce)
+    def forward(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
+        return _reduce_op(input, index, reduce, relative)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, index, ctx.reduce = inputs
+        input, index, *ctx.settings = inputs
         ctx.rows = input.shape[0]
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(index, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _NeighborReduceBackward.apply(grad, *ctx.saved_tensors, ctx.rows, ctx.reduce), None, None
+        grad_input = _NeighborReduceBackward.apply(grad, *ctx.saved_tensors, ctx.rows, *ctx.settings)
+        return grad_input, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, index: Tensor, reduce: str) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, index: Tensor, reduce: str, relative: bool) -> Any:
         # Copies side by side, each with its own rows.
         input, index = (
             t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
             for t, d in zip((input, index), in_dims, strict=False)
         )
-        output, arg = _NeighborReduce.apply(input.flatten(0, 1), flat_index(index, input.shape[1]), reduce)
+        rows = flat_index(index, input.shape[1])
+        output, arg = _NeighborReduce.apply(input.flatten(0, 1), rows, reduce, relative)
         split = (info.batch_size, index.shape[1])
-        return (output.unflatten(0, split), arg.unflatten(0, split) if arg.dim() == 2 else arg.expand(split[0], 0)), (
-            0,
-            0,
-        )
+        arg = arg.unflatten(0, split) if arg.dim() == 2 else arg.expand(split[0], 0)
+        return (output.unflatten(0, split), arg), (0, 0)
 
 
 class _NeighborReduceBackward(torch.autograd.Function):
     @staticmethod
-    def forward(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str) -> Tensor:
-        return _backward_op(grad, index, arg, rows, reduce)
+    def forward(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool) -> Tensor:
+        return _backward_op(grad, index, arg, rows, reduce, relative)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, index, arg, _, ctx.reduce = inputs
+        _, index, arg, _, ctx.reduce, ctx.relative = inputs
         ctx.save_for_backward(index, arg)
 
     @staticmethod
@@ -117,13 +127,23 @@ class _NeighborReduceBackward(torch.autograd.Function):
         # The reduction is linear once the choice is made.
         index, arg = ctx.saved_tensors
         if ctx.reduce in ("sum", "mean"):
-            return _NeighborReduce.apply(grad, index, ctx.reduce)[0], None, None, None, None
-        chosen = index.gather(1, arg.clamp(min=0).long())
-        return grad.gather(0, chosen.clamp(min=0)).where(arg >= 0, 0), None, None, None, None
+            chosen = _NeighborReduce.apply(grad, index, ctx.reduce, ctx.relative)[0]
+        else:
+            rows = index.gather(1, arg.clamp(min=0).long())
+            chosen = grad.gather(0, rows.clamp(min=0))
+            chosen = (chosen - grad if ctx.relative else chosen).where(arg >= 0, 0)
+        return chosen, None, None, None, None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str
+        info: Any,
+        in_dims: tuple[Any, ...],
+        grad: Tensor,
+        index: Tensor,
+        arg: Tensor,
+        rows: int,
+        reduce: str,
+        relative: bool,
     ) -> Any:
         grad, index, arg = (
             t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
@@ -131,19 +151,19 @@ class _NeighborReduceBackward(torch.autograd.Function):
         )
         arg = arg.flatten(0, 1) if arg.dim() == 3 else arg[0]
         result = _NeighborReduceBackward.apply(
-            grad.flatten(0, 1), flat_index(index, rows), arg, info.batch_size * rows, reduce
+            grad.flatten(0, 1), flat_index(index, rows), arg, info.batch_size * rows, reduce, relative
         )
         return result.unflatten(0, (info.batch_size, rows)), 0
 
 
-def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max") -> Tensor:
-    r"""Reduce the rows of each node's neighbours, without storing them.
+def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relative: bool = False) -> Tensor:
+    r"""Reduce the rows of each node's neighbours, or their differences to its own, without storing them.
 
-    .. math:: y_i = \max_{j \in \mathcal{N}(i)} x_j
+    .. math:: y_i = \max_{j \in \mathcal{N}(i)} x_j \quad \text{or} \quad
+              y_i = \max_{j \in \mathcal{N}(i)} (x_j - x_i)
 
-    The aggregation of graph convolutions, equation 2 of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as
-    CNNs?", ICCV 2019. For max-relative features, ``neighbor_reduce(x, index) - x`` equals the maximum of the
-    differences bit by bit.
+    The aggregation of graph convolutions, equations 2 and 4 of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as
+    Deep as CNNs?", ICCV 2019. The largest of the differences is the difference of the largest bit by bit.
 
     Args:
         input: Features of shape (N, C) or (B, N, C); float32, float64, bfloat16 or float16.
@@ -151,6 +171,7 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max") -> Tensor
             -1 is no neighbour.
         reduce: "max", "min", "sum" or "mean". Of equal values the first takes the gradient; half types are summed in
             float32.
+        relative: Reduce the differences to the node's own row; M is N.
 
     Returns:
         Features of shape (M, C) or (B, M, C); 0 where a node has no neighbours.
@@ -173,7 +194,9 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max") -> Tensor
     _checks.same_device("index", index, "input", input)
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce: expected one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    if relative and index.shape[-2] != input.shape[-2]:
+        raise ValueError(f"index: expected {input.shape[-2]} rows with relative, got {index.shape[-2]}")
     if input.dim() == 2:
-        return _NeighborReduce.apply(input, index, reduce)[0]
-    output = _NeighborReduce.apply(input.flatten(0, 1), flat_index(index, input.shape[1]), reduce)[0]
-    return output.unflatten(0, index.shape[:2])
+        return _NeighborReduce.apply(input, index, reduce, relative)[0]
+    rows = flat_index(index, input.shape[1])
+    return _NeighborReduce.apply(input.flatten(0, 1), rows, reduce, relative)[0].unflatten(0, index.shape[:2])

@@ -13,22 +13,23 @@ from tests.ops.battery import Case, OpBattery, by_dtype
 REDUCTIONS = ("max", "min", "sum", "mean")
 
 
-def formula(input: Tensor, index: Tensor, reduce: str = "max") -> Tensor:
+def formula(input: Tensor, index: Tensor, reduce: str = "max", relative: bool = False) -> Tensor:
     """All neighbours' rows side by side, then the reduction."""
     if input.dim() == 3:
-        return torch.stack([formula(x, i, reduce) for x, i in zip(input, index, strict=True)])
+        return torch.stack([formula(x, i, reduce, relative) for x, i in zip(input, index, strict=True)])
     there = index[..., None] >= 0
     if len(input) == 0 or index.shape[1] == 0:
         return input.new_zeros(len(index), input.shape[1]) + 0 * input.nan_to_num(0, 0, 0).sum()
     rows = input[index.clamp(min=0)]
+    values = rows - input[:, None] if relative else rows
     if reduce in ("sum", "mean"):
-        total = rows.where(there, 0).sum(1)
+        total = values.where(there, 0).sum(1)
         return total / there.sum(1).clamp(min=1) if reduce == "mean" else total
     key = rows.where(there, -torch.inf if reduce == "max" else torch.inf).detach()
     best = key.amax(1, keepdim=True) if reduce == "max" else key.amin(1, keepdim=True)
     found = there & ((key == best) | (key.isnan() & best.isnan()))
     first = found & (found.cumsum(1) == 1)
-    return rows.where(first, 0).sum(1)
+    return values.where(first, 0).sum(1)
 
 
 def features(*shape: int, seed: int = 0) -> Tensor:
@@ -42,7 +43,9 @@ def table(*shape: int, rows: int, seed: int = 0) -> Tensor:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    rows, nodes = draw(st.integers(0, 60)), draw(st.integers(0, 60))
+    relative = draw(st.booleans())
+    rows = draw(st.integers(0, 60))
+    nodes = rows if relative else draw(st.integers(0, 60))
     k, channels = draw(st.integers(0, 20)), draw(st.sampled_from([0, 1, 3, 8, 17, 40, 100]))
     seed = draw(st.integers(0, 2**20))
     input, index = features(rows, channels, seed=seed), table(nodes, k, rows=rows, seed=seed)
@@ -52,7 +55,8 @@ def cases(draw: st.DrawFn) -> Case:
         lambda x: torch.where(x > 2, torch.nan, x),
         lambda x: torch.where(x > 1, torch.inf, -torch.inf),
     ]
-    input = draw(st.sampled_from(change))(input)
+    # The difference of infinities is NaN, which is not in their order.
+    input = draw(st.sampled_from(change[:3] if relative else change))(input)
     layout = draw(st.sampled_from(["contiguous", "transposed", "expanded", "batch"]))
     if layout == "transposed":
         input, index = input.mT.contiguous().mT, index.mT.contiguous().mT
@@ -61,7 +65,7 @@ def cases(draw: st.DrawFn) -> Case:
     elif layout == "batch":
         input = torch.stack([input, input.flip(0)])
         index = torch.stack([index, table(nodes, k, rows=rows, seed=seed + 1)])
-    return Case((input,), {"index": index, "reduce": draw(st.sampled_from(REDUCTIONS))})
+    return Case((input,), {"index": index, "reduce": draw(st.sampled_from(REDUCTIONS)), "relative": relative})
 
 
 def call(**change: Any) -> Any:
@@ -94,6 +98,7 @@ class TestNeighborReduce(OpBattery):
         ),
         "device": (call(index=table(8, 4, rows=10).to("meta")), ValueError, "index: .*cpu, got meta"),
         "reduce": (call(reduce="median"), ValueError, "reduce: expected one of max, min, sum, mean, got 'median'"),
+        "centres": (call(relative=True), ValueError, "index: expected 10 rows with relative, got 8"),
         "out of bounds": (call(index=torch.full((8, 4), 10)), RuntimeError, "index: expected rows below 10, got 10"),
     }
 
@@ -104,17 +109,20 @@ class TestNeighborReduce(OpBattery):
             Case((features(2, 6, 3),), {"index": table(2, 8, 3, rows=6), "reduce": "min"}),
             Case((features(9, 4),), {"index": table(7, 4, rows=9), "reduce": "sum"}),
             Case((features(9, 4),), {"index": table(7, 4, rows=9), "reduce": "mean"}),
+            Case((features(8, 5),), {"index": table(8, 4, rows=8), "reduce": "max", "relative": True}),
+            Case((features(2, 6, 3),), {"index": table(2, 6, 2, rows=6), "reduce": "sum", "relative": True}),
         ]
 
     @staticmethod
     def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
         input, index, reduce = case.tensors[0], case.options["index"], case.options["reduce"]
+        relative = case.options.get("relative", False)
         if input.dim() == 3:
             input, index = input[0], index[0]
-        output, arg = torch.ops.paper_layers.neighbor_reduce(input, index, reduce)
+        output, arg = torch.ops.paper_layers.neighbor_reduce(input, index, reduce, relative)
         return {
-            "neighbor_reduce": (input, index, reduce),
-            "neighbor_reduce_backward": (torch.ones_like(output), index, arg, len(input), reduce),
+            "neighbor_reduce": (input, index, reduce, relative),
+            "neighbor_reduce_backward": (torch.ones_like(output), index, arg, len(input), reduce, relative),
         }
 
 
@@ -125,18 +133,19 @@ def test_differences_to_the_centre(channels: int, dtype: torch.dtype) -> None:
     x = features(200, channels).to(dtype)
     index, _ = knn(x, k=9)
     expected = (x[index] - x[:, None]).amax(1)
-    assert torch.equal(neighbor_reduce(x, index) - x, expected)
+    assert torch.equal(neighbor_reduce(x, index, relative=True), expected)
 
 
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_same_for_any_number_of_threads(reduce: str) -> None:
+def test_same_for_any_number_of_threads(reduce: str, relative: bool) -> None:
     threads = torch.get_num_threads()
     x, index = features(3000, 70).requires_grad_(), table(3000, 20, rows=40)  # many edges into few nodes
     results = []
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            output = neighbor_reduce(x, index, reduce)
+            output = neighbor_reduce(x, index, reduce, relative=relative)
             results.append((output, *torch.autograd.grad(output.square().sum(), x)))
     finally:
         torch.set_num_threads(threads)
@@ -146,5 +155,5 @@ def test_same_for_any_number_of_threads(reduce: str) -> None:
 def test_backward_ignores_columns_that_do_not_exist() -> None:
     arg = torch.tensor([[0, 7, -5], [1, 1, 2]], dtype=torch.int32)
     index = torch.tensor([[1, 0], [2, -1]])
-    result = torch.ops.paper_layers.neighbor_reduce_backward(torch.ones(2, 3), index, arg, 3, "max")
+    result = torch.ops.paper_layers.neighbor_reduce_backward(torch.ones(2, 3), index, arg, 3, "max", False)
     assert result.tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]

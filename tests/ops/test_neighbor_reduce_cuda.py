@@ -39,18 +39,18 @@ LAYOUTS = {
 }
 
 
-def _check(input: Tensor, index: Tensor, grad: Tensor, reduce: str) -> None:
+def _check(input: Tensor, index: Tensor, grad: Tensor, reduce: str, relative: bool = False) -> None:
     """Forward, chosen columns and backward."""
-    output, arg = forward(input, index, reduce)
-    gradient = backward(grad, index, arg, len(input), reduce)
+    output, arg = forward(input, index, reduce, relative)
+    gradient = backward(grad, index, arg, len(input), reduce, relative)
     x, i, g = input.cpu().double(), index.cpu(), grad.cpu().double()
-    expected, chosen = op._reference(x, i, reduce)
+    expected, chosen = op._reference(x, i, reduce, relative)
     assert torch.equal(arg.cpu(), chosen)
     tolerance = TOLERANCE[input.dtype]
     degree = int(i[i >= 0].bincount().max()) if bool((i >= 0).any()) else 1
     pairs = {
         "output": (output, expected, max(1, index.shape[1])),
-        "gradient": (gradient, op._backward_reference(g, i, chosen, len(input), reduce), degree),
+        "gradient": (gradient, op._backward_reference(g, i, chosen, len(input), reduce, relative), degree),
     }
     for name, (got, want, terms) in pairs.items():
         assert (got.dtype, got.device) == (input.dtype, input.device)
@@ -74,8 +74,9 @@ def _table(*shape: int, rows: int, seed: int = 0) -> Tensor:
 
 
 @st.composite
-def _problems(draw: Any) -> tuple[Tensor, Tensor, Tensor, str]:
-    rows, nodes, k = draw(st.integers(0, 60)), draw(st.integers(0, 60)), draw(st.integers(0, 20))
+def _problems(draw: Any) -> tuple[Tensor, Tensor, Tensor, str, bool]:
+    rows, k, relative = draw(st.integers(0, 60)), draw(st.integers(0, 20)), draw(st.booleans())
+    nodes = rows if relative else draw(st.integers(0, 60))
     channels = draw(st.sampled_from([0, 1, 2, 3, 4, 8, 17, 40, 100]))
     dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**31))
     change = draw(
@@ -94,7 +95,7 @@ def _problems(draw: Any) -> tuple[Tensor, Tensor, Tensor, str]:
     index = _table(nodes, k, rows=draw(st.integers(0, rows)), seed=seed)
     if draw(st.booleans()):
         index = index.mT.contiguous().mT
-    return input, index, grad, draw(st.sampled_from(op.REDUCTIONS))
+    return input, index, grad, draw(st.sampled_from(op.REDUCTIONS)), relative
 
 
 @pytest.mark.parametrize("name", ["neighbor_reduce", "neighbor_reduce_backward"])
@@ -146,15 +147,15 @@ def test_many_edges_into_one_row(reduce: str) -> None:
 @pytest.mark.parametrize("reduce", op.REDUCTIONS)
 def test_backward_is_deterministic(reduce: str) -> None:
     input, index = _random(500, 33), _table(4000, 20, rows=500)
-    output, arg = forward(input, index, reduce)
-    first, second = (backward(output, index, arg, 500, reduce) for _ in range(2))
+    output, arg = forward(input, index, reduce, False)
+    first, second = (backward(output, index, arg, 500, reduce, False) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_backward_ignores_columns_that_do_not_exist() -> None:
     arg = torch.tensor([[0, 7, -5], [1, 1, 2]], dtype=torch.int32, device=DEVICE)
     index = torch.tensor([[1, 0], [2, -1]], device=DEVICE)
-    result = backward(torch.ones(2, 3, device=DEVICE), index, arg, 3, "max")
+    result = backward(torch.ones(2, 3, device=DEVICE), index, arg, 3, "max", False)
     assert result.tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
 
 
@@ -170,24 +171,24 @@ def test_gradients(reduce: str) -> None:
 def test_opcheck(dtype: torch.dtype, reduce: str) -> None:
     tests = ("test_schema", "test_faketensor")
     input, index = _random(9, 8, dtype=dtype), _table(7, 4, rows=9)
-    output, arg = forward(input, index, reduce)
-    torch.library.opcheck(forward.default, (input, index, reduce), test_utils=tests)
-    torch.library.opcheck(backward.default, (output, index, arg, 9, reduce), test_utils=tests)
+    output, arg = forward(input, index, reduce, False)
+    torch.library.opcheck(forward.default, (input, index, reduce, False), test_utils=tests)
+    torch.library.opcheck(backward.default, (output, index, arg, 9, reduce, False), test_utils=tests)
 
 
 def test_bad_arguments_are_refused_before_memory_is_touched() -> None:
     x, i = _random(9, 4), _table(7, 3, rows=9)
-    out, arg = forward(x, i, "max")
+    out, arg = forward(x, i, "max", False)
     for name, call in {
-        "input: expected two dimensions": lambda: forward(x[0], i, "max"),
-        "index: expected int64": lambda: forward(x, i.int(), "max"),
-        "index: expected the device": lambda: forward(x, i.cpu(), "max"),
-        "reduce: expected": lambda: forward(x, i, "median"),
-        "not implemented for 'Int'": lambda: forward(x.int(), i, "max"),
-        "grad: expected the rows": lambda: backward(out[:3], i, arg, 9, "max"),
-        "arg: expected int32": lambda: backward(out, i, arg[:, :2], 9, "max"),
-        "arg: expected the device": lambda: backward(out, i, arg.cpu(), 9, "max"),
-        "rows: expected": lambda: backward(out, i, arg, -1, "max"),
+        "input: expected two dimensions": lambda: forward(x[0], i, "max", False),
+        "index: expected int64": lambda: forward(x, i.int(), "max", False),
+        "index: expected the device": lambda: forward(x, i.cpu(), "max", False),
+        "reduce: expected": lambda: forward(x, i, "median", False),
+        "not implemented for 'Int'": lambda: forward(x.int(), i, "max", False),
+        "grad: expected the rows": lambda: backward(out[:3], i, arg, 9, "max", False),
+        "arg: expected int32": lambda: backward(out, i, arg[:, :2], 9, "max", False),
+        "arg: expected the device": lambda: backward(out, i, arg.cpu(), 9, "max", False),
+        "rows: expected": lambda: backward(out, i, arg, -1, "max", False),
     }.items():
         with pytest.raises(RuntimeError, match=name):
             call()
@@ -196,8 +197,8 @@ def test_bad_arguments_are_refused_before_memory_is_touched() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        "torch.ops.paper_layers.neighbor_reduce(x, i, 'max')",
-        "torch.ops.paper_layers.neighbor_reduce_backward(x[:8], i, i.int()[:, :0], 10, 'sum')",
+        "torch.ops.paper_layers.neighbor_reduce(x, i, 'max', False)",
+        "torch.ops.paper_layers.neighbor_reduce_backward(x[:8], i, i.int()[:, :0], 10, 'sum', False)",
     ],
 )
 def test_rows_out_of_range_are_an_assertion(call: str) -> None:
@@ -221,8 +222,8 @@ def test_runs_on_the_current_stream() -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)  # the reduction must wait for what comes before it on its own stream
         x.fill_(1.0)
-        output, arg = forward(x, index, "max")
-        gradient = backward(output, index, arg, len(x), "max")
+        output, arg = forward(x, index, "max", False)
+        gradient = backward(output, index, arg, len(x), "max", False)
     stream.synchronize()
     assert torch.equal(output, torch.ones_like(output))
     torch.testing.assert_close(gradient.sum(), torch.tensor(float(output.numel()), device=DEVICE))
@@ -233,8 +234,8 @@ def test_graph_capture(reduce: str) -> None:
     x, index = _random(200, 16), _table(150, 9, rows=200)
 
     def step() -> tuple[Tensor, ...]:
-        output, arg = forward(x, index, reduce)
-        return output, arg, backward(output, index, arg, len(x), reduce)
+        output, arg = forward(x, index, reduce, False)
+        return output, arg, backward(output, index, arg, len(x), reduce, False)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -266,10 +267,10 @@ def test_more_elements_than_32_bits_count(reduce: str) -> None:
     x = torch.empty(rows, channels, device=DEVICE, dtype=torch.float16).normal_()
     assert x.numel() > 2**31
     index = _table(rows, 2, rows=rows)
-    output, arg = forward(x, index, reduce)
-    gradient = backward(output, index, arg, rows, reduce)
+    output, arg = forward(x, index, reduce, False)
+    gradient = backward(output, index, arg, rows, reduce, False)
     # The last channels by themselves go the way of 32 bits.
     part = x[:, -8:].contiguous()
-    last, last_arg = forward(part, index, reduce)
+    last, last_arg = forward(part, index, reduce, False)
     assert torch.equal(output[:, -8:], last)
-    torch.testing.assert_close(gradient[:, -8:], backward(last, index, last_arg, rows, reduce))
+    torch.testing.assert_close(gradient[:, -8:], backward(last, index, last_arg, rows, reduce, False))
