@@ -14,6 +14,7 @@ from paper_layers.ops._soft_triple_chunks import Chunks, check, compute_dtype, r
 from paper_layers.ops._vmap import one_by_one
 
 
+@torch.no_grad()
 def _forward(
     embeddings: Tensor,
     centers: Tensor,
@@ -50,7 +51,7 @@ def _forward_fake(
     regularized: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, (classes, count, _) = len(embeddings), centers.shape
+    rows, (classes, count, _) = embeddings.shape[0], centers.shape
     shapes = [[rows], [rows], [], [classes, count], [classes, count, count] if regularized else [0]]
     logsumexp, target, distance, inverse, pull = (
         embeddings.new_empty(shape, dtype=compute_dtype(embeddings, centers)) for shape in shapes
@@ -58,6 +59,7 @@ def _forward_fake(
     return logsumexp, target, distance, inverse, pull
 
 
+@torch.no_grad()
 def _backward(
     grad_logsumexp: Tensor,
     grad_target: Tensor,
@@ -122,7 +124,7 @@ def _formula(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op returns, likewise."""
     la, gamma, margin, regularized, _ = options
-    own = torch.arange(len(centers), device=labels.device) == labels[:, None]
+    own = torch.arange(centers.shape[0], device=labels.device) == labels[:, None]
     logits = relaxed_logits(embeddings, centers, la, gamma) - la * margin * own
     distance = logits.new_zeros(())
     if regularized:

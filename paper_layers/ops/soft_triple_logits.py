@@ -13,6 +13,7 @@ from paper_layers.ops._soft_triple_chunks import Chunks, check, compute_dtype, r
 from paper_layers.ops._vmap import one_by_one
 
 
+@torch.no_grad()
 def _logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_size: int) -> tuple[Tensor, Tensor]:
     chunks = Chunks(embeddings, centers, chunk_size)
     logits = chunks.unit.new_empty(len(embeddings), len(centers))
@@ -27,10 +28,11 @@ def _logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_
 def _logits_fake(
     embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    rows, (classes, count, _), dtype = len(embeddings), centers.shape, compute_dtype(embeddings, centers)
+    rows, (classes, count, _), dtype = embeddings.shape[0], centers.shape, compute_dtype(embeddings, centers)
     return embeddings.new_empty(rows, classes, dtype=dtype), embeddings.new_empty(classes, count, dtype=dtype)
 
 
+@torch.no_grad()
 def _logits_backward(
     grad: Tensor, embeddings: Tensor, centers: Tensor, inverse: Tensor, la: float, gamma: float, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
