@@ -22,10 +22,11 @@ void with_dtype(const Tensor& tensor, Function function) {
 }
 
 Tensor empty(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape); }
+Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 
 std::tuple<Tensor, Tensor, Tensor> soft_triple_centers(const Tensor& any_centers, bool distances) {
   const SoftTripleCenters problem = soft_triple_centers_problem(any_centers, distances);
-  const Tensor centers = torch::stable::contiguous(any_centers);
+  const Tensor centers = dense(any_centers);
   const int64_t classes = problem.classes, count = problem.centers;
   Tensor inverse = empty(centers, {classes, count}), distance = empty(centers, {});
   Tensor pull = distances ? empty(centers, {classes, count, count}) : empty(centers, {0});
@@ -41,8 +42,8 @@ void soft_triple_add_centers(Tensor grad, const Tensor& any_centers, const Tenso
                              const Tensor& any_projection, const Tensor& any_pull, const Tensor& grad_distance) {
   const SoftTripleCenters problem =
       soft_triple_add_centers_problem(grad, any_centers, any_inverse, any_projection, any_pull, grad_distance);
-  const Tensor centers = torch::stable::contiguous(any_centers), inverse = torch::stable::contiguous(any_inverse),
-               projection = torch::stable::contiguous(any_projection), pull = torch::stable::contiguous(any_pull);
+  const Tensor centers = dense(any_centers), inverse = dense(any_inverse),
+               projection = dense(any_projection), pull = dense(any_pull);
   with_dtype(centers, [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_add_centers(problem, centers.const_data_ptr<A>(), inverse.const_data_ptr<A>(),
@@ -56,7 +57,7 @@ std::tuple<Tensor, Tensor> soft_triple_chunk_forward(const Tensor& scores, const
                                                      double margin) {
   const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
   check_labels(any_labels, chunk, scores);
-  const Tensor inverse = torch::stable::contiguous(any_inverse), labels = torch::stable::contiguous(any_labels);
+  const Tensor inverse = dense(any_inverse), labels = dense(any_labels);
   Tensor logsumexp = empty(scores, {chunk.rows}), target = empty(scores, {chunk.rows});
   with_dtype(scores, [&](auto element) {
     using A = decltype(element);
@@ -71,12 +72,7 @@ Tensor soft_triple_chunk_backward(Tensor scores, const Tensor& any_inverse, cons
                                   const Tensor& any_logsumexp, const Tensor& any_grad_logsumexp,
                                   const Tensor& any_grad_target, double la, double gamma, double margin) {
   const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
-  check_labels(any_labels, chunk, scores);
-  const std::vector<int64_t> batch = {chunk.rows};
-  check_tensor("logsumexp", any_logsumexp, batch, scores);
-  check_tensor("grad_logsumexp", any_grad_logsumexp, batch, scores);
-  check_tensor("grad_target", any_grad_target, batch, scores);
-  const auto dense = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
+  check_chunk_backward(any_labels, any_logsumexp, any_grad_logsumexp, any_grad_target, chunk, scores);
   const Tensor inverse = dense(any_inverse), labels = dense(any_labels), logsumexp = dense(any_logsumexp),
                grad_logsumexp = dense(any_grad_logsumexp), grad_target = dense(any_grad_target);
   Tensor projection = empty(scores, {chunk.classes, chunk.centers});
@@ -92,7 +88,7 @@ Tensor soft_triple_chunk_backward(Tensor scores, const Tensor& any_inverse, cons
 
 Tensor soft_triple_similarity(const Tensor& scores, const Tensor& any_inverse, double gamma) {
   const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
-  const Tensor inverse = torch::stable::contiguous(any_inverse);
+  const Tensor inverse = dense(any_inverse);
   Tensor similarity = empty(scores, {chunk.classes, chunk.rows});
   with_dtype(scores, [&](auto element) {
     using A = decltype(element);
@@ -107,7 +103,7 @@ Tensor soft_triple_similarity_backward(Tensor scores, const Tensor& any_inverse,
   const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
   const std::vector<int64_t> shape = {chunk.classes, chunk.rows};
   check_tensor("grad", any_grad, shape, scores);
-  const Tensor inverse = torch::stable::contiguous(any_inverse), grad = torch::stable::contiguous(any_grad);
+  const Tensor inverse = dense(any_inverse), grad = dense(any_grad);
   Tensor projection = empty(scores, {chunk.classes, chunk.centers});
   with_dtype(scores, [&](auto element) {
     using A = decltype(element);

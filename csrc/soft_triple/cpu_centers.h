@@ -34,7 +34,7 @@ PAPER_LAYERS_INLINE void products(const A* row, const A* others, int64_t channel
   for (int64_t i = 0; i < count; ++i) to[i] = total_of(sums[i].lanes);
 }
 
-// The lengths of the centers of a class in the diagonal of its products (K, K), and what is below it.
+// The products of the centers of a class (K, K) below the diagonal and in it, or only in it.
 template <typename A>
 void gram(const SoftTripleCenters& problem, const A* centers, A* to) {
   const int64_t K = problem.centers, channels = problem.channels;
@@ -44,27 +44,6 @@ void gram(const SoftTripleCenters& problem, const A* centers, A* to) {
     for (; k + kGroup <= j + 1; k += kGroup) products<kGroup>(row, centers + k * channels, channels, to + j * K + k);
     for (; k <= j; ++k) products<1>(row, centers + k * channels, channels, to + j * K + k);
   }
-}
-
-// One class: `gram` becomes its pull, which times the centers is the gradient of the sum of distances.
-template <typename A>
-double distances(int64_t K, const A* inverse, A* gram) {
-  double sum = 0;
-  std::vector<A> own(K);
-  for (int64_t j = 0; j < K; ++j) {
-    for (int64_t k = 0; k < j; ++k) {
-      const A cosine = gram[j * K + k] * inverse[j] * inverse[k];
-      const A squared = 2 - 2 * cosine;
-      const A distance = std::sqrt((squared < 0 ? A(0) : squared) + A(kRoot));
-      const A slope = -1 / distance;
-      sum += distance;
-      own[j] += slope * cosine;
-      own[k] += slope * cosine;
-      gram[j * K + k] = gram[k * K + j] = slope * inverse[j] * inverse[k];
-    }
-  }
-  for (int64_t j = 0; j < K; ++j) gram[j * K + j] = -inverse[j] * inverse[j] * own[j];
-  return sum;
 }
 
 template <typename A>
@@ -78,11 +57,8 @@ void soft_triple_centers(const SoftTripleCenters& problem, const A* centers, A* 
     for (int64_t c = first; c < last; ++c) {
       A* products = problem.distances ? pull + c * problem.pairs() : scratch.data();
       gram(problem, centers + c * problem.class_size(), products);
-      for (int64_t k = 0; k < K; ++k) {
-        const A square = products[k * K + k];
-        inverse[c * K + k] = square <= A(kShortestSquared) ? A(0) : 1 / std::sqrt(square);
-      }
-      if (problem.distances) sum += distances(K, inverse + c * K, products);
+      for (int64_t k = 0; k < K; ++k) inverse[c * K + k] = inverse_length(products[k * K + k]);
+      if (problem.distances) sum += distances_of_class(K, inverse + c * K, products);
     }
     sums[first / kClassBlock] = sum;
   });

@@ -1,7 +1,11 @@
 // The argument checks of SoftTriple's ops and the problems that follow from them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <vector>
+
+#include <torch/headeronly/macros/Macros.h>
 
 #include "common/checks.h"
 
@@ -20,7 +24,7 @@ inline void check_tensor(const char* name, const Tensor& tensor, IntHeaderOnlyAr
 struct SoftTripleChunk {
   int64_t classes, centers, rows;
 
-  int64_t scores_per_class() const { return centers * rows; }
+  C10_HOST_DEVICE int64_t scores_per_class() const { return centers * rows; }
 };
 
 inline SoftTripleChunk soft_triple_chunk(const Tensor& scores, const Tensor& inverse) {
@@ -39,6 +43,15 @@ inline void check_labels(const Tensor& labels, const SoftTripleChunk& chunk, con
   check_same_device("labels", labels, "scores", scores);
 }
 
+inline void check_chunk_backward(const Tensor& labels, const Tensor& logsumexp, const Tensor& grad_logsumexp,
+                                 const Tensor& grad_target, const SoftTripleChunk& chunk, const Tensor& scores) {
+  check_labels(labels, chunk, scores);
+  const std::vector<int64_t> batch = {chunk.rows};
+  check_tensor("logsumexp", logsumexp, batch, scores);
+  check_tensor("grad_logsumexp", grad_logsumexp, batch, scores);
+  check_tensor("grad_target", grad_target, batch, scores);
+}
+
 // The loss's numbers, as the kernels take them.
 template <typename A>
 struct SoftTripleFactors {
@@ -53,12 +66,41 @@ struct SoftTripleCenters {
   int64_t classes, centers, channels;
   bool distances;
 
-  int64_t class_size() const { return centers * channels; }
-  int64_t pairs() const { return centers * centers; }
+  C10_HOST_DEVICE int64_t class_size() const { return centers * channels; }
+  C10_HOST_DEVICE int64_t pairs() const { return centers * centers; }
 };
 
+// One over the length of a center, and 0 of one that counts as zero.
+template <typename A>
+C10_HOST_DEVICE A inverse_length(A square) {
+  return square <= A(kShortestSquared) ? A(0) : 1 / std::sqrt(square);
+}
+
+// One class: products of its centers (K, K), below the diagonal and in it, become its pull, which times the centers is
+// the gradient of the sum of their distances, the result.
+template <typename A>
+C10_HOST_DEVICE double distances_of_class(int64_t K, const A* inverse, A* products) {
+  for (int64_t j = 0; j < K; ++j) products[j * K + j] = 0;
+  double sum = 0;
+  for (int64_t j = 0; j < K; ++j) {
+    for (int64_t k = 0; k < j; ++k) {
+      const A cosine = products[j * K + k] * inverse[j] * inverse[k];
+      const A squared = 2 - 2 * cosine;
+      const A distance = std::sqrt((squared < 0 ? A(0) : squared) + A(kRoot));
+      const A slope = -1 / distance;
+      sum += distance;
+      products[j * K + j] -= slope * cosine;
+      products[k * K + k] -= slope * cosine;
+      products[j * K + k] = products[k * K + j] = slope * inverse[j] * inverse[k];
+    }
+  }
+  for (int64_t j = 0; j < K; ++j) products[j * K + j] *= inverse[j] * inverse[j];
+  return sum;
+}
+
 inline SoftTripleCenters soft_triple_centers_problem(const Tensor& centers, bool distances) {
-  STD_TORCH_CHECK(centers.dim() == 3, "centers: expected shape (C, K, d), got ", to_string(centers.sizes()));
+  STD_TORCH_CHECK(centers.dim() == 3 && centers.size(1) > 0, "centers: expected shape (C, K, d) with K at least 1, got ",
+                  to_string(centers.sizes()));
   return {centers.size(0), centers.size(1), centers.size(2), distances};
 }
 
