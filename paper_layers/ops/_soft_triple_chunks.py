@@ -62,10 +62,9 @@ class Chunks:
 def relaxed_logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float) -> Tensor:
     """The logits (B, C) by the formula, differentiable to any order, with all B x C x K cosines."""
     dtype = compute_dtype(embeddings, centers)
-    with torch.autocast(embeddings.device.type, enabled=False):
-        x, w = (t.to(dtype) * kernels.inverse_length(t.to(dtype)) for t in (embeddings, centers))
-        s = torch.einsum("bd,ckd->bck", x, w)
-        return la * ((s / gamma).softmax(2) * s).sum(2)
+    x, w = (t.to(dtype) * kernels.inverse_length(t.to(dtype)) for t in (embeddings, centers))
+    s = torch.einsum("bd,ckd->bck", x, w)
+    return la * ((s / gamma).softmax(2) * s).sum(2)
 
 
 def check(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_size: int | None) -> int:

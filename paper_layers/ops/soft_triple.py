@@ -131,9 +131,7 @@ def _formula(
     if regularized:
         w = centers.to(logits.dtype)
         w = w * kernels.inverse_length(w)
-        with torch.autocast(embeddings.device.type, enabled=False):
-            between = (2 - 2 * w @ w.mT).clamp(min=0)
-        distance = (between + kernels.ROOT).sqrt().triu(1).sum()
+        distance = ((2 - 2 * w @ w.mT).clamp(min=0) + kernels.ROOT).sqrt().triu(1).sum()
     return logits.logsumexp(1), logits.where(own, 0).sum(1), distance
 
 
@@ -198,7 +196,9 @@ class _SoftTripleBackward(torch.autograd.Function):
 
             return torch.func.vjp(values, embeddings, centers)[1]((a, b, c))
 
-        return *torch.func.vjp(first_order, *tensors)[1](grads), None, None, None, None, None
+        with torch.autocast(labels.device.type, enabled=False):
+            second_order = torch.func.vjp(first_order, *tensors)[1](grads)
+        return *second_order, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:

@@ -101,7 +101,9 @@ class _LogitsBackward(torch.autograd.Function):
             la, gamma, _ = ctx.options
             return torch.func.vjp(lambda x, w: relaxed_logits(x, w, la, gamma), embeddings, centers)[1](grad)
 
-        return *torch.func.vjp(first_order, *ctx.saved_tensors)[1](grads), None, None
+        with torch.autocast(grads[0].device.type, enabled=False):
+            second_order = torch.func.vjp(first_order, *ctx.saved_tensors)[1](grads)
+        return *second_order, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
