@@ -71,6 +71,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int32_t 
 }
 
 constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename Index, typename Body>
 __global__ void __launch_bounds__(kThreads) for_each_index_kernel(int64_t count, const __grid_constant__ Body body) {

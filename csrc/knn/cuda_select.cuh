@@ -9,8 +9,6 @@
 namespace paper_layers {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int32_t kNobody = 0x7fffffff;  // after all indices
 
 C10_DEVICE inline int lane_of_thread() { return threadIdx.x % kWarp; }

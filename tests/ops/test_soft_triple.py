@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from paper_layers import soft_triple_loss
+from paper_layers.ops import _soft_triple as kernels
+from paper_layers.ops.soft_triple import soft_triple
+from paper_layers.ops.soft_triple_logits import soft_triple_logits
+from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
+
+library = torch.ops.paper_layers
+
+
+def relaxed(embeddings: Tensor, centers: Tensor, gamma: float) -> Tensor:
+    """Equation 5, from normalised vectors and all their cosines."""
+    s = torch.einsum("bd,ckd->bck", F.normalize(embeddings, dim=1), F.normalize(centers, dim=2))
+    return ((s / gamma).softmax(2) * s).sum(2)
+
+
+def formula(
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    la: float = 20.0,
+    gamma: float = 0.1,
+    tau: float = 0.2,
+    margin: float = 0.01,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Equation 9: cross entropy with a margin, and the distances pair by pair."""
+    classes, count, _ = centers.shape
+    labels = labels.long()
+    kept = labels != ignore_index
+    own = F.one_hot(torch.where(kept, labels, 0), classes).to(embeddings.dtype)
+    logits = la * (relaxed(embeddings, centers, gamma) - margin * own)
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    regulariser = centers.sum() * 0
+    unit = F.normalize(centers, dim=2)
+    for j, k in itertools.combinations(range(count), 2):
+        distance = (2 + 1e-5 - 2 * (unit[:, j] * unit[:, k]).sum(1)).sqrt().sum()
+        regulariser = regulariser + tau * distance / (classes * count * (count - 1))
+    if reduction == "none":
+        return (loss + regulariser) * kept
+    if reduction == "sum":
+        return loss.sum() + regulariser * bool(kept.any())
+    return loss.sum() / max(1, int(kept.sum())) + regulariser * bool(kept.any())
+
+
+def vectors(*shape: int, seed: int = 0) -> Tensor:
+    """Of lengths from a half to two."""
+    generator = torch.Generator().manual_seed(sum(shape) + seed)
+    x = F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+    return (x * (2 * torch.rand(*shape[:-1], 1, generator=generator) - 1).exp2()).float()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    rows, classes, channels = draw(st.integers(0, 40)), draw(st.integers(1, 70)), draw(st.integers(2, 80))
+    count = draw(st.sampled_from([1, 2, 3, 5, 10, 17]))
+    seed = draw(st.integers(0, 2**20))
+    embeddings, centers = vectors(rows, channels, seed=seed), vectors(classes, count, channels, seed=seed + 1)
+    layout = draw(st.sampled_from(["contiguous", "contiguous", "transposed", "expanded", "offset"]))
+    if layout == "transposed":
+        embeddings, centers = embeddings.mT.contiguous().mT, centers.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "expanded":
+        embeddings, centers = embeddings[:1].expand(embeddings.shape), centers[:1].expand(centers.shape)
+    elif layout == "offset":
+        embeddings, centers = F.pad(embeddings, (1, 2))[:, 1:-2], F.pad(centers, (3, 0))[..., 3:]
+    ignore_index = draw(st.sampled_from([-100, -1, 0]))
+    labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
+    labels[:: draw(st.integers(1, 5))] = ignore_index
+    options = {
+        "labels": labels.to(draw(st.sampled_from([torch.int64, torch.int32]))),
+        "la": draw(st.sampled_from([20.0, 1.0, 100.0])),
+        "gamma": draw(st.sampled_from([0.1, 1.0, 0.02])),
+        "tau": draw(st.sampled_from([0.2, 0.0, 3.0])),
+        "margin": draw(st.sampled_from([0.01, 0.0, 0.5])),
+        "ignore_index": ignore_index,
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "chunk_size": draw(st.sampled_from([None, 1, 7, 33])),
+    }
+    return Case((embeddings, centers), options)
+
+
+def call(**change: Any) -> Any:
+    arguments = {"embeddings": vectors(4, 8), "centers": vectors(5, 2, 8), "labels": torch.arange(4), **change}
+    return lambda: soft_triple_loss(**arguments)
+
+
+def chunk(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of 37 classes of three centers, their inverse lengths, and labels from class 5 on."""
+    centers, embeddings = vectors(37, 3, 8).to(dtype), vectors(19, 8).to(dtype)
+    labels = torch.arange(19) * 2 + 1
+    return centers.flatten(0, 1) @ embeddings.mT, kernels.inverse_length(centers)[..., 0], labels
+
+
+class TestSoftTriple(OpBattery):
+    function = staticmethod(soft_triple_loss)
+    formula = staticmethod(formula)
+    cases = staticmethod(cases)
+    grad_scale = 40.0  # slopes of la and 1 / gamma
+    ops = {  # noqa: RUF012
+        name: getattr(library, name).default
+        for name in (
+            "soft_triple_centers",
+            "soft_triple_add_centers_",
+            "soft_triple_chunk",
+            "soft_triple_chunk_backward_",
+            "soft_triple_similarity",
+            "soft_triple_similarity_backward_",
+        )
+    }
+    bad_inputs = {  # noqa: RUF012
+        "label": (call(labels=torch.tensor([0, 5, 1, 2])), ValueError, "labels: expected classes from 0 to 4.*got 5"),
+        "negative": (call(labels=torch.tensor([0, -1, 1, 2])), ValueError, "labels: .*ignore_index, -100, got -1"),
+        "labels' dtype": (call(labels=torch.zeros(4)), TypeError, "labels: expected an int64 Tensor, got torch.float"),
+        "labels' shape": (call(labels=torch.arange(3)), ValueError, r"labels: expected shape \(4,\), got \(3,\)"),
+        "labels' device": (call(labels=torch.arange(4).to("meta")), ValueError, "labels: expected the device"),
+        "integers": (call(embeddings=torch.ones(4, 8).int()), TypeError, "embeddings: .*torch.int32"),
+        "rank": (call(embeddings=vectors(4, 1, 8)), ValueError, r"embeddings: expected shape \(B, d\), got \(4, 1, 8"),
+        "size": (call(embeddings=vectors(4, 7)), ValueError, r"centers: expected shape \(C, K, 7\).*got \(5, 2, 8\)"),
+        "centers' rank": (call(centers=vectors(10, 8)), ValueError, "centers: expected shape"),
+        "no centers": (call(centers=torch.ones(5, 0, 8)), ValueError, "centers: .*K at least 1"),
+        "device": (call(centers=vectors(5, 2, 8).to("meta")), ValueError, "centers: .*cpu, got meta"),
+        "gamma": (call(gamma=0), ValueError, "gamma: expected more than 0, got 0"),
+        "gamma is NaN": (call(gamma=float("nan")), ValueError, "gamma: expected more than 0, got nan"),
+        "la": (call(la="20"), TypeError, "la: expected a number, got '20'"),
+        "tau": (call(tau=-1.0), ValueError, "tau: expected at least 0, got -1.0"),
+        "margin": (call(margin=None), TypeError, "margin: expected a number"),
+        "reduction": (call(reduction="max"), ValueError, "reduction: expected one of mean, sum, none, got 'max'"),
+        "ignore_index": (call(ignore_index=None), TypeError, "ignore_index: expected an int"),
+        "chunk_size": (call(chunk_size=0), ValueError, "chunk_size: expected at least 1, got 0"),
+    }
+
+    @staticmethod
+    def output_dtype(dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(dtype, torch.float32)
+
+    @staticmethod
+    def fixed_cases() -> list[Case]:
+        labels = torch.tensor([2, 0, -100, 4, 1])
+        return [
+            Case((vectors(5, 6), vectors(5, 3, 6)), {"labels": labels, "chunk_size": 2}),
+            Case((vectors(5, 6), vectors(5, 1, 6)), {"labels": labels, "reduction": "none", "margin": 0.2}),
+        ]
+
+    @staticmethod
+    def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
+        centers = case.tensors[1]
+        inverse, _, pull = library.soft_triple_centers(centers, True)
+        (scores, lengths, labels), factors = chunk(), (20.0, 0.1, 0.01)
+        rows, one = scores[0], torch.ones((), dtype=centers.dtype)
+        return {
+            "soft_triple_centers": (centers, True),
+            "soft_triple_add_centers_": (centers + 1, centers, inverse, inverse + 1, pull, one),
+            "soft_triple_chunk": (scores, lengths, labels, 5, *factors),
+            "soft_triple_chunk_backward_": (scores + 0, lengths, labels, 5, rows + 20, rows, rows + 1, *factors),
+            "soft_triple_similarity": (scores, lengths, 0.1),
+            "soft_triple_similarity_backward_": (scores + 0, lengths, scores[: len(lengths)] + 0, 0.1),
+        }
+
+
+def test_opcheck_of_the_whole() -> None:
+    x, w, y = vectors(5, 6), vectors(7, 3, 6), torch.tensor([2, 0, -1, 4, 9])
+    factors = (20.0, 0.1, 0.01)
+    torch.library.opcheck(library.soft_triple_labels.default, (y, 10, -1))
+    torch.library.opcheck(library.soft_triple.default, (x, w, y, *factors, True, 2))
+    logsumexp, target, distance, inverse, pull = library.soft_triple(x, w, y, *factors, True, 2)
+    grads = (target, logsumexp, distance)
+    torch.library.opcheck(
+        library.soft_triple_backward.default, (*grads, x, w, y, logsumexp, inverse, pull, *factors, 2)
+    )
+    torch.library.opcheck(library.soft_triple_logits.default, (x, w, 20.0, 0.1, 2))
+    logits, inverse = library.soft_triple_logits(x, w, 20.0, 0.1, 2)
+    torch.library.opcheck(library.soft_triple_logits_backward.default, (logits, x, w, inverse, 20.0, 0.1, 2))
+
+
+@pytest.mark.parametrize("name", TestSoftTriple.ops)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kernels_equal_their_references(name: str, dtype: torch.dtype) -> None:
+    """The references are what other devices run."""
+    references = {
+        "soft_triple_centers": kernels._centers,
+        "soft_triple_add_centers_": kernels._add_centers,
+        "soft_triple_chunk": kernels._forward,
+        "soft_triple_chunk_backward_": kernels._backward,
+        "soft_triple_similarity": kernels._similarity,
+        "soft_triple_similarity_backward_": kernels._similarity_backward,
+    }
+    given = TestSoftTriple.op_arguments(Case((vectors(5, 6), vectors(37, 3, 6))))[name]
+
+    def arguments(dtype: torch.dtype) -> list[Any]:
+        return [a.to(dtype, copy=True) if isinstance(a, Tensor) and a.is_floating_point() else a for a in given]
+
+    mine, exact = arguments(dtype), arguments(torch.float64)
+    got, want = TestSoftTriple.ops[name](*mine), references[name](*exact)
+    # What is written in place counts, too.
+    for a, b in zip([*_flat(got), mine[0]], [*_flat(want), exact[0]], strict=True):
+        assert_close(a, b, dtype, scale=100)
+
+
+def _flat(result: Any) -> list[Tensor]:
+    return [] if result is None else list(result) if isinstance(result, tuple) else [result]
+
+
+@by_dtype
+@pytest.mark.parametrize("count", [1, 3])
+def test_logits(dtype: torch.dtype, count: int) -> None:
+    case = Case((vectors(21, 9), vectors(35, count, 9))).to(dtype)
+    leaves, exact = case.leaves(), case.to(torch.float64).leaves()
+    actual, expected = soft_triple_logits(*leaves, chunk_size=8), 20 * relaxed(*exact, 0.1)
+    assert actual.dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(actual, expected, dtype, scale=10)
+    grad = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).reshape(expected.shape)
+    grads = torch.autograd.grad(actual, leaves, grad.to(actual.dtype))
+    for got, want in zip(grads, torch.autograd.grad(expected, exact, grad), strict=True):
+        assert_close(got, want, dtype, scale=1000)
+
+
+def test_logits_to_second_order_compiled_and_mapped() -> None:
+    leaves = Case((vectors(3, 4), vectors(5, 2, 4))).to(torch.float64).leaves()
+    assert torch.autograd.gradcheck(lambda x, w: soft_triple_logits(x, w, chunk_size=2), leaves)
+    assert torch.autograd.gradgradcheck(lambda x, w: soft_triple_logits(x, w, chunk_size=2), leaves)
+    compiled = torch.compile(soft_triple_logits, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves), 20 * relaxed(*leaves, 0.1))
+    mapped = torch.func.vmap(soft_triple_logits, in_dims=(0, None))(torch.stack([leaves[0], -leaves[0]]), leaves[1])
+    torch.testing.assert_close(mapped[1], 20 * relaxed(-leaves[0], leaves[1], 0.1))
+
+
+@given(split=st.integers(0, 9), seed=st.integers(0, 99))
+@drawn
+def test_parts_of_the_classes_make_the_whole(split: int, seed: int) -> None:
+    """What a loss over several ranks relies on, also where a rank has no class."""
+    x, w, y = vectors(6, 5, seed=seed).double(), vectors(9, 2, 5, seed=seed).double(), torch.arange(6) + seed % 4
+    parts = [soft_triple(x, w[:split], y), soft_triple(x, w[split:], y - split)]
+    logsumexp, target, distance = (torch.stack(values) for values in zip(*parts, strict=True))
+    loss = (logsumexp.logsumexp(0) - target.sum(0)).mean() + 0.2 * distance.sum() / (9 * 2)
+    torch.testing.assert_close(loss, formula(x, w, y))
+
+
+@by_dtype
+def test_coincident_centers_and_embeddings_on_them(dtype: torch.dtype) -> None:
+    """Where a class's centers have merged the distances have a slope of their own, and all is finite."""
+    w = vectors(4, 1, 48).to(dtype).expand(4, 3, 48).contiguous()
+    w[1, 2] *= 2  # the same direction
+    x = w[:, 0].clone()
+    case = Case((x, w), {"labels": torch.arange(4), "tau": 5.0})
+    leaves, exact = case.leaves(), case.to(torch.float64).leaves()
+    actual, expected = soft_triple_loss(*leaves, **case.options), formula(*exact, **case.options)
+    assert_close(actual, expected, dtype)
+    for got in torch.autograd.grad(actual, leaves):
+        assert got.isfinite().all()
+
+
+def test_zero_vectors_have_cosines_and_gradients_of_zero() -> None:
+    x, w = vectors(3, 5), vectors(4, 2, 5)
+    x[1], w[2, 0] = 0, 1e-13
+    leaves = Case((x, w)).to(torch.float64).leaves()
+    loss = soft_triple_loss(*leaves, labels=torch.arange(3))
+    zeroed = [t.detach().masked_fill(t.detach().norm(dim=-1, keepdim=True) < 1e-12, 0) for t in leaves]
+    torch.testing.assert_close(loss, formula(*zeroed, torch.arange(3)))
+    grads = torch.autograd.grad(loss, leaves)
+    assert not grads[0][1].any()
+    assert not grads[1][2, 0].any()
+    assert grads[1].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_embeddings_are_seen(value: float) -> None:
+    """In the loss, and in its own row's only."""
+    x, w, y = vectors(5, 6), vectors(9, 3, 6), torch.arange(5)
+    x[3, 2] = value
+    each = soft_triple_loss(x, w, y, reduction="none")
+    assert each.isfinite().tolist() == [True, True, True, False, True]
+    assert soft_triple_loss(x, w, y).isnan()
+    # Where it is ignored, it is not.
+    y[3] = -100
+    assert soft_triple_loss(x, w, y).isfinite()
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_counts(rows: int, reduction: str) -> None:
+    leaves = Case((vectors(rows, 6), vectors(5, 2, 6))).leaves()
+    loss = soft_triple_loss(*leaves, torch.full((rows,), -100), reduction=reduction)
+    assert loss.shape == ((rows,) if reduction == "none" else ())
+    assert not loss.any()
+    assert not any(g.any() for g in torch.autograd.grad(loss.sum(), leaves))
+
+
+def test_float32_under_autocast() -> None:
+    """Nothing of it is computed in the dtype of autocast, parameters are not cast, and the loss is float32."""
+    x, w, y = vectors(8, 32), vectors(20, 4, 32), torch.arange(8)
+    for dtype in (torch.bfloat16, torch.float16):
+        leaves = Case((x, w)).leaves()
+        with torch.autocast("cpu", dtype=dtype):
+            loss = soft_triple_loss(*leaves, y)
+            grads = torch.autograd.grad(loss, leaves, create_graph=True)
+            second = torch.autograd.grad(grads[1].square().sum(), leaves[0])
+        exact = Case((x, w)).to(torch.float64).leaves()
+        want = formula(*exact, y)
+        first = torch.autograd.grad(want, exact, create_graph=True)
+        assert_close(loss, want, torch.float32)
+        assert_close(grads[1], first[1], torch.float32)
+        assert_close(second[0], torch.autograd.grad(first[1].square().sum(), exact[0])[0], torch.float32, scale=40)
+
+
+def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:
+    """Alive at a time, beside the gradients: less than a tenth of the B x C x K scores."""
+    rows, classes, count, channels = 64, 2000, 8, 16
+    leaves = Case((vectors(rows, channels), vectors(classes, count, channels))).leaves()
+    labels = torch.arange(rows)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        grads = torch.autograd.grad(soft_triple_loss(*leaves, labels, chunk_size=100), leaves)
+    trace = tmp_path / "trace.json"
+    profile.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    held = itertools.accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
+    saved = 4 * classes * count * (count + 1)  # inverse lengths and pulls, which are concatenated
+    beside = max(held) - sum(4 * g.numel() for g in grads) - 2 * saved
+    assert 100 * rows * count * 4 <= beside < 0.1 * (4 * rows * classes * count)
+
+
+def test_results_do_not_vary() -> None:
+    leaves, y = Case((vectors(50, 24), vectors(300, 3, 24))).leaves(), torch.arange(50)
+    runs = []
+    for threads in (1, 2, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        loss = soft_triple_loss(*leaves, y, chunk_size=128)
+        runs.append((loss, *torch.autograd.grad(loss, leaves)))
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(runs[1], runs[2], strict=True))
+    torch.testing.assert_close(runs[0], runs[1])
+
+
+def test_kernels_check_what_they_are_handed() -> None:
+    scores, inverse, labels = chunk()
+    rows, factors = scores[0], (20.0, 0.1, 0.01)
+    one, w = torch.ones((), dtype=torch.float64), vectors(37, 3, 8).double()
+    pull = torch.zeros(37, 3, 3, dtype=torch.float64)
+    for message, bad in {
+        "scores: expected contiguous": lambda: library.soft_triple_chunk(scores[1:], inverse, labels, 0, *factors),
+        "labels: expected int64": lambda: library.soft_triple_chunk(scores, inverse, labels[1:], 0, *factors),
+        "inverse: expected the dtype": lambda: library.soft_triple_chunk(scores, inverse.float(), labels, 0, *factors),
+        "grad_target: expected shape": lambda: library.soft_triple_chunk_backward_(
+            scores, inverse, labels, 0, rows, rows, rows[1:], *factors
+        ),
+        "grad: expected shape": lambda: library.soft_triple_similarity_backward_(scores, inverse, scores, 0.1),
+        "centers: expected shape": lambda: library.soft_triple_centers(rows, True),
+        "pull: expected shape": lambda: library.soft_triple_add_centers_(w, w, inverse, inverse, pull[1:], one),
+        "not implemented for 'BFloat16'": lambda: library.soft_triple_centers(w.bfloat16(), True),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            bad()
