@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from paper_layers import deep_gcn, lip, point_rend, swap
+from paper_layers import deep_gcn, lip, point_rend, soft_triple, swap
 from paper_layers.lip import LazyLIPPool2d, LIPPool2d
 from paper_layers.ops._library import show_config
 from paper_layers.ops.edge_conv import edge_conv
@@ -11,11 +11,14 @@ from paper_layers.ops.lip_pool2d import lip_pool2d
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
+from paper_layers.ops.soft_triple import soft_triple_loss
 from paper_layers.ops.uncertain_points import uncertain_points
+from paper_layers.soft_triple import SoftTripleLoss
 
 __all__ = [
     "LIPPool2d",
     "LazyLIPPool2d",
+    "SoftTripleLoss",
     "deep_gcn",
     "edge_conv",
     "knn",
@@ -26,6 +29,8 @@ __all__ = [
     "point_sample",
     "sample_uncertain_points",
     "show_config",
+    "soft_triple",
+    "soft_triple_loss",
     "swap",
     "uncertain_points",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from paper_layers.ops import _checks
 from paper_layers.ops._soft_triple import known_labels
-from paper_layers.ops._soft_triple_chunks import compute_dtype
-from paper_layers.ops.soft_triple import reduce, soft_triple
+from paper_layers.ops._soft_triple_chunks import check, compute_dtype
+from paper_layers.ops.soft_triple import reduced, soft_triple
 from paper_layers.soft_triple._collectives import Gather, Join, gather_rows
-from paper_layers.soft_triple.loss import SoftTripleLoss
+from paper_layers.soft_triple.loss import SoftTripleLoss, check_no_tuples
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -76,8 +76,6 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         >>> torch.distributed.destroy_process_group()
     """
 
-    centers: DTensor
-
     def __init__(
         self,
         num_classes: int,
@@ -105,7 +103,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
             )
         from torch.distributed.device_mesh import DeviceMesh
 
-        group = process_group or dist.group.WORLD
+        group = cast(dist.ProcessGroup, process_group or dist.group.WORLD)
         place = torch.empty(0, device=device).device
         kind = place.type
         if kind == "meta":
@@ -135,7 +133,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         """Draw new centers, uniform within one over the root of their number; all ranks call it together."""
         if self.centers.is_meta:
             return
-        own = self.centers.to_local()
+        own = self._own_centers()
         # Ranks are often seeded alike; their classes must not start alike.
         seed = torch.randint(1 << 62, (1,)).to(own.device)
         group = self._mesh.get_group()
@@ -147,3 +145,63 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
     def extra_repr(self) -> str:
         """All arguments, and which classes are here."""
         return f"{super().extra_repr()}, classes={self.classes.start} to {self.classes.stop - 1}"
+
+    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
+        """The loss of all ranks' embeddings (B, embedding_dim) with labels (B,), as in `SoftTripleLoss`."""
+        group, own = self._mesh.get_group(), self._own_centers()
+        labels, sizes = self._agreed(embeddings, labels, indices_tuple)
+        labels = known_labels(gather_rows(labels, sizes, group), self.num_classes, self.ignore_index)
+        rows = Gather.apply(embeddings, sizes, group, compute_dtype(embeddings, own))
+        count = self.centers_per_class
+        regularized = self.tau > 0 and count > 1
+        options: dict[str, Any] = {"la": self.la, "gamma": self.gamma, "margin": self.margin}
+        options |= {"regularized": regularized, "chunk_size": self.chunk_size}
+        logsumexp, target, distance = soft_triple(rows, own, labels - self.classes.start, **options)
+        losses, distance, _ = Join.apply(logsumexp, target, distance, group)
+        if regularized:
+            distance = self.tau / (self.num_classes * count * (count - 1)) * distance
+        loss = reduced(losses, labels >= 0, distance, self.reduction)
+        return loss.split(sizes)[dist.get_rank(group)] if self.reduction == "none" else loss
+
+    def _agreed(self, embeddings: Tensor, labels: Tensor, indices_tuple: None) -> tuple[Tensor, list[int]]:
+        """Labels as int64, and how many each rank has; an error on all ranks where one was given what does not fit."""
+        own, error, mine = self._own_centers(), None, [-1, -1]
+        try:
+            check_no_tuples(indices_tuple)
+            check(embeddings, own, self.la, self.gamma, self.chunk_size)
+            if isinstance(labels, Tensor) and labels.dtype == torch.int32:
+                labels = labels.long()
+            _checks.int64("labels", labels, len(embeddings))
+            _checks.same_device("labels", labels, "embeddings", embeddings)
+            mine = [len(embeddings), _checks.FLOATING.index(embeddings.dtype)]
+        except (TypeError, ValueError) as wrong:
+            error = wrong
+        sent = torch.tensor(mine, device=own.device)[None]
+        found = gather_rows(sent, [1] * self._mesh.size(), self._mesh.get_group()).tolist()
+        if error is not None:
+            raise error
+        for rank, (size, dtype) in enumerate(found):
+            if size < 0:
+                raise ValueError(
+                    f"embeddings, labels: expected fitting ones on every rank, see the error of rank {rank}"
+                )
+            if dtype != mine[1]:
+                theirs = str(_checks.FLOATING[dtype]).removeprefix("torch.")
+                raise TypeError(f"embeddings: expected the dtype of rank {rank}, {theirs}, got {embeddings.dtype}")
+        return labels, [size for size, _ in found]
+
+    def _own_centers(self) -> Tensor:
+        return cast("DTensor", self.centers).to_local()
+
+    def _all_centers(self) -> Tensor:
+        return cast("DTensor", self.centers).detach().full_tensor()
+
+
+def _split_whole(module: ShardedSoftTripleLoss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load the centers of all classes, as one process saves them: each rank takes its own."""
+    from torch.distributed.tensor import DTensor
+
+    value = state_dict.get(f"{prefix}centers")
+    if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.shape == module.centers.shape:
+        classes = module.classes
+        state_dict[f"{prefix}centers"] = module._distributed(value[classes.start : classes.stop])

@@ -1,0 +1,89 @@
+"""What the ops on SoftTriple's centers share: the walk over classes in chunks, the formula, the checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from paper_layers.ops import _checks
+from paper_layers.ops import _soft_triple as kernels
+
+# So many scores are alive at a time, unless chunk_size says otherwise: what caches hold.
+_CHUNK_SCORES = 1 << 20
+
+
+def compute_dtype(embeddings: Tensor, centers: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(embeddings.dtype, centers.dtype), torch.float32)
+
+
+class Chunks:
+    """The classes a chunk at a time, and their scores in memory that all chunks share."""
+
+    def __init__(self, embeddings: Tensor, centers: Tensor, chunk_size: int):
+        self.embeddings, self.centers = embeddings, centers
+        self.dtype = compute_dtype(embeddings, centers)
+        wide = embeddings.to(self.dtype)
+        self.inverse_length = kernels.inverse_length(wide)
+        self.unit = wide * self.inverse_length
+        classes, count, _ = centers.shape
+        size = chunk_size or max(1, _CHUNK_SCORES // (count * max(1, len(wide))))
+        self.ranges = [slice(first, min(first + size, classes)) for first in range(0, classes, size)]
+        self._buffer = self.unit.new_empty(min(size, classes) * count, len(wide))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which classes, their centers in the dtype that is computed in, and their scores (classes K, B)."""
+        for classes in self.ranges:
+            centers = self.centers[classes].to(self.dtype).contiguous()
+            rows = centers.flatten(0, 1)
+            # Products into memory that is there are also what autocast leaves alone.
+            yield classes, centers, torch.mm(rows, self.unit.mT, out=self._buffer[: len(rows)])
+
+    def pull_back(
+        self, weigh: Callable[[slice, Tensor], Tensor], inverse: Tensor, pull: Tensor, grad_distance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients, where `weigh` makes scores of classes their gradients and returns the projections' share."""
+        grad_unit = torch.zeros_like(self.unit)
+        grad_centers = torch.empty_like(self.centers, memory_format=torch.contiguous_format)
+        for classes, centers, scores in self:
+            projection = weigh(classes, scores)
+            grad_unit.addmm_(scores.mT, centers.flatten(0, 1))
+            grad = grad_centers[classes].to(self.dtype)
+            torch.mm(scores, self.unit, out=grad.flatten(0, 1))
+            kernels.add_of_centers(grad, centers, inverse[classes], projection, pull[classes], grad_distance)
+            if grad.dtype != grad_centers.dtype:
+                grad_centers[classes] = grad
+        along = (grad_unit * self.unit).sum(1, keepdim=True)
+        grad_embeddings = (grad_unit - along * self.unit) * self.inverse_length
+        return grad_embeddings.to(self.embeddings.dtype), grad_centers
+
+
+def relaxed_logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float) -> Tensor:
+    """The logits (B, C) by the formula, differentiable to any order, with all B x C x K cosines."""
+    dtype = compute_dtype(embeddings, centers)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x, w = (t.to(dtype) * kernels.inverse_length(t.to(dtype)) for t in (embeddings, centers))
+        s = torch.einsum("bd,ckd->bck", x, w)
+        return la * ((s / gamma).softmax(2) * s).sum(2)
+
+
+def check(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_size: int | None) -> int:
+    """Check what all functions take; the chunk size as the ops take it."""
+    _checks.floating("embeddings", embeddings)
+    _checks.floating("centers", centers)
+    _checks.same_device("centers", centers, "embeddings", embeddings)
+    if embeddings.dim() != 2:
+        raise ValueError(f"embeddings: expected shape (B, d), got {tuple(embeddings.shape)}")
+    if centers.dim() != 3 or centers.shape[1] == 0 or centers.shape[2] != embeddings.shape[1]:
+        raise ValueError(
+            f"centers: expected shape (C, K, {embeddings.shape[1]}) with K at least 1, got {tuple(centers.shape)}"
+        )
+    _checks.number("la", la)
+    _checks.number("gamma", gamma)
+    if not gamma > 0:
+        raise ValueError(f"gamma: expected more than 0, got {gamma!r}")
+    if chunk_size is None:
+        return 0
+    _checks.integer("chunk_size", chunk_size, 1)
+    return chunk_size

@@ -1,0 +1,343 @@
+"""SoftTriple: the op on class centers, its backward, and the functions that users call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paper_layers.ops import _checks
+from paper_layers.ops import _soft_triple as kernels
+from paper_layers.ops._library import define
+from paper_layers.ops._soft_triple_chunks import Chunks, check, compute_dtype, relaxed_logits
+from paper_layers.ops._vmap import one_by_one
+
+
+@torch.no_grad()
+def _forward(
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    la: float,
+    gamma: float,
+    margin: float,
+    regularized: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chunks = Chunks(embeddings, centers, chunk_size)
+    unit, (_, count, _) = chunks.unit, centers.shape
+    target, distance = unit.new_zeros(len(unit)), unit.new_zeros(())
+    logsumexps = [torch.full_like(target, -torch.inf)]
+    inverses, pulls = [unit.new_empty(0, count)], [unit.new_empty((0, count, count) if regularized else 0)]
+    for classes, chunk, scores in chunks:
+        inverse, distances, pull = kernels.of_centers(chunk, regularized)
+        logsumexp, own = kernels.chunk_forward(scores, inverse, labels, classes.start, la, gamma, margin)
+        logsumexps.append(logsumexp)
+        target += own
+        distance += distances
+        inverses.append(inverse)
+        pulls.append(pull)
+    return torch.stack(logsumexps).logsumexp(0), target, distance, torch.cat(inverses), torch.cat(pulls)
+
+
+def _forward_fake(
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    la: float,
+    gamma: float,
+    margin: float,
+    regularized: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, (classes, count, _) = embeddings.shape[0], centers.shape
+    shapes = [[rows], [rows], [], [classes, count], [classes, count, count] if regularized else [0]]
+    logsumexp, target, distance, inverse, pull = (
+        embeddings.new_empty(shape, dtype=compute_dtype(embeddings, centers)) for shape in shapes
+    )
+    return logsumexp, target, distance, inverse, pull
+
+
+@torch.no_grad()
+def _backward(
+    grad_logsumexp: Tensor,
+    grad_target: Tensor,
+    grad_distance: Tensor,
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    logsumexp: Tensor,
+    inverse: Tensor,
+    pull: Tensor,
+    la: float,
+    gamma: float,
+    margin: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    grads = (logsumexp, grad_logsumexp.contiguous(), grad_target.contiguous())
+
+    def weigh(classes: slice, scores: Tensor) -> Tensor:
+        return kernels.chunk_backward(scores, inverse[classes], labels, classes.start, *grads, la, gamma, margin)
+
+    return Chunks(embeddings, centers, chunk_size).pull_back(weigh, inverse, pull, grad_distance)
+
+
+def _backward_fake(
+    grad_logsumexp: Tensor,
+    grad_target: Tensor,
+    grad_distance: Tensor,
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    logsumexp: Tensor,
+    inverse: Tensor,
+    pull: Tensor,
+    la: float,
+    gamma: float,
+    margin: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    return embeddings.new_empty(embeddings.shape), centers.new_empty(centers.shape)
+
+
+REDUCTIONS = ("mean", "sum", "none")
+
+_FACTORS = "float la, float gamma, float margin"
+_forward_op = define(
+    f"soft_triple(Tensor embeddings, Tensor centers, Tensor labels, {_FACTORS}, bool regularized, int chunk_size) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define(
+    "soft_triple_backward(Tensor grad_logsumexp, Tensor grad_target, Tensor grad_distance, Tensor embeddings, "
+    f"Tensor centers, Tensor labels, Tensor logsumexp, Tensor inverse, Tensor pull, {_FACTORS}, int chunk_size) "
+    "-> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _formula(
+    embeddings: Tensor, centers: Tensor, labels: Tensor, options: tuple[float, float, float, bool, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op returns, likewise."""
+    la, gamma, margin, regularized, _ = options
+    own = torch.arange(centers.shape[0], device=labels.device) == labels[:, None]
+    logits = relaxed_logits(embeddings, centers, la, gamma) - la * margin * own
+    distance = logits.new_zeros(())
+    if regularized:
+        w = centers.to(logits.dtype)
+        w = w * kernels.inverse_length(w)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            between = (2 - 2 * w @ w.mT).clamp(min=0)
+        distance = (between + kernels.ROOT).sqrt().triu(1).sum()
+    return logits.logsumexp(1), logits.where(own, 0).sum(1), distance
+
+
+# Options are one argument: Dynamo tells whether forward takes a ctx by counting arguments.
+_Options = tuple[float, float, float, bool, int]
+
+
+class _SoftTriple(torch.autograd.Function):
+    @staticmethod
+    def forward(embeddings: Tensor, centers: Tensor, labels: Tensor, options: _Options) -> tuple[Tensor, ...]:
+        return _forward_op(embeddings, centers, labels, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        embeddings, centers, labels, ctx.options = inputs
+        logsumexp, _, _, inverse, pull = output
+        ctx.mark_non_differentiable(inverse, pull)
+        ctx.save_for_backward(embeddings, centers, labels, logsumexp, inverse, pull)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_SoftTripleBackward.apply(*grads[:3], *ctx.saved_tensors, ctx.options), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return one_by_one(_SoftTriple.apply, info.batch_size, in_dims, arguments)
+
+
+class _SoftTripleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad_logsumexp: Tensor,
+        grad_target: Tensor,
+        grad_distance: Tensor,
+        embeddings: Tensor,
+        centers: Tensor,
+        labels: Tensor,
+        logsumexp: Tensor,
+        inverse: Tensor,
+        pull: Tensor,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor]:
+        la, gamma, margin, _, chunk_size = options
+        grads = (grad_logsumexp, grad_target, grad_distance)
+        return _backward_op(
+            *grads, embeddings, centers, labels, logsumexp, inverse, pull, la, gamma, margin, chunk_size
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, _, _, _, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # What the forward saved is a function of embeddings and centers, so its share is already in theirs.
+        *tensors, labels = ctx.saved_tensors
+
+        def first_order(a: Tensor, b: Tensor, c: Tensor, embeddings: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
+            def values(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+                return _formula(x, w, labels, ctx.options)
+
+            return torch.func.vjp(values, embeddings, centers)[1]((a, b, c))
+
+        return *torch.func.vjp(first_order, *tensors)[1](grads), None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return one_by_one(_SoftTripleBackward.apply, info.batch_size, in_dims, arguments)
+
+
+def soft_triple(
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    *,
+    la: float = 20.0,
+    gamma: float = 0.1,
+    margin: float = 0.01,
+    regularized: bool = True,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The parts of the SoftTriple loss: log-sum-exp of each row's logits, its target logit, distances of the centers.
+
+    .. math:: z_{ic} = \lambda (S_{ic} - \delta [c = y_i]), \quad
+              S_{ic} = \sum_k \operatorname{softmax}_k(x_i^\top w_{ck} / \gamma)\, x_i^\top w_{ck}
+
+    with unit vectors x and w, of Qian et al., "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling", ICCV
+    2019, equations 5 to 9. `soft_triple_loss` is made of them; they are apart so that classes may be spread over
+    several calls: log-sum-exps of parts of the classes give that of all, and targets add up.
+
+    Args:
+        embeddings: Shape (B, d), of any length; float32, float64, bfloat16 or float16.
+        centers: Shape (C, K, d), of any length.
+        labels: int64 of shape (B,). Rows of labels that are no class from 0 to C - 1 have no target here.
+        la: The paper's :math:`\lambda`.
+        gamma: The paper's :math:`\gamma`, above 0.
+        margin: The paper's :math:`\delta`, taken from the target's similarity.
+        regularized: Whether the distances are wanted; 0 otherwise.
+        chunk_size: Classes at a time; default as caches hold. Of the logits, only those of a chunk are ever in memory.
+
+    Returns:
+        :math:`\log \sum_c \exp z_{ic}` and :math:`z_{i y_i}` or 0, of shape (B,), and the sum of
+        :math:`\sqrt{2 + 10^{-5} - 2 w_{cj}^\top w_{ck}}` over classes and pairs j < k, of shape (); float32, or float64
+        where an argument is.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or numbers do not fit.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.ops.soft_triple import soft_triple
+        >>> logsumexp, target, _ = soft_triple(torch.randn(8, 64), torch.randn(100, 10, 64), torch.arange(8))
+        >>> cross_entropy = (logsumexp - target).mean()
+    """
+    size = check(embeddings, centers, la, gamma, chunk_size)
+    _checks.int64("labels", labels, embeddings.shape[0])
+    _checks.same_device("labels", labels, "embeddings", embeddings)
+    _checks.number("margin", margin)
+    options = (float(la), float(gamma), float(margin), bool(regularized), size)
+    logsumexp, target, distance, *_ = _SoftTriple.apply(embeddings, centers, labels, options)
+    return logsumexp, target, distance
+
+
+def soft_triple_loss(
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    *,
+    la: float = 20.0,
+    gamma: float = 0.1,
+    tau: float = 0.2,
+    margin: float = 0.01,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Pull embeddings to the nearest of several centers of their class: the SoftTriple loss.
+
+    .. math:: \frac1B \sum_i -\log \frac{e^{\lambda (S_{i y_i} - \delta)}}
+              {e^{\lambda (S_{i y_i} - \delta)} + \sum_{c \ne y_i} e^{\lambda S_{ic}}}
+              + \frac{\tau}{C K (K - 1)} \sum_c \sum_{j < k} \sqrt{2 + 10^{-5} - 2 w_{cj}^\top w_{ck}}, \quad
+              S_{ic} = \sum_k \operatorname{softmax}_k(x_i^\top w_{ck} / \gamma)\, x_i^\top w_{ck}
+
+    with unit vectors x and w, of Qian, Shang, Sun, Hu, Li, Jin, "SoftTriple Loss: Deep Metric Learning Without Triplet
+    Sampling", ICCV 2019, equation 9. With K = 1 or ``tau=0`` there is no regulariser. Neither logits nor cosines of all
+    classes are ever in memory. All sums and exponentials are in float32 at least, also under autocast.
+
+    Args:
+        embeddings: Shape (B, d), of any length; float32, float64, bfloat16 or float16. One shorter than 1e-12 counts
+            as zero: its cosines are 0 and it has no gradient; so for centers.
+        centers: K centers for each class, of shape (C, K, d), of any length.
+        labels: Classes, int64 or int32 of shape (B,).
+        la: The paper's :math:`\lambda`, the scale of the logits.
+        gamma: The paper's :math:`\gamma`, above 0: the smaller, the more the nearest center counts.
+        tau: The paper's :math:`\tau`, the weight of the regulariser, which merges centers.
+        margin: The paper's :math:`\delta`.
+        ignore_index: A label whose rows do not count.
+        reduction: "mean" of the rows that count, "sum" of them with the regulariser once, or "none". Then each row has
+            the regulariser, so that the mean of those that count is "mean"; the others are 0.
+        chunk_size: Classes at a time; default as caches hold.
+
+    Returns:
+        The loss, of shape () or (B,); float32, or float64 where an argument is. Without rows that count it is 0, and so
+        are all gradients.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or numbers do not fit, or a label is out of range (on CUDA, as in torch's own
+            indexing, that stops the device's work with an assertion).
+
+    Example:
+        >>> import torch, paper_layers
+        >>> centers = torch.randn(100, 10, 64, requires_grad=True)
+        >>> loss = paper_layers.soft_triple_loss(torch.randn(8, 64), centers, torch.arange(8))
+        >>> loss.backward()
+    """
+    size = check(embeddings, centers, la, gamma, chunk_size)
+    _checks.number("margin", margin)
+    _checks.number("tau", tau)
+    if tau < 0:
+        raise ValueError(f"tau: expected at least 0, got {tau!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    _checks.integer("ignore_index", ignore_index, -(2**63))
+    if isinstance(labels, Tensor) and labels.dtype == torch.int32:
+        labels = labels.long()
+    _checks.int64("labels", labels, embeddings.shape[0])
+    _checks.same_device("labels", labels, "embeddings", embeddings)
+    classes, count, _ = centers.shape
+    labels = kernels.known_labels(labels, classes, ignore_index)
+    regularized = tau > 0 and count > 1
+    options = (float(la), float(gamma), float(margin), regularized, size)
+    logsumexp, target, distance, *_ = _SoftTriple.apply(embeddings, centers, labels, options)
+
+    regulariser = tau / (classes * count * (count - 1)) * distance if regularized else distance
+    return reduced(logsumexp - target, labels >= 0, regulariser, reduction)
+
+
+def reduced(losses: Tensor, counted: Tensor, regulariser: Tensor, reduction: str) -> Tensor:
+    """The loss of rows of which some count, with the regulariser, as `soft_triple_loss` has it."""
+    each, number = torch.where(counted, losses, 0), counted.sum()
+    if reduction == "none":
+        return each + regulariser * counted
+    if reduction == "sum":
+        return each.sum() + regulariser * (number > 0)
+    return (each.sum() + regulariser * number) / number.clamp(min=1)

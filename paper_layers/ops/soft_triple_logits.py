@@ -1,0 +1,148 @@
+"""SoftTriple's logits of all classes: the op, its backward, and the function that users call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paper_layers.ops import _soft_triple as kernels
+from paper_layers.ops._library import define
+from paper_layers.ops._soft_triple_chunks import Chunks, check, compute_dtype, relaxed_logits
+from paper_layers.ops._vmap import one_by_one
+
+
+@torch.no_grad()
+def _logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_size: int) -> tuple[Tensor, Tensor]:
+    chunks = Chunks(embeddings, centers, chunk_size)
+    logits = chunks.unit.new_empty(len(embeddings), len(centers))
+    inverses = [chunks.unit.new_empty(0, centers.shape[1])]
+    for classes, chunk, scores in chunks:
+        inverse = kernels.of_centers(chunk, False)[0]
+        torch.mul(kernels.chunk_similarity(scores, inverse, gamma).mT, la, out=logits[:, classes])
+        inverses.append(inverse)
+    return logits, torch.cat(inverses)
+
+
+def _logits_fake(
+    embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    rows, (classes, count, _), dtype = embeddings.shape[0], centers.shape, compute_dtype(embeddings, centers)
+    return embeddings.new_empty(rows, classes, dtype=dtype), embeddings.new_empty(classes, count, dtype=dtype)
+
+
+@torch.no_grad()
+def _logits_backward(
+    grad: Tensor, embeddings: Tensor, centers: Tensor, inverse: Tensor, la: float, gamma: float, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    def weigh(classes: slice, scores: Tensor) -> Tensor:
+        grad_similarity = (la * grad[:, classes]).mT.contiguous()
+        return kernels.chunk_similarity_backward(scores, inverse[classes], grad_similarity, gamma)
+
+    no_distance = grad.new_zeros(())
+    return Chunks(embeddings, centers, chunk_size).pull_back(weigh, inverse, grad.new_empty(0), no_distance)
+
+
+def _logits_backward_fake(
+    grad: Tensor, embeddings: Tensor, centers: Tensor, inverse: Tensor, la: float, gamma: float, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    return embeddings.new_empty(embeddings.shape), centers.new_empty(centers.shape)
+
+
+_logits_op = define(
+    "soft_triple_logits(Tensor embeddings, Tensor centers, float la, float gamma, int chunk_size) -> (Tensor, Tensor)",
+    _logits,
+    _logits_fake,
+)
+_logits_backward_op = define(
+    "soft_triple_logits_backward(Tensor grad, Tensor embeddings, Tensor centers, Tensor inverse, float la, "
+    "float gamma, int chunk_size) -> (Tensor, Tensor)",
+    _logits_backward,
+    _logits_backward_fake,
+)
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(embeddings: Tensor, centers: Tensor, options: tuple[float, float, int]) -> tuple[Tensor, Tensor]:
+        return _logits_op(embeddings, centers, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        embeddings, centers, ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(embeddings, centers, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *_LogitsBackward.apply(grad, *ctx.saved_tensors, ctx.options), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return one_by_one(_Logits.apply, info.batch_size, in_dims, arguments)
+
+
+class _LogitsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad: Tensor, embeddings: Tensor, centers: Tensor, inverse: Tensor, options: tuple[float, float, int]
+    ) -> tuple[Tensor, Tensor]:
+        return _logits_backward_op(grad, embeddings, centers, inverse, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        grad, embeddings, centers, _, ctx.options = inputs
+        ctx.save_for_backward(grad, embeddings, centers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        def first_order(grad: Tensor, embeddings: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
+            la, gamma, _ = ctx.options
+            return torch.func.vjp(lambda x, w: relaxed_logits(x, w, la, gamma), embeddings, centers)[1](grad)
+
+        return *torch.func.vjp(first_order, *ctx.saved_tensors)[1](grads), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return one_by_one(_LogitsBackward.apply, info.batch_size, in_dims, arguments)
+
+
+def soft_triple_logits(
+    embeddings: Tensor,
+    centers: Tensor,
+    *,
+    la: float = 20.0,
+    gamma: float = 0.1,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Score embeddings against all classes as SoftTriple does, without the cosines of all centers in memory.
+
+    .. math:: \lambda \sum_k \operatorname{softmax}_k(x_i^\top w_{ck} / \gamma)\, x_i^\top w_{ck}
+
+    The relaxed similarity of Qian et al., "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling", ICCV 2019,
+    equation 5, with unit vectors x and w, times :math:`\lambda`; no margin.
+
+    Args:
+        embeddings: Shape (B, d), of any length; float32, float64, bfloat16 or float16.
+        centers: Shape (C, K, d), of any length.
+        la: The paper's :math:`\lambda`.
+        gamma: The paper's :math:`\gamma`, above 0.
+        chunk_size: Classes at a time; default as caches hold.
+
+    Returns:
+        Logits of shape (B, C); float32, or float64 where an argument is.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or numbers do not fit.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.ops.soft_triple_logits import soft_triple_logits
+        >>> soft_triple_logits(torch.randn(8, 64), torch.randn(100, 10, 64)).shape
+        torch.Size([8, 100])
+    """
+    size = check(embeddings, centers, la, gamma, chunk_size)
+    logits, _ = _Logits.apply(embeddings, centers, (float(la), float(gamma), size))
+    return logits
