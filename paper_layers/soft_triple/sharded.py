@@ -103,7 +103,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
             )
         from torch.distributed.device_mesh import DeviceMesh
 
-        group = cast(dist.ProcessGroup, process_group or dist.group.WORLD)
+        group = cast("dist.ProcessGroup", process_group or dist.group.WORLD)
         place = torch.empty(0, device=device).device
         kind = place.type
         if kind == "meta":
@@ -194,7 +194,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         return cast("DTensor", self.centers).to_local()
 
     def _all_centers(self) -> Tensor:
-        return cast("DTensor", self.centers).detach().full_tensor()
+        return cast("DTensor", self.centers).full_tensor().detach()
 
 
 def _split_whole(module: ShardedSoftTripleLoss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
