@@ -77,7 +77,7 @@ def _forward(
     scores: Tensor, inverse: Tensor, labels: Tensor, first: int, la: float, gamma: float, margin: float
 ) -> tuple[Tensor, Tensor]:
     own = _is_target(labels, first, inverse.shape[0])
-    logits = la * (_cosines(scores, inverse, gamma)[2] - margin * own)
+    logits = la * (_cosines(scores, inverse, gamma)[2] - margin * own.to(scores.dtype))
     return logits.logsumexp(0), logits.where(own, 0).sum(0)
 
 
@@ -102,7 +102,7 @@ def _backward(
 ) -> Tensor:
     s, p, similarity = _cosines(scores, inverse, gamma)
     own = _is_target(labels, first, inverse.shape[0])
-    share = (la * (similarity - margin * own) - logsumexp).exp()
+    share = (la * (similarity - margin * own.to(scores.dtype)) - logsumexp).exp()
     return _weigh(scores, inverse, s, p, similarity, la * (grad_logsumexp * share + grad_target * own), gamma)
 
 

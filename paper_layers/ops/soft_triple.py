@@ -125,7 +125,8 @@ def _formula(
     """What the op returns, likewise."""
     la, gamma, margin, regularized, _ = options
     own = torch.arange(centers.shape[0], device=labels.device) == labels[:, None]
-    logits = relaxed_logits(embeddings, centers, la, gamma) - la * margin * own
+    logits = relaxed_logits(embeddings, centers, la, gamma)
+    logits = logits - la * margin * own.to(logits.dtype)
     distance = logits.new_zeros(())
     if regularized:
         w = centers.to(logits.dtype)
