@@ -1,0 +1,131 @@
+// SoftTriple between the matrix products on the CPU.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/Dispatch_v2.h>
+
+#include <numeric>
+#include <tuple>
+
+#include "soft_triple/problem.h"
+
+#define PAPER_LAYERS_KERNEL "soft_triple/cpu_kernel.h"
+#include "common/for_each_isa.h"
+
+namespace paper_layers {
+namespace {
+
+// Calls function with an element of the dtype.
+template <typename Function>
+void with_dtype(const Tensor& tensor, Function function) {
+  THO_DISPATCH_V2(tensor.scalar_type(), "soft_triple", AT_WRAP([&] { function(scalar_t{}); }), ScalarType::Float,
+                  ScalarType::Double);
+}
+
+Tensor empty(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape); }
+
+std::tuple<Tensor, Tensor, Tensor> soft_triple_centers(const Tensor& any_centers, bool distances) {
+  const SoftTripleCenters problem = soft_triple_centers_problem(any_centers, distances);
+  const Tensor centers = torch::stable::contiguous(any_centers);
+  const int64_t classes = problem.classes, count = problem.centers;
+  Tensor inverse = empty(centers, {classes, count}), distance = empty(centers, {});
+  Tensor pull = distances ? empty(centers, {classes, count, count}) : empty(centers, {0});
+  with_dtype(centers, [&](auto element) {
+    using A = decltype(element);
+    PAPER_LAYERS_DISPATCH(soft_triple_centers(problem, centers.const_data_ptr<A>(), inverse.mutable_data_ptr<A>(),
+                                              distance.mutable_data_ptr<A>(), pull.mutable_data_ptr<A>()));
+  });
+  return {inverse, distance, pull};
+}
+
+void soft_triple_add_centers(Tensor grad, const Tensor& any_centers, const Tensor& any_inverse,
+                             const Tensor& any_projection, const Tensor& any_pull, const Tensor& grad_distance) {
+  const SoftTripleCenters problem =
+      soft_triple_add_centers_problem(grad, any_centers, any_inverse, any_projection, any_pull, grad_distance);
+  const Tensor centers = torch::stable::contiguous(any_centers), inverse = torch::stable::contiguous(any_inverse),
+               projection = torch::stable::contiguous(any_projection), pull = torch::stable::contiguous(any_pull);
+  with_dtype(centers, [&](auto element) {
+    using A = decltype(element);
+    PAPER_LAYERS_DISPATCH(soft_triple_add_centers(problem, centers.const_data_ptr<A>(), inverse.const_data_ptr<A>(),
+                                                  projection.const_data_ptr<A>(), pull.const_data_ptr<A>(),
+                                                  *grad_distance.const_data_ptr<A>(), grad.mutable_data_ptr<A>()));
+  });
+}
+
+std::tuple<Tensor, Tensor> soft_triple_chunk_forward(const Tensor& scores, const Tensor& any_inverse,
+                                                     const Tensor& any_labels, int64_t first, double la, double gamma,
+                                                     double margin) {
+  const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
+  check_labels(any_labels, chunk, scores);
+  const Tensor inverse = torch::stable::contiguous(any_inverse), labels = torch::stable::contiguous(any_labels);
+  Tensor logsumexp = empty(scores, {chunk.rows}), target = empty(scores, {chunk.rows});
+  with_dtype(scores, [&](auto element) {
+    using A = decltype(element);
+    PAPER_LAYERS_DISPATCH(soft_triple_chunk_forward<A>(
+        chunk, SoftTripleFactors<A>(la, gamma, margin), scores.const_data_ptr<A>(), inverse.const_data_ptr<A>(),
+        labels.const_data_ptr<int64_t>(), first, logsumexp.mutable_data_ptr<A>(), target.mutable_data_ptr<A>()));
+  });
+  return {logsumexp, target};
+}
+
+Tensor soft_triple_chunk_backward(Tensor scores, const Tensor& any_inverse, const Tensor& any_labels, int64_t first,
+                                  const Tensor& any_logsumexp, const Tensor& any_grad_logsumexp,
+                                  const Tensor& any_grad_target, double la, double gamma, double margin) {
+  const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
+  check_labels(any_labels, chunk, scores);
+  const std::vector<int64_t> batch = {chunk.rows};
+  check_tensor("logsumexp", any_logsumexp, batch, scores);
+  check_tensor("grad_logsumexp", any_grad_logsumexp, batch, scores);
+  check_tensor("grad_target", any_grad_target, batch, scores);
+  const auto dense = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
+  const Tensor inverse = dense(any_inverse), labels = dense(any_labels), logsumexp = dense(any_logsumexp),
+               grad_logsumexp = dense(any_grad_logsumexp), grad_target = dense(any_grad_target);
+  Tensor projection = empty(scores, {chunk.classes, chunk.centers});
+  with_dtype(scores, [&](auto element) {
+    using A = decltype(element);
+    PAPER_LAYERS_DISPATCH(soft_triple_chunk_backward<A>(
+        chunk, SoftTripleFactors<A>(la, gamma, margin), scores.mutable_data_ptr<A>(), inverse.const_data_ptr<A>(),
+        labels.const_data_ptr<int64_t>(), first, logsumexp.const_data_ptr<A>(), grad_logsumexp.const_data_ptr<A>(),
+        grad_target.const_data_ptr<A>(), projection.mutable_data_ptr<A>()));
+  });
+  return projection;
+}
+
+Tensor soft_triple_similarity(const Tensor& scores, const Tensor& any_inverse, double gamma) {
+  const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
+  const Tensor inverse = torch::stable::contiguous(any_inverse);
+  Tensor similarity = empty(scores, {chunk.classes, chunk.rows});
+  with_dtype(scores, [&](auto element) {
+    using A = decltype(element);
+    PAPER_LAYERS_DISPATCH(soft_triple_similarity<A>(chunk, static_cast<A>(1 / gamma), scores.const_data_ptr<A>(),
+                                                    inverse.const_data_ptr<A>(), similarity.mutable_data_ptr<A>()));
+  });
+  return similarity;
+}
+
+Tensor soft_triple_similarity_backward(Tensor scores, const Tensor& any_inverse, const Tensor& any_grad,
+                                       double gamma) {
+  const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
+  const std::vector<int64_t> shape = {chunk.classes, chunk.rows};
+  check_tensor("grad", any_grad, shape, scores);
+  const Tensor inverse = torch::stable::contiguous(any_inverse), grad = torch::stable::contiguous(any_grad);
+  Tensor projection = empty(scores, {chunk.classes, chunk.centers});
+  with_dtype(scores, [&](auto element) {
+    using A = decltype(element);
+    PAPER_LAYERS_DISPATCH(soft_triple_similarity_backward<A>(
+        chunk, static_cast<A>(1 / gamma), scores.mutable_data_ptr<A>(), inverse.const_data_ptr<A>(),
+        grad.const_data_ptr<A>(), projection.mutable_data_ptr<A>()));
+  });
+  return projection;
+}
+
+}  // namespace
+}  // namespace paper_layers
+
+STABLE_TORCH_LIBRARY_IMPL(paper_layers, CPU, m) {
+  m.impl("soft_triple_centers", TORCH_BOX(&paper_layers::soft_triple_centers));
+  m.impl("soft_triple_add_centers_", TORCH_BOX(&paper_layers::soft_triple_add_centers));
+  m.impl("soft_triple_chunk", TORCH_BOX(&paper_layers::soft_triple_chunk_forward));
+  m.impl("soft_triple_chunk_backward_", TORCH_BOX(&paper_layers::soft_triple_chunk_backward));
+  m.impl("soft_triple_similarity", TORCH_BOX(&paper_layers::soft_triple_similarity));
+  m.impl("soft_triple_similarity_backward_", TORCH_BOX(&paper_layers::soft_triple_similarity_backward));
+}

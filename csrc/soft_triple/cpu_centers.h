@@ -1,0 +1,142 @@
+// The centers of each class among themselves: lengths, distances, and what these add to gradients.
+
+// Classes that are summed by one thread; fixed, so that results do not depend on the threads.
+constexpr int64_t kClassBlock = 32;
+// Vectors of channels, and rows, that are computed side by side.
+constexpr int64_t kGroup = 4;
+
+// Runs body(first, last) on the blocks of so many classes, each of so many operations.
+template <typename Body>
+void for_each_block(int64_t classes, int64_t work_per_class, Body&& body) {
+  const int64_t blocks = (classes + kClassBlock - 1) / kClassBlock;
+  const int64_t grain = 1 + 32768 / (1 + kClassBlock * work_per_class);
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) body(b * kClassBlock, std::min(classes, (b + 1) * kClassBlock));
+  });
+}
+
+// Products of a row with `count` rows, at most kGroup, that follow one another.
+template <int64_t count, typename A>
+PAPER_LAYERS_INLINE void products(const A* row, const A* others, int64_t channels, A* to) {
+  using V = Vec<A>;
+  V sums[count];
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < count; ++i) sums[i] = V(A(0));
+  const auto add = [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    const V x = load(row + c, lanes);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < count; ++i) sums[i] = multiply_add(x, load(others + i * channels + c, lanes), sums[i]);
+  };
+  int64_t c = 0;
+  for (; c + V::size <= channels; c += V::size) add(c, Full{});
+  if (c < channels) add(c, channels - c);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < count; ++i) to[i] = total_of(sums[i].lanes);
+}
+
+// The lengths of the centers of a class in the diagonal of its products (K, K), and what is below it.
+template <typename A>
+void gram(const SoftTripleCenters& problem, const A* centers, A* to) {
+  const int64_t K = problem.centers, channels = problem.channels;
+  for (int64_t j = 0; j < K; ++j) {
+    const A* row = centers + j * channels;
+    int64_t k = problem.distances ? 0 : j;
+    for (; k + kGroup <= j + 1; k += kGroup) products<kGroup>(row, centers + k * channels, channels, to + j * K + k);
+    for (; k <= j; ++k) products<1>(row, centers + k * channels, channels, to + j * K + k);
+  }
+}
+
+// One class: `gram` becomes its pull, which times the centers is the gradient of the sum of distances.
+template <typename A>
+double distances(int64_t K, const A* inverse, A* gram) {
+  double sum = 0;
+  std::vector<A> own(K);
+  for (int64_t j = 0; j < K; ++j) {
+    for (int64_t k = 0; k < j; ++k) {
+      const A cosine = gram[j * K + k] * inverse[j] * inverse[k];
+      const A squared = 2 - 2 * cosine;
+      const A distance = std::sqrt((squared < 0 ? A(0) : squared) + A(kRoot));
+      const A slope = -1 / distance;
+      sum += distance;
+      own[j] += slope * cosine;
+      own[k] += slope * cosine;
+      gram[j * K + k] = gram[k * K + j] = slope * inverse[j] * inverse[k];
+    }
+  }
+  for (int64_t j = 0; j < K; ++j) gram[j * K + j] = -inverse[j] * inverse[j] * own[j];
+  return sum;
+}
+
+template <typename A>
+void soft_triple_centers(const SoftTripleCenters& problem, const A* centers, A* inverse, A* distance, A* pull) {
+  const int64_t K = problem.centers;
+  std::vector<double> sums((problem.classes + kClassBlock - 1) / kClassBlock);
+  const int64_t work = problem.class_size() * (problem.distances ? K : 1);
+  for_each_block(problem.classes, work, [&](int64_t first, int64_t last) {
+    std::vector<A> scratch(problem.distances ? 0 : problem.pairs());
+    double sum = 0;
+    for (int64_t c = first; c < last; ++c) {
+      A* products = problem.distances ? pull + c * problem.pairs() : scratch.data();
+      gram(problem, centers + c * problem.class_size(), products);
+      for (int64_t k = 0; k < K; ++k) {
+        const A square = products[k * K + k];
+        inverse[c * K + k] = square <= A(kShortestSquared) ? A(0) : 1 / std::sqrt(square);
+      }
+      if (problem.distances) sum += distances(K, inverse + c * K, products);
+    }
+    sums[first / kClassBlock] = sum;
+  });
+  *distance = static_cast<A>(std::accumulate(sums.begin(), sums.end(), 0.0));
+}
+
+// One class's rows += weights (K, K) times the centers, or only the diagonal of weights.
+template <int64_t vectors, typename A, typename Lanes>
+PAPER_LAYERS_INLINE void add_products(const SoftTripleCenters& problem, const A* weights, const A* centers, A* rows,
+                                      Lanes lanes) {
+  using V = Vec<A>;
+  const int64_t K = problem.centers;
+  for (int64_t j = 0; j < K; ++j) {
+    A* const row = rows + j * problem.channels;
+    V sums[vectors];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; ++v) sums[v] = load(row + v * V::size, lanes);
+    for (int64_t k = problem.distances ? 0 : j; k < (problem.distances ? K : j + 1); ++k) {
+      const V weight(weights[j * K + k]);
+      const A* center = centers + k * problem.channels;
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < vectors; ++v) {
+        sums[v] = multiply_add(weight, load(center + v * V::size, lanes), sums[v]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; ++v) store(row + v * V::size, sums[v], lanes);
+  }
+}
+
+template <typename A>
+void soft_triple_add_centers(const SoftTripleCenters& problem, const A* centers, const A* inverse, const A* projection,
+                             const A* pull, A grad_distance, A* grad) {
+  constexpr int64_t size = Vec<A>::size;
+  const int64_t K = problem.centers, channels = problem.channels;
+  const int64_t work = problem.class_size() * (problem.distances ? K : 1);
+  for_each_block(problem.classes, work, [&](int64_t first, int64_t last) {
+    std::vector<A> weights(problem.pairs());
+    for (int64_t c = first; c < last; ++c) {
+      if (problem.distances) {
+        for (int64_t i = 0; i < problem.pairs(); ++i) weights[i] = grad_distance * pull[c * problem.pairs() + i];
+      }
+      for (int64_t k = 0; k < K; ++k) {
+        const A length = inverse[c * K + k], share = projection[c * K + k] * length * length;
+        weights[k * K + k] = (problem.distances ? weights[k * K + k] : A(0)) - share;
+      }
+      const A* from = centers + c * problem.class_size();
+      A* to = grad + c * problem.class_size();
+      int64_t i = 0;
+      for (; i + kGroup * size <= channels; i += kGroup * size) {
+        add_products<kGroup>(problem, weights.data(), from + i, to + i, Full{});
+      }
+      for (; i + size <= channels; i += size) add_products<1>(problem, weights.data(), from + i, to + i, Full{});
+      if (i < channels) add_products<1>(problem, weights.data(), from + i, to + i, channels - i);
+    }
+  });
+}
