@@ -17,15 +17,16 @@ class Retrieval(NamedTuple):
     test_labels: Tensor  # What is looked for: no class of the training.
 
 
-def digits() -> Retrieval:
-    """Scikit-learn's digits, half to train on as even and odd, half in which the ten digits are looked for."""
+def digits(seed: int) -> Retrieval:
+    """Scikit-learn's digits: half to train on as two classes of five digits, half where the ten are looked for."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     inputs, labels = torch.from_numpy(data.data).float()[order] / 16, torch.from_numpy(data.target)[order]
     half = len(order) // 2
-    return Retrieval(inputs[:half], labels[:half] % 2, inputs[half:], labels[half:])
+    coarse = torch.randperm(10, generator=torch.Generator().manual_seed(seed)) % 2
+    return Retrieval(inputs[:half], coarse[labels[:half]], inputs[half:], labels[half:])
 
 
 def letters(path: str | Path) -> Retrieval:
