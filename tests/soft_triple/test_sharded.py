@@ -79,10 +79,10 @@ def compare(case: str, group: dist.ProcessGroup, rank: int, sizes: tuple[int, ..
     x, labels = (t.split(list(sizes))[rank] for t in batch(case, sum(sizes)))
     value = loss(net(x), labels.int())
     mine = expected.split(list(sizes))[rank] if case == "none" else expected
-    torch.testing.assert_close(value, mine, rtol=0, atol=1e-12)
+    torch.testing.assert_close(value, mine, rtol=1e-12, atol=1e-12)
     total(case, value, len(sizes)).backward()
-    torch.testing.assert_close(loss.centers.grad.full_tensor(), center_grad, rtol=0, atol=1e-12)
-    torch.testing.assert_close([p.grad for p in net.module.parameters()], grads, rtol=0, atol=1e-12)
+    torch.testing.assert_close(loss.centers.grad.full_tensor(), center_grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close([p.grad for p in net.module.parameters()], grads, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(loss.get_logits(net(x)), whole.get_logits(net(x)))
     assert torch.equal(loss.distinct_centers(0.7), whole.distinct_centers(0.7))
     torch.testing.assert_close(loss.merge_centers(0.7), whole.merge_centers(0.7))
