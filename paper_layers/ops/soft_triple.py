@@ -330,10 +330,13 @@ def soft_triple_loss(
     options = (float(la), float(gamma), float(margin), regularized, size)
     logsumexp, target, distance, *_ = _SoftTriple.apply(embeddings, centers, labels, options)
 
-    counted = labels >= 0
-    each = torch.where(counted, logsumexp - target, 0)
-    number = counted.sum()
     regulariser = tau / (classes * count * (count - 1)) * distance if regularized else distance
+    return reduced(logsumexp - target, labels >= 0, regulariser, reduction)
+
+
+def reduced(losses: Tensor, counted: Tensor, regulariser: Tensor, reduction: str) -> Tensor:
+    """The loss of rows of which some count, with the regulariser, as `soft_triple_loss` has it."""
+    each, number = torch.where(counted, losses, 0), counted.sum()
     if reduction == "none":
         return each + regulariser * counted
     if reduction == "sum":

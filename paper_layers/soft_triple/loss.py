@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from paper_layers.ops import _checks
 from paper_layers.ops.soft_triple import REDUCTIONS, soft_triple_loss
 from paper_layers.ops.soft_triple_logits import soft_triple_logits
+from paper_layers.soft_triple import merging
 
 
 class SoftTripleLoss(nn.Module):
@@ -107,8 +108,13 @@ class SoftTripleLoss(nn.Module):
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.num_classes}, {self.embedding_dim}, {options}"
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of embeddings (B, embedding_dim) with labels (B,), int64 or int32."""
+    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
+        """The loss of embeddings (B, embedding_dim) with labels (B,), int64 or int32.
+
+        `indices_tuple` is what the trainers of pytorch-metric-learning hand to every loss: the tuples of a miner, or
+        None where there is none. SoftTriple has no tuples, so it must be None.
+        """
+        check_no_tuples(indices_tuple)
         return soft_triple_loss(
             embeddings,
             self.centers,
@@ -124,4 +130,43 @@ class SoftTripleLoss(nn.Module):
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Logits (B, num_classes) of embeddings (B, embedding_dim): scaled similarities, without the margin."""
-        return soft_triple_logits(embeddings, self.centers, la=self.la, gamma=self.gamma, chunk_size=self.chunk_size)
+        options: dict[str, Any] = {"la": self.la, "gamma": self.gamma, "chunk_size": self.chunk_size}
+        return soft_triple_logits(embeddings, self._all_centers(), **options)
+
+    def distinct_centers(self, threshold: float) -> Tensor:
+        """Count the centers of each class that have not merged: int64 of shape (num_classes,).
+
+        Two unit centers are closer than `threshold` in Euclidean distance, 0 to 2, or connected by others of their
+        class which are: then they count as one. The regulariser makes such centers, which the paper counts in its
+        section 4.
+
+        Example:
+            >>> import paper_layers
+            >>> paper_layers.SoftTripleLoss(num_classes=3, embedding_dim=64).distinct_centers(0.1)
+            tensor([10, 10, 10])
+        """
+        return merging.distinct_centers(self._all_centers(), threshold)
+
+    def merge_centers(self, threshold: float) -> tuple[Tensor, Tensor]:
+        """The unit centers (M, embedding_dim) that are left, class by class, and their classes, int64 of shape (M,).
+
+        Centers that `distinct_centers` counts as one become the direction of the mean of their unit vectors.
+
+        Example:
+            >>> import paper_layers
+            >>> centers, classes = paper_layers.SoftTripleLoss(3, 64, centers_per_class=2).merge_centers(0.1)
+            >>> centers.shape, classes
+            (torch.Size([6, 64]), tensor([0, 0, 1, 1, 2, 2]))
+        """
+        return merging.merge_centers(self._all_centers(), threshold)
+
+    def _all_centers(self) -> Tensor:
+        return self.centers
+
+
+def check_no_tuples(indices_tuple: object) -> None:
+    """What miners of pytorch-metric-learning find is for other losses."""
+    if indices_tuple is not None:
+        raise ValueError(
+            f"indices_tuple: expected None, since SoftTriple needs no miner, got {type(indices_tuple).__name__}"
+        )

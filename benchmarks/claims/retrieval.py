@@ -1,0 +1,40 @@
+"""Small data for retrieval: classes to train on, and others, or finer ones, that are looked for afterwards."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Retrieval(NamedTuple):
+    train: Tensor  # (N, features)
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor  # What is looked for: no class of the training.
+
+
+def digits(seed: int) -> Retrieval:
+    """Scikit-learn's digits: half to train on as two classes of five digits, half where the ten are looked for."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    inputs, labels = torch.from_numpy(data.data).float()[order] / 16, torch.from_numpy(data.target)[order]
+    half = len(order) // 2
+    coarse = torch.randperm(10, generator=torch.Generator().manual_seed(seed)) % 2
+    return Retrieval(inputs[:half], coarse[labels[:half]], inputs[half:], labels[half:])
+
+
+def letters(path: str | Path) -> Retrieval:
+    """UCI's letter recognition: a file of lines of a letter and 16 numbers. A to M to train on, N to Z to look for."""
+    with open(path, newline="") as file:
+        rows = [row for row in csv.reader(file) if len(row) == 17 and len(row[0]) == 1]
+    labels = torch.tensor([ord(row[0]) - ord("A") for row in rows])
+    inputs = torch.tensor([[float(value) for value in row[1:]] for row in rows])
+    train = labels < 13
+    inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0)
+    return Retrieval(inputs[train], labels[train], inputs[~train], labels[~train])

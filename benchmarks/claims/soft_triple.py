@@ -1,0 +1,229 @@
+"""SoftTriple's claims at small scale: several centers help where a class has several modes, tau merges surplus ones.
+
+A perceptron with one hidden layer learns embeddings of 32 numbers by
+
+- normalised softmax: SoftTriple with one center a class;
+- SoftTriple with 10 and 20 centers a class, without (tau 0) and with (tau 0.2) the regulariser;
+- triplets: pytorch-metric-learning's triplet loss with its semi-hard miner, on batches of four samples a class.
+
+Samples of the same class are then looked for (Recall@1, cosine) and clustered (NMI) where the classes are none of the
+training: the ten digits, of which the training saw to which of two halves they belong (each seed halves them anew);
+with --letters, letters that the training did not see.
+
+    python -m benchmarks.claims.soft_triple [--letters PATH] [--seeds 8] [--steps 1500] [--quick] [--json PATH]
+
+Beside the JSON, a picture of the same name: embeddings of digits, and centers before and after merging.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from benchmarks.claims import retrieval
+from benchmarks.claims.retrieval import Retrieval
+from benchmarks.claims.training import in_parallel, mean_and_interval
+from benchmarks.environment import environment, save
+from paper_layers.soft_triple import SoftTripleLoss, nmi, param_groups, recall_at_k
+
+HIDDEN, DIM, BATCH = 256, 32, 32
+LR, CENTER_LR = 3e-3, 1e-2
+THRESHOLD = 0.2  # Centers that are closer count as one: 11 degrees.
+BASELINE, TRIPLETS = "normalised softmax", "triplets"
+WAYS: dict[str, dict[str, Any]] = {
+    BASELINE: {"centers_per_class": 1},
+    "K 10, tau 0": {"centers_per_class": 10, "tau": 0.0},
+    "K 10, tau 0.2": {"centers_per_class": 10, "tau": 0.2},
+    "K 20, tau 0": {"centers_per_class": 20, "tau": 0.0},
+    "K 20, tau 0.2": {"centers_per_class": 20, "tau": 0.2},
+    TRIPLETS: {},
+}
+SHOWN = ("K 20, tau 0", "K 20, tau 0.2")
+
+
+class Outcome(NamedTuple):
+    recall: float  # At 1, in percent.
+    nmi: float  # In percent.
+    distinct: float  # Centers a class, on average; 0 where there are none.
+    seconds: float  # Of training.
+    embeddings: Tensor  # Of the test samples, where they are shown.
+    centers: Tensor
+
+
+def network(features: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM))
+
+
+def train(model: nn.Module, loss: nn.Module, data: Retrieval, steps: int, seed: int) -> None:
+    """As published, but that the network, which is not pretrained, learns faster; `loss` of None means triplets."""
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(loss, SoftTripleLoss):
+        groups = param_groups(model, loss, lr=LR, center_lr=CENTER_LR)
+        groups[0]["eps"] = 1e-8
+        optimizer = torch.optim.Adam(groups, eps=0.01, weight_decay=1e-4)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), LR, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps * 2 // 5, steps * 4 // 5])
+    for _ in range(steps):
+        batch = torch.randint(len(data.train), (BATCH,), generator=generator)
+        if not isinstance(loss, SoftTripleLoss):
+            batch = _four_each(data.train_labels, generator)
+        value = loss(model(data.train[batch]), data.train_labels[batch])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _four_each(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Samples of BATCH / 4 classes, drawn anew where there are fewer."""
+    classes = torch.randint(int(labels.max()) + 1, (BATCH // 4,), generator=generator)
+    if len(classes.unique()) == 1:
+        classes[0] = 1 - classes[0].clamp(max=1)
+    rows = [(labels == one).nonzero()[:, 0] for one in classes]
+    return torch.cat([some[torch.randint(len(some), (4,), generator=generator)] for some in rows])
+
+
+class Triplets(nn.Module):
+    """pytorch-metric-learning's triplet loss on the triplets of its miner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from pytorch_metric_learning import losses, miners
+
+        self.loss, self.miner = losses.TripletMarginLoss(0.2), miners.TripletMarginMiner(0.2, "semihard")
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(embeddings, labels, self.miner(embeddings, labels))
+
+
+@functools.lru_cache(maxsize=1)
+def letters(path: str) -> Retrieval:
+    return retrieval.letters(path)
+
+
+def run(path: str | None, way: str, seed: int, steps: int) -> Outcome:
+    data = retrieval.digits(seed) if path is None else letters(path)
+    torch.manual_seed(seed)
+    model = network(data.train.shape[1])
+    classes = int(data.train_labels.max()) + 1
+    loss = Triplets() if way == TRIPLETS else SoftTripleLoss(classes, DIM, **WAYS[way])
+    start = time.perf_counter()
+    train(model, loss, data, steps, seed)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        embeddings = F.normalize(model(data.test))
+    recall = 100 * recall_at_k(embeddings, data.test_labels, 1)[1]
+    clustered = 100 * nmi(embeddings, data.test_labels, seed=seed)
+    distinct, centers = 0.0, torch.empty(0)
+    if isinstance(loss, SoftTripleLoss):
+        distinct = loss.distinct_centers(THRESHOLD).double().mean().item()
+        centers = loss.centers.detach()
+    shown = path is None and seed == 0
+    return Outcome(recall, clustered, distinct, seconds, embeddings if shown else torch.empty(0), centers)
+
+
+# --- reports
+
+
+def row(name: str, way: str, runs: list[Outcome], baseline: list[Outcome]) -> dict[str, Any]:
+    """Mean and half of the 95 % interval of each score, and of what it is above the baseline's, seed by seed."""
+    found: dict[str, Any] = {"data": name, "name": way}
+    found["train_seconds"] = statistics.median(outcome.seconds for outcome in runs)
+    for score in ("recall", "nmi", "distinct"):
+        mine, reference = ([getattr(outcome, score) for outcome in part] for part in (runs, baseline))
+        mean, half = mean_and_interval(mine)
+        lead, lead_half = mean_and_interval([a - b for a, b in zip(mine, reference, strict=True)])
+        found[score] = {"values": mine, "mean": mean, "interval": half}
+        found[score] |= {"above_softmax": lead, "above_softmax_interval": lead_half}
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    names = {"recall": "Recall@1", "nmi": "NMI"}
+    lines = []
+    for data in dict.fromkeys(found["data"] for found in rows):
+        lines += ["", f"{data:20}" + "".join(f"{name:>16}{'above softmax':>16}" for name in names.values())]
+        lines[-1] += f"{'distinct centers':>18}{'training s':>12}"
+        for found in (found for found in rows if found["data"] == data):
+            line = f"  {found['name']:18}"
+            for name in names:
+                score = found[name]
+                mean = f"{score['mean']:.1f} ± {score['interval']:.1f} %"
+                lead = f"{score['above_softmax']:+.1f} ± {score['above_softmax_interval']:.1f}"
+                line += f"{mean:>16}{'' if found['name'] == BASELINE else lead:>16}"
+            distinct = "" if found["name"] == TRIPLETS else f"{found['distinct']['mean']:.1f}"
+            lines.append(f"{line}{distinct:>18}{found['train_seconds']:12.1f}")
+    return "\n".join(lines)
+
+
+def draw(axes: Axes, embeddings: Tensor, labels: Tensor, centers: Tensor, merged: bool) -> None:
+    """Embeddings by digit on the plane of their largest variance; a class' centers as one sign, before or after."""
+    middle = embeddings.mean(0)
+    plane = torch.linalg.svd(embeddings - middle, full_matrices=False).Vh[:2].mT
+    axes.scatter(*((embeddings - middle) @ plane).T, c=labels, cmap="tab10", s=5, alpha=0.5, linewidths=0)
+    for digit in labels.unique():
+        x, y = ((embeddings[labels == digit].mean(0) - middle) @ plane).tolist()
+        axes.text(x, y, str(int(digit)), ha="center", va="center", fontsize=11, weight="bold")
+    loss = SoftTripleLoss(*centers.shape[::2], centers_per_class=centers.shape[1])
+    loss.load_state_dict({"centers": centers})
+    places, classes = loss.merge_centers(THRESHOLD if merged else 1e-9)
+    for one, (marker, color) in enumerate((("o", "#1d4ed8"), ("s", "#c2410c"))):
+        some = (places[classes == one] - middle) @ plane
+        axes.scatter(*some.T, marker=marker, s=42, facecolor="none", edgecolor=color, linewidths=1.4)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def picture(shown: dict[str, Outcome], labels: Tensor) -> Figure:
+    """Both ways, before and after merging."""
+    figure = Figure(figsize=(9.5, 9.5), layout="constrained")
+    grid = figure.subplots(len(shown), 2)
+    for line, (way, outcome) in zip(grid, shown.items(), strict=True):
+        for axes, merged in zip(line, (False, True), strict=True):
+            draw(axes, outcome.embeddings, labels, outcome.centers, merged)
+            count = len(outcome.centers.flatten(0, 1))
+            kept = round(outcome.distinct * len(outcome.centers))
+            axes.set_title(f"{way}: {f'merged to {kept}' if merged else f'all {count} centers'}")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--letters", metavar="PATH", help="UCI's letter-recognition.data; default the digits alone")
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--quick", action="store_true", help="does it run, rather than what comes out")
+    parser.add_argument("--json", metavar="PATH", help="write all numbers there, and the picture beside it")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.steps = 2, 30
+
+    data = {"digits": None, **({"letters": options.letters} if options.letters else {})}
+    cells = [(name, path, way) for name, path in data.items() for way in WAYS]
+    jobs = [(path, way, seed, options.steps) for seed in range(options.seeds) for _, path, way in cells]
+    outcomes = in_parallel(run, jobs, "claims of SoftTriple")
+    runs = {(name, way): outcomes[i :: len(cells)] for i, (name, _, way) in enumerate(cells)}
+    rows = [row(name, way, part, runs[name, BASELINE]) for (name, way), part in runs.items()]
+    print(table(rows))
+    if options.json:
+        setup: dict[str, Any] = {"steps": options.steps, "batch": BATCH, "seeds": options.seeds, "threshold": THRESHOLD}
+        setup |= {"lr": LR, "center_lr": CENTER_LR, "hidden": HIDDEN, "dim": DIM, "threads_per_training": 1}
+        save(options.json, {"claim": (__doc__ or "").splitlines()[0], **environment(), **setup, "results": rows})
+        path = Path(options.json).with_suffix(".png")
+        picture({way: runs["digits", way][0] for way in SHOWN}, retrieval.digits(0).test_labels).savefig(path, dpi=110)
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What ranks that hold some classes each tell one another, with the gradients that DDP expects.
+
+Each rank has a loss of its own and DDP minimises their mean J: it averages the gradients of its parameters over the
+ranks. So for `world` ranks an embedding's gradient is here `world` times that of J, and what stays on its rank, as the
+centers do, gets the gradient of J itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def gather_rows(rows: Tensor, sizes: list[int], group: Any) -> Tensor:
+    """The rows (size, ...) of all ranks, one rank's after another's; without gradients."""
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class Gather(torch.autograd.Function):
+    """`gather_rows`, in the dtype that gradients are to be summed in."""
+
+    @staticmethod
+    def forward(rows: Tensor, sizes: list[int], group: Any, dtype: torch.dtype) -> Tensor:
+        return gather_rows(rows, sizes, group).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rows, ctx.sizes, ctx.group, _ = inputs
+        ctx.dtype = rows.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        own = total.split(ctx.sizes)[dist.get_rank(ctx.group)]
+        return (own * len(ctx.sizes)).to(ctx.dtype), None, None, None
+
+
+class Join(torch.autograd.Function):
+    """From each rank's log-sum-exps (B,), targets (B,) and distance () to the cross-entropies and the sum of all."""
+
+    @staticmethod
+    def forward(logsumexp: Tensor, target: Tensor, distance: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+        highest = logsumexp.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+        sums = torch.cat([(logsumexp - highest).exp(), target, distance[None]])
+        dist.all_reduce(sums, group=group)
+        total, target, distance = sums.split([len(target), len(target), 1])
+        joint = highest + total.log()
+        return joint - target, distance[0].clone(), (logsumexp - joint).exp()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.group = inputs[3]
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(output[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_distance: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        mean = torch.cat([grad, grad_distance[None]])
+        dist.all_reduce(mean, group=ctx.group)
+        mean = mean / dist.get_world_size(ctx.group)
+        (share,) = ctx.saved_tensors
+        return mean[:-1] * share, -mean[:-1], mean[-1], None

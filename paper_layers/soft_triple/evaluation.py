@@ -1,0 +1,141 @@
+"""How good an embedding is for retrieval and clustering, as metric learning papers measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paper_layers.ops import _checks
+from paper_layers.ops.knn import knn
+
+
+def recall_at_k(
+    embeddings: Tensor,
+    labels: Tensor,
+    k: int | Sequence[int] = (1, 2, 4, 8),
+    *,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+) -> dict[int, float]:
+    """Share of queries that have a sample of their own class among their k nearest by cosine.
+
+    The Recall@k of Qian et al., "SoftTriple Loss", ICCV 2019, section 4, and of metric learning at large: every sample
+    is a query and all others are searched. The search is exact and holds N x max(k) neighbours, never N x N distances.
+
+    Of equally near samples the one that comes first counts as nearer. A query that nothing can be found for, since no
+    other sample has its class, is left out. A zero vector stands at a cosine of 1/2 to all others.
+
+    Args:
+        embeddings: Shape (N, d), floating point, of any length: they are normalised here.
+        labels: Classes, integers of shape (N,).
+        k: How many neighbours are looked at; more than there are samples means all of them.
+        gallery: Samples to search in place of the other queries, shape (M, d).
+        gallery_labels: Their classes, integers of shape (M,).
+
+    Returns:
+        The recall, 0 to 1, of each k; NaN where all queries are left out.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or sizes do not fit, or one of `gallery` and `gallery_labels` is missing.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.soft_triple import recall_at_k
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.6, 0.5]])
+        >>> recall_at_k(embeddings, torch.tensor([0, 0, 1, 1]), k=(1, 3))
+        {1: 0.75, 3: 1.0}
+    """
+    _samples("embeddings", embeddings, "labels", labels)
+    if (gallery is None) != (gallery_labels is None):
+        missing, given = ("gallery", "gallery_labels") if gallery is None else ("gallery_labels", "gallery")
+        raise ValueError(f"{missing}: expected a Tensor beside {given}, got None")
+    alone = gallery is None or gallery_labels is None
+    if gallery is not None and gallery_labels is not None:
+        _samples("gallery", gallery, "gallery_labels", gallery_labels)
+    wanted = [k] if isinstance(k, int) else list(k)
+    if not wanted:
+        raise ValueError("k: expected at least one number, got none")
+    for number in wanted:
+        _checks.integer("k", number, 1)
+
+    searched = labels if gallery_labels is None else gallery_labels
+    findable = _count(labels, searched) > (1 if alone else 0)
+    index, _ = knn(
+        embeddings.detach(),
+        None if gallery is None else gallery.detach(),
+        max(1, min(max(wanted), len(searched))),
+        metric="cosine",
+        include_self=not alone,
+    )
+    if len(searched) == 0:
+        index = index.new_full(index.shape, -1)
+        searched = labels.new_zeros(1)
+    hits = (searched[index.clamp(min=0)] == labels[:, None]) & (index >= 0)
+    hits = hits[findable]
+    return {number: hits[:, :number].any(1).double().mean().item() for number in wanted}
+
+
+def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
+    """Normalised mutual information of the classes and as many clusters of k-means.
+
+    As in Qian et al., "SoftTriple Loss", ICCV 2019, section 4: the embeddings are normalised, clustered by
+    scikit-learn's k-means into as many clusters as there are classes, and the information that clusters and classes
+    share is divided by the arithmetic average of their entropies. Needs scikit-learn:
+    ``pip install paper-layers[evaluation]``.
+
+    Args:
+        embeddings: Shape (N, d), floating point.
+        labels: Classes, integers of shape (N,).
+        seed: Of k-means, whose result depends on where it starts.
+
+    Returns:
+        0, where clusters tell nothing of the class, to 1.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes do not fit, or there is no sample.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.soft_triple import nmi
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> round(nmi(embeddings, torch.tensor([7, 7, 3, 3])), 6)
+        1.0
+    """
+    _samples("embeddings", embeddings, "labels", labels)
+    if len(labels) == 0:
+        raise ValueError("embeddings: expected at least one sample, got none")
+    try:
+        from sklearn.cluster import KMeans
+        from sklearn.metrics import normalized_mutual_info_score
+    except ImportError as error:
+        raise ImportError("nmi needs scikit-learn: pip install paper-layers[evaluation]") from error
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    points = F.normalize(embeddings.detach().to(dtype), dim=1).cpu().numpy()
+    clusters = KMeans(len(labels.unique()), random_state=seed).fit_predict(points)
+    return float(normalized_mutual_info_score(labels.cpu().numpy(), clusters, average_method="arithmetic"))
+
+
+def _samples(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> None:
+    """Embeddings (N, d) and integer labels (N,) on one device."""
+    _checks.floating(name, embeddings)
+    if embeddings.dim() != 2:
+        raise ValueError(f"{name}: expected shape (N, d), got {tuple(embeddings.shape)}")
+    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex:
+        got = getattr(labels, "dtype", type(labels).__name__)
+        raise TypeError(f"{label_name}: expected a Tensor of integers, got {got}")
+    _checks.same_device(label_name, labels, name, embeddings)
+    if labels.shape != embeddings.shape[:1]:
+        raise ValueError(f"{label_name}: expected shape ({len(embeddings)},), got {tuple(labels.shape)}")
+
+
+def _count(labels: Tensor, among: Tensor) -> Tensor:
+    """How often each label occurs among others."""
+    ordered = among.sort().values
+    first, past = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
+    return past - first

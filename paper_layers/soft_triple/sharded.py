@@ -1,0 +1,207 @@
+"""The SoftTriple loss with its classes spread over the ranks of a process group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from paper_layers.ops import _checks
+from paper_layers.ops._soft_triple import known_labels
+from paper_layers.ops._soft_triple_chunks import check, compute_dtype
+from paper_layers.ops.soft_triple import reduced, soft_triple
+from paper_layers.soft_triple._collectives import Gather, Join, gather_rows
+from paper_layers.soft_triple.loss import SoftTripleLoss, check_no_tuples
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class ShardedSoftTripleLoss(SoftTripleLoss):
+    """SoftTriple over several processes, each of which holds the centers of some classes: for very many classes.
+
+    `SoftTripleLoss` of the joint batch of all ranks (Qian et al., "SoftTriple Loss", ICCV 2019). Embeddings and labels,
+    of which each rank may have another number, go to all ranks; each computes the logits of its own classes, and the
+    soft-max is joined from their maxima, sums and targets. Every rank returns the loss of the joint batch, as reduced
+    by "mean" (over the rows of all ranks that count) or "sum"; with "none", the losses of its own rows.
+
+    It stands beside a network in DistributedDataParallel, not inside, which raises an error: DDP averages gradients
+    over ranks, and each rank has other centers. After ``loss(ddp(x), labels).backward()`` the network's gradients and
+    the centers' are those of one process with the joint batch. In general, whatever each rank makes of what it is
+    given, they are the gradients of the mean of what the ranks call backward on; to that end the gradient of the
+    embeddings is as many times theirs as there are ranks. All ranks call forward and backward together. A wrong
+    argument on one is an error on all. There is no double backward.
+
+    The centers are a DTensor, split by classes as evenly as `torch.chunk` does. Thus ``torch.distributed.checkpoint``
+    saves and loads them, and the optimizer's state, with any number of ranks, also from and into `SoftTripleLoss`; and
+    `load_state_dict` and `load_official` take the centers of all classes on every rank. `distinct_centers`,
+    `merge_centers` and `get_logits`, which gives no gradient to the centers, collect them all on every rank.
+
+    Args:
+        num_classes: Classes C of all ranks together.
+        embedding_dim: Size d of the embeddings.
+        centers_per_class: Centers K of each class.
+        la: Scale of the logits.
+        gamma: How softly the nearest center is chosen, above 0.
+        tau: Weight of the regulariser; 0 for none.
+        margin: Taken from the similarity to the row's own class.
+        process_group: The ranks; default all. All of them create the loss together.
+        ignore_index: A label whose rows do not count.
+        reduction: "mean", "sum" or "none".
+        chunk_size: Classes at a time; default as caches hold.
+        device: Where the centers are, and stay: one that the process group's backend serves.
+        dtype: Their dtype.
+
+    Attributes:
+        centers: DTensor parameter of shape (num_classes, centers_per_class, embedding_dim).
+        classes: The range of the classes whose centers are on this rank.
+
+    Raises:
+        RuntimeError: `torch.distributed` is not initialised.
+        TypeError: A number has the wrong type.
+        ValueError: A number is out of range, or `reduction` is none of the three.
+
+    Example:
+        >>> import tempfile, torch, paper_layers
+        >>> from paper_layers.soft_triple import ShardedSoftTripleLoss, param_groups
+        >>> store = f"file://{tempfile.mkdtemp()}/store"
+        >>> torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)  # or as torchrun has it
+        >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(128, 64))
+        >>> loss = ShardedSoftTripleLoss(num_classes=1000, embedding_dim=64, centers_per_class=2)
+        >>> optimizer = torch.optim.Adam(param_groups(model, loss), eps=0.01, weight_decay=1e-4)
+        >>> loss(model(torch.randn(8, 128)), torch.randint(1000, (8,))).backward()
+        >>> optimizer.step()
+        >>> torch.distributed.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        centers_per_class: int = 10,
+        la: float = 20.0,
+        gamma: float = 0.1,
+        tau: float = 0.2,
+        margin: float = 0.01,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        chunk_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        numbers = (num_classes, embedding_dim, centers_per_class, la, gamma, tau, margin)
+        options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "chunk_size": chunk_size}
+        super().__init__(*numbers, **options, device="meta", dtype=dtype)
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                "ShardedSoftTripleLoss: expected torch.distributed.init_process_group before it, got no process group "
+                "(one process needs SoftTripleLoss)"
+            )
+        from torch.distributed.device_mesh import DeviceMesh
+
+        group = cast("dist.ProcessGroup", process_group or dist.group.WORLD)
+        place = torch.empty(0, device=device).device
+        kind = place.type
+        if kind == "meta":
+            kind = "cpu" if dist.get_backend(group) == "gloo" else str(torch.accelerator.current_accelerator())
+        self._mesh = DeviceMesh.from_group(group, kind)
+        own = torch.empty(len(self.classes), *self.centers.shape[1:], dtype=self.centers.dtype, device=place)
+        self.centers = nn.Parameter(self._distributed(own))
+        self.register_load_state_dict_pre_hook(_split_whole)
+        self.reset_parameters()
+
+    @property
+    def classes(self) -> range:
+        """The classes whose centers are on this rank."""
+        size = -(-self.num_classes // self._mesh.size())
+        start = min(size * self._mesh.get_local_rank(), self.num_classes)
+        return range(start, min(start + size, self.num_classes))
+
+    def _distributed(self, own: Tensor) -> DTensor:
+        from torch.distributed.tensor import DTensor, Shard
+
+        shape = torch.Size((self.num_classes, *own.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(own, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new centers, uniform within one over the root of their number; all ranks call it together."""
+        if self.centers.is_meta:
+            return
+        own = self._own_centers()
+        # Ranks are often seeded alike; their classes must not start alike.
+        seed = torch.randint(1 << 62, (1,)).to(own.device)
+        group = self._mesh.get_group()
+        dist.broadcast(seed, group=group, group_src=0)
+        generator = torch.Generator(own.device).manual_seed(int(seed) + dist.get_rank(group))
+        bound = (self.num_classes * self.centers_per_class) ** -0.5
+        own.uniform_(-bound, bound, generator=generator)
+
+    def extra_repr(self) -> str:
+        """All arguments, and which classes are here."""
+        return f"{super().extra_repr()}, classes={self.classes.start} to {self.classes.stop - 1}"
+
+    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
+        """The loss of all ranks' embeddings (B, embedding_dim) with labels (B,), as in `SoftTripleLoss`."""
+        group, own = self._mesh.get_group(), self._own_centers()
+        labels, sizes = self._agreed(embeddings, labels, indices_tuple)
+        labels = known_labels(gather_rows(labels, sizes, group), self.num_classes, self.ignore_index)
+        rows = Gather.apply(embeddings, sizes, group, compute_dtype(embeddings, own))
+        count = self.centers_per_class
+        regularized = self.tau > 0 and count > 1
+        options: dict[str, Any] = {"la": self.la, "gamma": self.gamma, "margin": self.margin}
+        options |= {"regularized": regularized, "chunk_size": self.chunk_size}
+        logsumexp, target, distance = soft_triple(rows, own, labels - self.classes.start, **options)
+        losses, distance, _ = Join.apply(logsumexp, target, distance, group)
+        if regularized:
+            distance = self.tau / (self.num_classes * count * (count - 1)) * distance
+        loss = reduced(losses, labels >= 0, distance, self.reduction)
+        return loss.split(sizes)[dist.get_rank(group)] if self.reduction == "none" else loss
+
+    def _agreed(self, embeddings: Tensor, labels: Tensor, indices_tuple: None) -> tuple[Tensor, list[int]]:
+        """Labels as int64, and how many each rank has; an error on all ranks where one was given what does not fit."""
+        own, error, mine = self._own_centers(), None, [-1, -1]
+        try:
+            check_no_tuples(indices_tuple)
+            check(embeddings, own, self.la, self.gamma, self.chunk_size)
+            if isinstance(labels, Tensor) and labels.dtype == torch.int32:
+                labels = labels.long()
+            _checks.int64("labels", labels, len(embeddings))
+            _checks.same_device("labels", labels, "embeddings", embeddings)
+            mine = [len(embeddings), _checks.FLOATING.index(embeddings.dtype)]
+        except (TypeError, ValueError) as wrong:
+            error = wrong
+        sent = torch.tensor(mine, device=own.device)[None]
+        found = gather_rows(sent, [1] * self._mesh.size(), self._mesh.get_group()).tolist()
+        if error is not None:
+            raise error
+        for rank, (size, dtype) in enumerate(found):
+            if size < 0:
+                raise ValueError(
+                    f"embeddings, labels: expected fitting ones on every rank, see the error of rank {rank}"
+                )
+            if dtype != mine[1]:
+                theirs = str(_checks.FLOATING[dtype]).removeprefix("torch.")
+                raise TypeError(f"embeddings: expected the dtype of rank {rank}, {theirs}, got {embeddings.dtype}")
+        return labels, [size for size, _ in found]
+
+    def _own_centers(self) -> Tensor:
+        return cast("DTensor", self.centers).to_local()
+
+    def _all_centers(self) -> Tensor:
+        return cast("DTensor", self.centers).full_tensor().detach()
+
+
+def _split_whole(module: ShardedSoftTripleLoss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load the centers of all classes, as one process saves them: each rank takes its own."""
+    from torch.distributed.tensor import DTensor
+
+    value = state_dict.get(f"{prefix}centers")
+    if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.shape == module.centers.shape:
+        classes = module.classes
+        state_dict[f"{prefix}centers"] = module._distributed(value[classes.start : classes.stop])
