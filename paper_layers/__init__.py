@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
-from paper_layers import deep_gcn, lip, point_rend, swap
+from paper_layers import adv_prop, deep_gcn, lip, point_rend, swap
+from paper_layers.adv_prop import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
 from paper_layers.lip import LazyLIPPool2d, LIPPool2d
 from paper_layers.ops._library import show_config
 from paper_layers.ops.edge_conv import edge_conv
@@ -11,11 +12,16 @@ from paper_layers.ops.lip_pool2d import lip_pool2d
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
+from paper_layers.ops.split_batch_norm import split_batch_norm
 from paper_layers.ops.uncertain_points import uncertain_points
 
 __all__ = [
     "LIPPool2d",
     "LazyLIPPool2d",
+    "SplitBatchNorm1d",
+    "SplitBatchNorm2d",
+    "SplitBatchNorm3d",
+    "adv_prop",
     "deep_gcn",
     "edge_conv",
     "knn",
@@ -26,6 +32,7 @@ __all__ = [
     "point_sample",
     "sample_uncertain_points",
     "show_config",
+    "split_batch_norm",
     "swap",
     "uncertain_points",
 ]
