@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from paper_layers.adv_prop.ball import Ball, Values
+from paper_layers.adv_prop.branch import branch as one_branch
+from paper_layers.adv_prop.norm import SplitBatchNorm
 from paper_layers.ops._checks import int64, integer, number, same_device
 
 _SCALE = 256  # Of the loss, so that gradients do not underflow in float16; their sign stays.
@@ -118,8 +120,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _through(model: nn.Module, branch: int | None) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext()
+def _through(model: nn.Module, branch: int | None) -> contextlib.AbstractContextManager[None]:
+    splits = [module.num_splits for module in model.modules() if isinstance(module, SplitBatchNorm)]
+    if not splits and branch is None:
+        return contextlib.nullcontext()
+    return one_branch(model, min(splits) - 1 if branch is None else branch)
 
 
 def _check_classes(logits: Any, y: Tensor) -> None:
