@@ -28,9 +28,11 @@ SplitBatchNormProblem in_kernels_layout(SplitBatchNormProblem problem) {
 Tensor new_output(const Tensor& input, const SplitBatchNormProblem& given, const SplitBatchNormProblem& kernels) {
   return new_like(input, given.pixels == 1 ? given : kernels);
 }
-Tensor in_given_layout(const Tensor& output, const SplitBatchNormProblem& given) {
+Tensor in_given_layout(const Tensor& output, const Tensor& input, const SplitBatchNormProblem& given) {
   if (!given.transposed || is_transposed(output)) return output;
-  return torch::stable::transpose(in_order(output, true), 1, 2);
+  Tensor result = torch::stable::empty_like(input);
+  torch::stable::copy_(result, output);
+  return result;
 }
 
 template <typename Call>
@@ -99,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> split_batch_norm(const Tensor& input, const M
   const Tensor mean = new_values(input, problem), var = new_values(input, problem);
   const Tensor output = new_output(input, given, problem);
   run_forward(input, problem, weight, bias, mean, var, output, false, eps);
-  return {in_given_layout(output, given), mean, var};
+  return {in_given_layout(output, input, given), mean, var};
 }
 
 std::tuple<Tensor, Tensor> split_batch_norm_statistics(const Tensor& input, Sizes split_sizes) {
@@ -117,7 +119,7 @@ Tensor split_batch_norm_normalize(const Tensor& input, const MaybeTensor& weight
   const Tensor output = new_output(input, given, problem);
   run_forward(input, problem, weight, bias, torch::stable::contiguous(mean), torch::stable::contiguous(var), output,
               true, eps);
-  return in_given_layout(output, given);
+  return in_given_layout(output, input, given);
 }
 
 std::tuple<Tensor, Tensor, Tensor> split_batch_norm_backward(const Tensor& grad, const Tensor& input,
@@ -127,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> split_batch_norm_backward(const Tensor& grad,
   const Tensor products = new_values(input, problem), sums = new_values(input, problem);
   const Tensor grad_input = new_output(input, given, problem);
   run_backward(grad, input, problem, weight, mean, var, products, sums, grad_input, false, eps);
-  return {in_given_layout(grad_input, given), products, sums};
+  return {in_given_layout(grad_input, input, given), products, sums};
 }
 
 std::tuple<Tensor, Tensor> split_batch_norm_backward_sums(const Tensor& grad, const Tensor& input, const Tensor& mean,
@@ -147,7 +149,7 @@ Tensor split_batch_norm_backward_input(const Tensor& grad, const Tensor& input, 
   const Tensor grad_input = new_output(input, given, problem);
   run_backward(grad, input, problem, weight, mean, var, torch::stable::contiguous(mean_product),
                torch::stable::contiguous(mean_grad), grad_input, true, eps);
-  return in_given_layout(grad_input, given);
+  return in_given_layout(grad_input, input, given);
 }
 
 }  // namespace

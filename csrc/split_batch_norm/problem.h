@@ -70,11 +70,11 @@ inline Tensor in_order(const Tensor& tensor, bool transposed) {
   return torch::stable::contiguous(transposed ? torch::stable::transpose(tensor, 1, 2) : tensor);
 }
 
-// A tensor like the input, in the problem's order.
+// A tensor like the input, in the problem's order, which is the input's where it is transposed. No view: those that a
+// custom Function returns must not be changed in place, as an activation does.
 inline Tensor new_like(const Tensor& input, const SplitBatchNormProblem& problem) {
-  const auto [n, c, p] = std::array{input.size(0), input.size(1), input.size(2)};
-  if (!problem.transposed) return torch::stable::new_empty(input, std::array{n, c, p});
-  return torch::stable::transpose(torch::stable::new_empty(input, std::array{n, p, c}), 1, 2);
+  if (problem.transposed) return torch::stable::empty_like(input);
+  return torch::stable::new_empty(input, std::array{input.size(0), input.size(1), input.size(2)});
 }
 
 inline Tensor new_values(const Tensor& input, const SplitBatchNormProblem& problem) {

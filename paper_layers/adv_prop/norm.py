@@ -122,13 +122,12 @@ class SplitBatchNorm(_BatchNorm):
             norm = norms[0]
             return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=self.eps)
         sizes = [input.shape[0]] if len(norms) == 1 else self.sizes(input.shape[0])
-        check_split_sizes(input, sizes)
         weight, bias = (
             None if getattr(self, name) is None else [getattr(norm, name) for norm in norms]
             for name in ("weight", "bias")
         )
         output, mean, var, counts = self._normalize(input, weight, bias, sizes)
-        if self.training and self._update_statistics and self.running_mean is not None:
+        if self.training and self.track_running_stats and self._update_statistics and self.running_mean is not None:
             momenta = [self._count_batch(norm) for norm in norms]
             means: list[Any] = [norm.running_mean for norm in norms]
             variances: list[Any] = [norm.running_var for norm in norms]
@@ -139,6 +138,7 @@ class SplitBatchNorm(_BatchNorm):
         self, input: Tensor, weight: list[Tensor] | None, bias: list[Tensor] | None, sizes: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
         """Output, means, biased variances and numbers of values of the splits: synchronised norms override it."""
+        check_split_sizes(input, sizes)
         output, mean, var = normalize_splits(input, weight, bias, sizes, self.eps)
         return output, mean, var, [size * input.shape[2:].numel() for size in sizes]
 

@@ -20,16 +20,12 @@ def is_channels_last(input: Tensor) -> bool:
 
 def in_layout(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor of the shape and dtype of an output, in the layout that outputs for this input have."""
-    if is_channels_last(like):
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    return tensor.contiguous()
+    return empty(like).copy_(tensor) if is_channels_last(like) else tensor.contiguous()
 
 
 def empty(like: Tensor) -> Tensor:
-    """An output, not yet computed."""
-    if is_channels_last(like):
-        return like.new_empty((like.shape[0], like.shape[2], like.shape[1])).transpose(1, 2)
-    return like.new_empty(like.shape)
+    """An output, not yet computed. No view: those of a custom Function must not be changed in place by what follows."""
+    return torch.empty_like(like) if is_channels_last(like) else like.new_empty(like.shape)
 
 
 def statistics(input: Tensor, split_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -198,16 +198,16 @@ def _check_splits(name: str, values: Tensor | Sequence[Tensor], splits: int, inp
         _checks.same_device(name, value, "input", input)
 
 
-def check_split_sizes(input: Tensor, split_sizes: Sequence[int]) -> None:
-    """Sizes that make up the batch, of more than one value per channel each."""
+def check_split_sizes(input: Tensor, split_sizes: Sequence[int], values: int = 2) -> None:
+    """Sizes that make up the batch, of so many values per channel or more each."""
     if not split_sizes or not all(isinstance(size, int | torch.SymInt) for size in split_sizes):
         raise TypeError(f"split_sizes: expected at least one int, got {split_sizes!r}")
     if sum(split_sizes) != input.shape[0]:
         raise ValueError(f"split_sizes: expected sizes that sum to the batch, {input.shape[0]}, got {split_sizes!r}")
     pixels = input.shape[2:].numel()
-    if any(size * pixels <= 1 for size in split_sizes):
+    if any(size * pixels < values for size in split_sizes):
         raise ValueError(
-            f"split_sizes: expected more than one value per channel in each split, got {split_sizes!r} "
+            f"split_sizes: expected at least {values} values per channel in each split, got {split_sizes!r} "
             f"for an input of shape {tuple(input.shape)}"
         )
 

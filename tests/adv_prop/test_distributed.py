@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from paper_layers import swap
 from paper_layers.adv_prop import SplitSyncBatchNorm, adv_prop_loss, branch, pgd
 
-EVEN, UNEVEN = (4, 4), (2, 5)  # Images of each rank.
+EVEN, UNEVEN, SINGLE = (4, 4), (2, 5), (1, 1)  # Images of each rank.
+SIZES = (EVEN, UNEVEN, SINGLE)
 attack = functools.partial(pgd, eps=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
 Record = dict[str, Any]
 
@@ -42,12 +43,12 @@ def norm() -> SplitSyncBatchNorm:
 
 
 def features(sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """The two halves of each rank's batch, far from zero and unlike each other."""
-    generator = torch.Generator().manual_seed(2)
+    """The two halves of each rank's batch, far from zero and unlike each other; of single images, single pixels."""
+    generator, side = torch.Generator().manual_seed(2), 1 if sizes == SINGLE else 2
     return [
         (
-            (1 + rank) * torch.randn(n, 3, 2, 2, generator=generator).double() + 1000 * rank,
-            torch.randn(n, 3, 2, 2).double(),
+            (1 + rank) * torch.randn(n, 3, side, side, generator=generator).double() + 1000 * rank,
+            torch.randn(n, 3, side, side).double(),
         )
         for rank, n in enumerate(sizes)
     ]
@@ -62,7 +63,7 @@ def run_norm(model: Any, halves: list[tuple[Tensor, Tensor]]) -> Record:
     parts = [torch.cat([half[i] for half in halves]) for i in (0, 1)]
     x = torch.cat(parts).requires_grad_()
     output = model(x)
-    weights = torch.linspace(-1, 1, 12).view(3, 2, 2).double()
+    weights = torch.linspace(-1, 1, 3).view(3, 1, 1).double()
     (output.square() * weights).sum().backward()
     with branch(model, 1):
         one = model(parts[0])
@@ -84,7 +85,7 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
-    for sizes in (EVEN, UNEVEN):
+    for sizes in SIZES:
         torch.manual_seed(3)
         found["norm", sizes] = run_norm(norm(), [features(sizes)[rank]])
     for synchronised in (True, False):
@@ -105,7 +106,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Record]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("sizes", [EVEN, UNEVEN])
+@pytest.mark.parametrize("sizes", SIZES)
 def test_parts_are_synchronised_each_by_itself(ranks: list[dict[Any, Record]], sizes: tuple[int, ...]) -> None:
     torch.manual_seed(3)
     expected = run_norm(norm(), features(sizes))

@@ -235,6 +235,26 @@ def test_hosts(host: str) -> None:
     assert list(model.state_dict()) == list(auxiliary.state_dict())
 
 
+def test_activations_in_place_after_channels_last() -> None:
+    layers: list[nn.Module] = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)]
+    model, x = swap.split_batch_norm(nn.Sequential(*layers)), torch.randn(4, 3, 6, 6)
+    twin = copy.deepcopy(model)
+    last = model(x.contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    last.square().sum().backward()
+    twin(x).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, twin[0].weight.grad)
+
+
+def test_statistics_that_are_no_longer_tracked() -> None:
+    norm = nn.BatchNorm2d(3)
+    norm.track_running_stats = False
+    before = copy.deepcopy(norm.state_dict())
+    swap.split_batch_norm(norm)(torch.randn(4, 3, 2, 2))
+    assert norm.aux_bn[0].num_batches_tracked == 0
+    torch.testing.assert_close(swap.plain_batch_norm(norm).state_dict(), before, rtol=0, atol=0)
+
+
 def test_large_host_on_meta() -> None:
     with torch.device("meta"):
         model = swap.split_batch_norm(torchvision.models.efficientnet_b0(), 4)
