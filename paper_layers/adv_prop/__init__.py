@@ -2,6 +2,7 @@
 
 from paper_layers.adv_prop.attack import pgd
 from paper_layers.adv_prop.branch import branch
+from paper_layers.adv_prop.fast import fast_adv_prop_backward
 from paper_layers.adv_prop.norm import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
 from paper_layers.adv_prop.step import adv_prop_loss
 from paper_layers.adv_prop.sync import SplitSyncBatchNorm
@@ -13,5 +14,6 @@ __all__ = [
     "SplitSyncBatchNorm",
     "adv_prop_loss",
     "branch",
+    "fast_adv_prop_backward",
     "pgd",
 ]

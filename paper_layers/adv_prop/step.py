@@ -58,15 +58,9 @@ def adv_prop_loss(
         ...     optimizer.step()
         >>> _ = swap.plain_batch_norm(model).eval()  # The network as it was, for inference.
     """
-    norms = [module for module in model.modules() if isinstance(module, SplitBatchNorm)]
-    if not norms:
-        raise ValueError("model: expected split batch norms, as swap.split_batch_norm makes them, got none")
-    if not any(norm.training for norm in norms):
-        raise ValueError(
-            "model: expected training mode, as evaluation sends all through the main norms, got evaluation"
-        )
+    norms = split_norms(model)
     for norm in norms:
-        if norm.training and (sizes := norm.sizes(2 * len(x))) != [len(x)] * 2:
+        if (sizes := norm.sizes(2 * len(x))) != [len(x)] * 2:
             raise ValueError(f"model: expected norms that split {2 * len(x)} images in halves, got one for {sizes}")
     adversarial = attack(model, x, y)
     if adversarial.shape != x.shape or adversarial.dtype != x.dtype:
@@ -74,3 +68,16 @@ def adv_prop_loss(
         raise ValueError(f"attack: expected images like x, {x.dtype} of shape {tuple(x.shape)}, got {got}")
     clean_logits, logits = model(torch.cat([x, adversarial])).split(len(x))
     return criterion(clean_logits, y) + criterion(logits, y)
+
+
+def split_norms(model: nn.Module) -> list[SplitBatchNorm]:
+    """Those that split batches in training."""
+    norms = [module for module in model.modules() if isinstance(module, SplitBatchNorm)]
+    if not norms:
+        raise ValueError("model: expected split batch norms, as swap.split_batch_norm makes them, got none")
+    training = [norm for norm in norms if norm.training]
+    if not training:
+        raise ValueError(
+            "model: expected training mode, as evaluation sends all through the main norms, got evaluation"
+        )
+    return training

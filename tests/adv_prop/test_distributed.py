@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from paper_layers import swap
-from paper_layers.adv_prop import SplitSyncBatchNorm, adv_prop_loss, branch, pgd
+from paper_layers.adv_prop import SplitSyncBatchNorm, adv_prop_loss, branch, fast_adv_prop_backward, pgd
 
 EVEN, UNEVEN, SINGLE = (4, 4), (2, 5), (1, 1)  # Images of each rank.
 SIZES = (EVEN, UNEVEN, SINGLE)
@@ -55,7 +56,7 @@ def features(sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
 
 
 def record(model: nn.Module, **more: Any) -> Record:
-    return {"grads": [p.grad for p in model.parameters()], "state": model.state_dict(), **more}
+    return {"grads": [p.grad for p in model.parameters()], "state": copy.deepcopy(model.state_dict()), **more}
 
 
 def run_norm(model: Any, halves: list[tuple[Tensor, Tensor]]) -> Record:
@@ -81,6 +82,14 @@ def run_step(model: Any, batches: list[tuple[Tensor, Tensor]]) -> Record:
     return record(getattr(model, "module", model), loss=loss, images=attack(model, x, y))
 
 
+def run_fast(model: Any, batches: list[tuple[Tensor, Tensor]]) -> Record:
+    """Twice, so that none may be left waiting."""
+    model.zero_grad()
+    for x, y in [*batches, *batches]:
+        fast_adv_prop_backward(model, x, y, 8, 8, bounds=(0, 1), generator=torch.Generator().manual_seed(0))
+    return record(getattr(model, "module", model))
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
@@ -95,6 +104,8 @@ def worker(rank: int, folder: str) -> None:
         model = swap.split_batch_norm(model)
         ddp = DistributedDataParallel(model, broadcast_buffers=synchronised)
         found["step", synchronised] = run_step(ddp, [data(EVEN)[rank]])
+        if not synchronised:
+            found["fast"] = run_fast(ddp, [data(EVEN)[rank]])
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -137,3 +148,14 @@ def test_without_synchronisation_only_gradients_are_shared(ranks: list[dict[Any,
         means = [(one + other) / 2 for one, other in zip(alone[0]["grads"], alone[1]["grads"], strict=True)]
         torch.testing.assert_close(part["step", False]["grads"], means)
         torch.testing.assert_close(part["step", False]["state"], alone[rank]["state"])
+
+
+def test_fast_step_shares_its_gradients(ranks: list[dict[Any, Record]]) -> None:
+    alone = []
+    for batch in data(EVEN):
+        model = swap.split_batch_norm(network())
+        run_step(model, [batch])
+        alone.append(run_fast(model, [batch])["grads"])
+    means = [(one + other) / 2 for one, other in zip(*alone, strict=True)]
+    for part in ranks:
+        torch.testing.assert_close(part["fast"]["grads"], means)
