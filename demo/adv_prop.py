@@ -62,9 +62,10 @@ def section() -> Section:
         "AdvProp: adversarial images that help",
         [
             text(
-                "An adversarial image differs from a photograph by a few grey levels, such that a network errs. A network "
-                "trained on both does worse on the clean ones, unless each kind has batch norms of its own: then they may "
-                "help (Xie, Tan, Gong, Wang, Yuille and Le, CVPR 2020). At inference the auxiliary norms are dropped."
+                "An adversarial image differs from a photograph by a few grey levels, such that a network errs. A "
+                "network trained on both does worse on the clean ones, unless each kind has batch norms of its own: then "
+                "they may help (Xie, Tan, Gong, Wang, Yuille and Le, CVPR 2020). At inference the auxiliary norms are "
+                "dropped."
             ),
             code(LOOP),
             heading("Accuracy"),
