@@ -63,9 +63,9 @@ def section() -> Section:
         [
             text(
                 "An adversarial image differs from a photograph by a few grey levels, such that a network errs. A "
-                "network trained on both does worse on the clean ones, unless each kind has batch norms of its own: then "
-                "they may help (Xie, Tan, Gong, Wang, Yuille and Le, CVPR 2020). At inference the auxiliary norms are "
-                "dropped."
+                "network trained on both does worse on the clean ones, unless each kind has batch norms of its own: "
+                "then they may help (Xie, Tan, Gong, Wang, Yuille and Le, CVPR 2020). At inference the auxiliary norms "
+                "are dropped."
             ),
             code(LOOP),
             heading("Accuracy"),
