@@ -1,8 +1,9 @@
-// channels_last: pixels are rows of channels. One sweep over blocks of rows takes sums of all channels, the next one
-// writes, backwards, so that it begins with what the caches still hold.
+// channels_last: pixels are rows of channels. One sweep over the rows takes sums of all channels, the next one writes,
+// backwards, so that it begins with what the caches still hold. Rows are read in order: side by side at the strides of
+// many channels they would fall into the same lines of the caches.
 
-// Rows that are summed in registers, and bytes of rows whose sums are merged in the dtype of sums.
-constexpr int64_t kRows = 8, kChunkBytes = 1 << 17;
+// Rows after which deviations are taken from a new mean, and bytes of rows whose sums are merged in double.
+constexpr int64_t kGroup = 16, kChunkBytes = 1 << 17;
 
 // Calls body(c, lanes) for each vector of channels, each channel once.
 template <int64_t size, typename Body>
@@ -12,12 +13,12 @@ PAPER_LAYERS_INLINE void each_channels(int64_t channels, Body&& body) {
   if (c < channels) body(c, channels - c);
 }
 
-// Calls body(row, number of rows) for groups of rows, where the number is a constant for a whole group.
+// Calls body(row, number of rows) for pairs of rows, and one that is left.
 template <typename Body>
-PAPER_LAYERS_INLINE void each_group(Range rows, Body&& body) {
-  int64_t r = rows.begin;
-  for (; r + kRows <= rows.end; r += kRows) body(r, std::integral_constant<int64_t, kRows>());
-  if (r < rows.end) body(r, rows.end - r);
+PAPER_LAYERS_INLINE void each_pair(int64_t rows, Body&& body) {
+  int64_t r = 0;
+  for (; r + 2 <= rows; r += 2) body(r, std::integral_constant<int, 2>());
+  if (r < rows) body(r, std::integral_constant<int, 1>());
 }
 
 // The rows of each split in chunks. Their number does not depend on the threads, so results do not either.
@@ -30,8 +31,8 @@ struct Chunks {
   std::vector<int64_t> starts = {0};  // of each split's chunks, and the end
 
   Chunks(const SplitBatchNormProblem& problem, int64_t element_size) {
-    const int64_t groups = kChunkBytes / (problem.channels * element_size * kRows);
-    const int64_t step = std::max<int64_t>(1, groups) * kRows;
+    const int64_t groups = kChunkBytes / (problem.channels * element_size * kGroup);
+    const int64_t step = std::max<int64_t>(1, groups) * kGroup;
     for (int64_t s = 0; s < problem.splits(); ++s) {
       const int64_t end = problem.starts[s + 1] * problem.pixels;
       for (int64_t r = problem.starts[s] * problem.pixels; r < end; r += step) {
@@ -51,30 +52,50 @@ struct Chunks {
   }
 };
 
-// Adds rows' moments to those of the rows before, `count` of them, for each channel.
-template <typename T, typename N>
-PAPER_LAYERS_INLINE void add_moments(const T* x, int64_t channels, N rows, int64_t count, const Accumulator<T>* origin,
-                                     Accumulator<T>* means, Accumulator<T>* squares) {
+// The sums of some rows for each channel.
+template <typename A>
+struct RowMoments {
+  // The mean, which deviations are taken from, what its rounding leaves, and the sum of squared deviations.
+  A *means, *rests, *squares;
+  A *sums, *products;  // Of the rows at hand: zero before and after.
+};
+
+// Deviations are from the mean of the rows before, at first from the first row: sums lose no digits to an offset that
+// all have.
+template <typename T>
+void add_moments(const T* input, int64_t rows, int64_t channels, const RowMoments<Accumulator<T>>& of) {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  const A share = A(1) / A(rows), merged = A(rows) / A(count + rows), cross = A(count) * merged;
-  each_channels<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-    const V shift = load(origin + c, lanes);
-    V deviation[kRows], sum(A(0)), square(A(0));
-    for (int64_t r = 0; r < rows; ++r) {
-      __builtin_prefetch(x + (r + rows) * channels + c, 0, 2);
-      deviation[r] = load(x + r * channels + c, lanes) - shift;
-      sum = sum + deviation[r];
-    }
-    const V mean = sum * V(share);
-    for (int64_t r = 0; r < rows; ++r) {
-      const V d = deviation[r] - mean;
-      square = multiply_add(d, d, square);
-    }
-    const V before = load(means + c, lanes), delta = mean - before;
-    store(means + c, multiply_add(delta, V(merged), before), lanes);
-    store(squares + c, load(squares + c, lanes) + multiply_add(delta * delta, V(cross), square), lanes);
-  });
+  std::copy(input, input + channels, of.means);
+  for (int64_t first = 0; first < rows; first += kGroup) {
+    const int64_t end = std::min(rows, first + kGroup);
+    each_pair(end - first, [&](int64_t r, auto pair) __attribute__((always_inline)) {
+      const T* x = input + (first + r) * channels;
+      each_channels<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        const V mean = load(of.means + c, lanes);
+        V sum = load(of.sums + c, lanes), product = load(of.products + c, lanes);
+        for (int64_t i = 0; i < pair; ++i) {
+          const V deviation = load(x + i * channels + c, lanes) - mean;
+          sum = sum + deviation;
+          product = multiply_add(deviation, deviation, product);
+        }
+        store(of.sums + c, sum, lanes);
+        store(of.products + c, product, lanes);
+      });
+    });
+    const V count(A(end - first)), share(A(1) / A(end)), zero(A(0));
+    each_channels<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+      const V mean = load(of.means + c, lanes), rest = load(of.rests + c, lanes), sum = load(of.sums + c, lanes);
+      const V from_mean = sum - count * rest, change = from_mean * share, moved = rest + change;
+      const V next = mean + moved;
+      const V square = load(of.products + c, lanes) - rest * (sum + from_mean) - from_mean * change;
+      store(of.means + c, next, lanes);
+      store(of.rests + c, moved - (next - mean), lanes);
+      store(of.squares + c, load(of.squares + c, lanes) + square, lanes);
+      store(of.sums + c, zero, lanes);
+      store(of.products + c, zero, lanes);
+    });
+  }
 }
 
 // Mean and variance of each split, and of the mean what its rounding to A leaves.
@@ -82,34 +103,25 @@ template <typename T>
 void row_moments(const SplitForward<T>& f, const Chunks& chunks, Accumulator<T>* rests) {
   using A = Accumulator<T>;
   const int64_t channels = f.problem.channels;
-  // Relative to one of the values, sums lose no digits to an offset that all have.
-  Scratch<A> origins(f.problem.splits() * channels), parts(chunks.size() * 2 * channels);
-  for (int64_t s = 0; s < f.problem.splits(); ++s) {
-    if (f.problem.count(s) == 0) continue;
-    const T* row = f.input + f.problem.starts[s] * f.problem.pixels * channels;
-    std::copy(row, row + channels, origins.begin() + s * channels);
-  }
+  Scratch<A> parts(chunks.size() * 3 * channels);
   chunks.each(false, [&](int64_t i) {
-    const auto& [split, rows] = chunks.chunks[i];
-    A *means = parts.data() + i * 2 * channels, *squares = means + channels;
-    const int64_t first = rows.begin;
-    each_group(rows, [&, split = split](int64_t r, auto count) __attribute__((always_inline)) {
-      add_moments(f.input + r * channels, channels, count, r - first, origins.data() + split * channels, means,
-                  squares);
-    });
+    const Range rows = chunks.chunks[i].rows;
+    A* means = parts.data() + i * 3 * channels;
+    Scratch<A> sums(2 * channels);
+    add_moments(f.input + rows.begin * channels, rows.size(), channels,
+                {means, means + channels, means + 2 * channels, sums.data(), sums.data() + channels});
   });
   for (int64_t s = 0; s < f.problem.splits(); ++s) {
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t at = s * channels + c;
       Moments moments;
       for (int64_t i = chunks.starts[s]; i < chunks.starts[s + 1]; ++i) {
-        const A* part = parts.data() + i * 2 * channels + c;
-        moments.merge(chunks.chunks[i].rows.size(), part[0], part[channels]);
+        const A* part = parts.data() + i * 3 * channels + c;
+        moments.merge(chunks.chunks[i].rows.size(), double(part[0]) + double(part[channels]), part[2 * channels]);
       }
-      const double mean = origins[at] + moments.mean;
-      f.mean[at] = static_cast<A>(mean);
+      f.mean[at] = static_cast<A>(moments.mean);
       f.var[at] = static_cast<A>(moments.squares / moments.count);
-      rests[at] = static_cast<A>(mean - double(f.mean[at]));
+      rests[at] = static_cast<A>(moments.mean - double(f.mean[at]));
     }
   }
 }
@@ -132,16 +144,14 @@ void forward_rows(const SplitForward<T>& f) {
     const auto& [split, rows] = chunks.chunks[i];
     const A *centers = f.mean + split * channels, *scale = scales.data() + split * channels,
             *shift = shifts.data() + split * channels;
-    each_group(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
-      const T* x = f.input + row * channels;
-      T* y = f.output + row * channels;
-      each_channels<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-        const V m = load(centers + c, lanes), a = load(scale + c, lanes), b = load(shift + c, lanes);
-        for (int64_t r = 0; r < count; ++r) {
-          store(y + r * channels + c, multiply_add(load(x + r * channels + c, lanes) - m, a, b), lanes);
-        }
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const T* x = f.input + r * channels;
+      T* y = f.output + r * channels;
+      cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        const V centered = load(x + c, lanes) - load(centers + c, lanes);
+        store(y + c, multiply_add(centered, load(scale + c, lanes), load(shift + c, lanes)), lanes);
       });
-    });
+    }
   });
 }
 
@@ -156,20 +166,18 @@ void row_sums(const SplitBackward<T>& b, const Chunks& chunks) {
     const auto& [split, rows] = chunks.chunks[i];
     const A* centers = b.mean + split * channels;
     A *products = parts.data() + i * 2 * channels, *sums = products + channels;
-    each_group(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
-      const T *g = b.grad + row * channels, *x = b.input + row * channels;
+    each_pair(rows.size(), [&, rows = rows](int64_t r, auto pair) __attribute__((always_inline)) {
+      const int64_t first = (rows.begin + r) * channels;
       each_channels<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
         const V center = load(centers + c, lanes);
-        V product(A(0)), sum(A(0));
-        for (int64_t r = 0; r < count; ++r) {
-          __builtin_prefetch(g + (r + count) * channels + c, 0, 2);
-          __builtin_prefetch(x + (r + count) * channels + c, 0, 2);
-          const V grad = load(g + r * channels + c, lanes);
+        V product = load(products + c, lanes), sum = load(sums + c, lanes);
+        for (int64_t j = first + c; j < first + pair * channels; j += channels) {
+          const V grad = load(b.grad + j, lanes);
           sum = sum + grad;
-          product = multiply_add(grad, load(x + r * channels + c, lanes) - center, product);
+          product = multiply_add(grad, load(b.input + j, lanes) - center, product);
         }
-        store(products + c, load(products + c, lanes) + product, lanes);
-        store(sums + c, load(sums + c, lanes) + sum, lanes);
+        store(products + c, product, lanes);
+        store(sums + c, sum, lanes);
       });
     });
   });
@@ -206,18 +214,14 @@ void backward_rows(const SplitBackward<T>& b) {
   chunks.each(!b.has_means, [&](int64_t i) {
     const auto& [split, rows] = chunks.chunks[i];
     const int64_t at = split * channels;
-    each_group(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
-      const T *g = b.grad + row * channels, *x = b.input + row * channels;
-      T* to = b.grad_input + row * channels;
-      each_channels<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-        const V center = load(b.mean + at + c, lanes), of_g = load(of_grad.data() + at + c, lanes),
-                of_x = load(of_input.data() + at + c, lanes), shift = load(shifts.data() + at + c, lanes);
-        for (int64_t r = 0; r < count; ++r) {
-          const int64_t j = r * channels + c;
-          const V centered = load(x + j, lanes) - center;
-          store(to + j, multiply_add(load(g + j, lanes), of_g, multiply_add(centered, of_x, shift)), lanes);
-        }
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const T *g = b.grad + r * channels, *x = b.input + r * channels;
+      T* to = b.grad_input + r * channels;
+      cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        const V centered = load(x + c, lanes) - load(b.mean + at + c, lanes);
+        const V result = multiply_add(centered, load(of_input.data() + at + c, lanes), load(shifts.data() + at + c, lanes));
+        store(to + c, multiply_add(load(g + c, lanes), load(of_grad.data() + at + c, lanes), result), lanes);
       });
-    });
+    }
   });
 }
