@@ -33,6 +33,7 @@ bench: $(KERNELS) $(PEERS)
 claims: $(KERNELS)
 	$(BIN)/python -m benchmarks.claims.lip
 	$(BIN)/python -m benchmarks.claims.deep_gcn --json benchmarks/results/claims_deep_gcn.json
+	$(BIN)/python -m benchmarks.claims.adv_prop --json benchmarks/results/claims_adv_prop.json
 	$(BIN)/python -m benchmarks.claims.point_rend --json benchmarks/results/claims_point_rend.json
 
 # The CPU kernels under AddressSanitizer and UBSan, through the tests of the ops, on a copy of the package. Python is

@@ -1,0 +1,166 @@
+// Batch normalisation of the parts of a batch on the CPU.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/Dispatch_v2.h>
+
+#include <tuple>
+
+#include "common/range.h"
+#include "split_batch_norm/arguments.h"
+
+#define PAPER_LAYERS_KERNEL "split_batch_norm/cpu_kernel.h"
+#include "common/for_each_isa.h"
+
+namespace paper_layers {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+// The problem as the kernels take it: rows of fewer channels than a vector holds go through planes, where a copy of
+// the input costs less than parts of vectors, but without pixels there are only rows.
+SplitBatchNormProblem in_kernels_layout(SplitBatchNormProblem problem) {
+  constexpr int64_t kVectorElements = 16;
+  problem.transposed = problem.pixels == 1 || (problem.transposed && problem.channels >= kVectorElements);
+  return problem;
+}
+
+// An output, which the kernels write in their layout.
+Tensor new_output(const Tensor& input, const SplitBatchNormProblem& given, const SplitBatchNormProblem& kernels) {
+  return new_like(input, given.pixels == 1 ? given : kernels);
+}
+Tensor in_given_layout(const Tensor& output, const Tensor& input, const SplitBatchNormProblem& given) {
+  if (!given.transposed || is_transposed(output)) return output;
+  Tensor result = torch::stable::empty_like(input);
+  torch::stable::copy_(result, output);
+  return result;
+}
+
+template <typename Call>
+void dispatch(const Tensor& input, Call call) {
+  THO_DISPATCH_V2(input.scalar_type(), "split_batch_norm", AT_WRAP([&] { call(scalar_t{}); }), ScalarType::Float,
+                  ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
+}
+
+// Statistics are computed, or given; without `output`, nothing more than them.
+void run_forward(const Tensor& input, const SplitBatchNormProblem& problem, const MaybeTensor& weight,
+                 const MaybeTensor& bias, const Tensor& mean, const Tensor& var, const MaybeTensor& output,
+                 bool has_statistics, double eps) {
+  check_values("weight", weight, input, problem);
+  check_values("bias", bias, input, problem);
+  if (problem.channels == 0) return;
+  const Tensor x = in_order(input, problem.transposed);
+  dispatch(x, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    const Values<A> w(weight), b(bias);
+    const SplitForward<T> arguments{problem,
+                                    x.const_data_ptr<T>(),
+                                    w.data(),
+                                    b.data(),
+                                    mean.mutable_data_ptr<A>(),
+                                    var.mutable_data_ptr<A>(),
+                                    output ? output->mutable_data_ptr<T>() : nullptr,
+                                    has_statistics,
+                                    static_cast<A>(eps)};
+    PAPER_LAYERS_DISPATCH(forward(arguments));
+  });
+}
+
+// Sums are computed, or their means are given; without `grad_input`, nothing more than them.
+void run_backward(const Tensor& grad, const Tensor& input, const SplitBatchNormProblem& problem,
+                  const MaybeTensor& weight, const Tensor& mean, const Tensor& var, const Tensor& products,
+                  const Tensor& sums, const MaybeTensor& grad_input, bool has_means, double eps) {
+  check_grad(grad, input);
+  check_values("weight", weight, input, problem);
+  check_values("mean", mean, input, problem);
+  check_values("var", var, input, problem);
+  if (problem.channels == 0) return;
+  const Tensor g = in_order(grad, problem.transposed), x = in_order(input, problem.transposed);
+  dispatch(x, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    const Values<A> w(weight), m(mean), v(var);
+    const SplitBackward<T> arguments{problem,
+                                     g.const_data_ptr<T>(),
+                                     x.const_data_ptr<T>(),
+                                     w.data(),
+                                     m.data(),
+                                     v.data(),
+                                     products.mutable_data_ptr<A>(),
+                                     sums.mutable_data_ptr<A>(),
+                                     grad_input ? grad_input->mutable_data_ptr<T>() : nullptr,
+                                     has_means,
+                                     static_cast<A>(eps)};
+    PAPER_LAYERS_DISPATCH(backward(arguments));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> split_batch_norm(const Tensor& input, const MaybeTensor& weight,
+                                                    const MaybeTensor& bias, Sizes split_sizes, double eps) {
+  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
+  const Tensor mean = new_values(input, problem), var = new_values(input, problem);
+  const Tensor output = new_output(input, given, problem);
+  run_forward(input, problem, weight, bias, mean, var, output, false, eps);
+  return {in_given_layout(output, input, given), mean, var};
+}
+
+std::tuple<Tensor, Tensor> split_batch_norm_statistics(const Tensor& input, Sizes split_sizes) {
+  const auto problem = in_kernels_layout(split_batch_norm_problem(input, split_sizes));
+  const Tensor mean = new_values(input, problem), var = new_values(input, problem);
+  run_forward(input, problem, std::nullopt, std::nullopt, mean, var, std::nullopt, false, 0);
+  return {mean, var};
+}
+
+Tensor split_batch_norm_normalize(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
+                                  const Tensor& mean, const Tensor& var, Sizes split_sizes, double eps) {
+  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
+  check_values("mean", mean, input, problem);
+  check_values("var", var, input, problem);
+  const Tensor output = new_output(input, given, problem);
+  run_forward(input, problem, weight, bias, torch::stable::contiguous(mean), torch::stable::contiguous(var), output,
+              true, eps);
+  return in_given_layout(output, input, given);
+}
+
+std::tuple<Tensor, Tensor, Tensor> split_batch_norm_backward(const Tensor& grad, const Tensor& input,
+                                                             const MaybeTensor& weight, const Tensor& mean,
+                                                             const Tensor& var, Sizes split_sizes, double eps) {
+  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
+  const Tensor products = new_values(input, problem), sums = new_values(input, problem);
+  const Tensor grad_input = new_output(input, given, problem);
+  run_backward(grad, input, problem, weight, mean, var, products, sums, grad_input, false, eps);
+  return {in_given_layout(grad_input, input, given), products, sums};
+}
+
+std::tuple<Tensor, Tensor> split_batch_norm_backward_sums(const Tensor& grad, const Tensor& input, const Tensor& mean,
+                                                          const Tensor& var, Sizes split_sizes, double eps) {
+  const auto problem = in_kernels_layout(split_batch_norm_problem(input, split_sizes));
+  const Tensor products = new_values(input, problem), sums = new_values(input, problem);
+  run_backward(grad, input, problem, std::nullopt, mean, var, products, sums, std::nullopt, false, eps);
+  return {products, sums};
+}
+
+Tensor split_batch_norm_backward_input(const Tensor& grad, const Tensor& input, const MaybeTensor& weight,
+                                       const Tensor& mean, const Tensor& var, const Tensor& mean_product,
+                                       const Tensor& mean_grad, Sizes split_sizes, double eps) {
+  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
+  check_values("mean_product", mean_product, input, problem);
+  check_values("mean_grad", mean_grad, input, problem);
+  const Tensor grad_input = new_output(input, given, problem);
+  run_backward(grad, input, problem, weight, mean, var, torch::stable::contiguous(mean_product),
+               torch::stable::contiguous(mean_grad), grad_input, true, eps);
+  return in_given_layout(grad_input, input, given);
+}
+
+}  // namespace
+}  // namespace paper_layers
+
+STABLE_TORCH_LIBRARY_IMPL(paper_layers, CPU, m) {
+  using namespace paper_layers;
+  m.impl("split_batch_norm", TORCH_BOX(&split_batch_norm));
+  m.impl("split_batch_norm_backward", TORCH_BOX(&split_batch_norm_backward));
+  m.impl("split_batch_norm_statistics", TORCH_BOX(&split_batch_norm_statistics));
+  m.impl("split_batch_norm_normalize", TORCH_BOX(&split_batch_norm_normalize));
+  m.impl("split_batch_norm_backward_sums", TORCH_BOX(&split_batch_norm_backward_sums));
+  m.impl("split_batch_norm_backward_input", TORCH_BOX(&split_batch_norm_backward_input));
+}

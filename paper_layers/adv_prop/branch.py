@@ -1,0 +1,53 @@
+"""Run one branch of a model's split batch norms on whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from paper_layers.adv_prop.norm import SplitBatchNorm
+from paper_layers.ops import _checks
+
+
+@contextmanager
+def branch(model: nn.Module, index: int, *, update_statistics: bool = True) -> Iterator[None]:
+    """Let every split batch norm in a model run one branch on the whole batch.
+
+    In eval with the branch's running statistics: to attack the auxiliary branch as in Xie et al., "Adversarial Examples
+    Improve Image Recognition", CVPR 2020, or to measure accuracy through it. In training with those of the batch.
+    Everything is as before afterwards; contexts nest, the inner one wins.
+
+    Args:
+        model: A model with split batch norms.
+        index: 0 for the main norm, 1 for the first auxiliary one, and so on.
+        update_statistics: Whether batches in training move the branch's running statistics.
+
+    Raises:
+        TypeError: `index` is not an int.
+        ValueError: The model has no split batch norm, or one without that branch.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers import SplitBatchNorm2d
+        >>> from paper_layers.adv_prop import branch
+        >>> model = torch.nn.Sequential(SplitBatchNorm2d(3)).eval()
+        >>> with branch(model, 1):
+        ...     logits = model(torch.randn(5, 3, 8, 8))
+    """
+    _checks.integer("index", index, 0)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, SplitBatchNorm)}
+    if not norms:
+        raise ValueError(f"model: expected at least one split batch norm, got none in {type(model).__name__}")
+    for name, norm in norms.items():
+        if index >= norm.num_splits:
+            raise ValueError(f"index: expected at most {norm.num_splits - 1}, the last branch of {name!r}, got {index}")
+    before = [(norm, norm._branch, norm._update_statistics) for norm in norms.values()]
+    try:
+        for norm in norms.values():
+            norm._branch, norm._update_statistics = index, update_statistics
+        yield
+    finally:
+        for norm, index_before, update_before in before:
+            norm._branch, norm._update_statistics = index_before, update_before

@@ -1,0 +1,238 @@
+"""Batch norms that keep statistics and parameters of their own for each part of the batch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from paper_layers.ops import _checks
+from paper_layers.ops.split_batch_norm import check_split_sizes, normalize_splits, update_statistics
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class AuxiliaryNorm(_BatchNorm):
+    """Parameters and statistics of an auxiliary branch: the norm that it belongs to computes with them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Refused: eps, momentum and mode are those of the norm that it belongs to."""
+        raise RuntimeError("aux_bn: expected to be run by its SplitBatchNorm, as in `with branch(model, 1)`")
+
+    def extra_repr(self) -> str:
+        """Only what is its own."""
+        return str(self.num_features)
+
+
+class AuxiliaryNorms(nn.ModuleList):
+    """The auxiliary branches of one norm."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Refuse what conversions of models would put in a branch's place: it would not be run."""
+        if not isinstance(module, AuxiliaryNorm):
+            raise TypeError(
+                f"aux_bn.{name}: expected an AuxiliaryNorm, got {type(module).__name__}. A conversion of batch norms, "
+                "such as nn.SyncBatchNorm.convert_sync_batchnorm, would lose the split: convert the model first, "
+                "and then split its norms"
+            )
+        super().add_module(name, module)
+
+
+class SplitBatchNorm(_BatchNorm):
+    """What the norms of all dimensions share. Attributes are those of torch's, and `num_splits`, `split_sizes`."""
+
+    aux_bn: AuxiliaryNorms
+    _branch: int | None = None  # Set by `branch`, as is the next.
+    _update_statistics = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        num_splits: int = 2,
+        split_sizes: Sequence[int] | Sequence[float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        _checks.integer("num_features", num_features, 0)
+        _checks.integer("num_splits", num_splits, 2)
+        if split_sizes is not None:
+            _check_setting(split_sizes, num_splits)
+        settings: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **settings)
+        self.num_splits = num_splits
+        self.split_sizes = None if split_sizes is None else tuple(split_sizes)
+        self.aux_bn = AuxiliaryNorms(
+            AuxiliaryNorm(num_features, eps, momentum, affine, track_running_stats, **settings)
+            for _ in range(num_splits - 1)
+        )
+
+    @property
+    def branches(self) -> list[_BatchNorm]:
+        """The main norm, which is this module itself, and the auxiliary ones."""
+        return [self, *self.aux_bn]
+
+    def reset_running_stats(self) -> None:
+        """Forget the statistics of all branches."""
+        super().reset_running_stats()
+        for norm in getattr(self, "aux_bn", ()):  # torch's constructor calls this before there are any.
+            norm.reset_running_stats()
+
+    def reset_parameters(self) -> None:
+        """Initialize all branches afresh."""
+        super().reset_parameters()
+        for norm in getattr(self, "aux_bn", ()):
+            norm.reset_parameters()
+
+    def sizes(self, batch_size: int) -> list[int]:
+        """How many samples of a batch each branch gets in training."""
+        if self.split_sizes is None:
+            if batch_size % self.num_splits:
+                raise ValueError(
+                    f"input: expected a batch that num_splits={self.num_splits} divides, got {batch_size}; "
+                    "set split_sizes for uneven parts"
+                )
+            return [batch_size // self.num_splits] * self.num_splits
+        if not isinstance(self.split_sizes[0], float):
+            return list(self.split_sizes)
+        ends = [round(batch_size * share) for share in itertools.accumulate(self.split_sizes)]
+        ends[-1] = batch_size
+        return [end - start for start, end in itertools.pairwise([0, *ends])]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise a batch: in training its parts, in eval all of it by the main norm, unless a branch is set."""
+        self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"input: expected {self.num_features} channels, got shape {tuple(input.shape)}")
+        norms = self.branches
+        if self._branch is not None:
+            norms = norms[self._branch : self._branch + 1]
+        elif not self.training:
+            norms = norms[:1]
+        if not self.training and norms[0].running_mean is not None:
+            norm = norms[0]
+            return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=self.eps)
+        sizes = [input.shape[0]] if len(norms) == 1 else self.sizes(input.shape[0])
+        weight, bias = (
+            None if getattr(self, name) is None else [getattr(norm, name) for norm in norms]
+            for name in ("weight", "bias")
+        )
+        output, mean, var, counts = self._normalize(input, weight, bias, sizes)
+        if self.training and self.track_running_stats and self._update_statistics and self.running_mean is not None:
+            momenta = [self._count_batch(norm) for norm in norms]
+            means: list[Any] = [norm.running_mean for norm in norms]
+            variances: list[Any] = [norm.running_var for norm in norms]
+            update_statistics(means, variances, mean, var, counts, momenta)
+        return output
+
+    def _normalize(
+        self, input: Tensor, weight: list[Tensor] | None, bias: list[Tensor] | None, sizes: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
+        """Output, means, biased variances and numbers of values of the splits: synchronised norms override it."""
+        check_split_sizes(input, sizes)
+        output, mean, var = normalize_splits(input, weight, bias, sizes, self.eps)
+        return output, mean, var, [size * input.shape[2:].numel() for size in sizes]
+
+    def _count_batch(self, norm: _BatchNorm) -> float | Tensor:
+        """Count one more batch; returns its share in the running statistics."""
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                return norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()  # type: ignore[union-attr]
+        return 0.0 if self.momentum is None else self.momentum
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(f"{prefix}aux_bn.") for key in state_dict):
+            # A plain batch norm's checkpoint fills every branch; loading may assign, so each gets its own copy.
+            for i, name in itertools.product(range(len(self.aux_bn)), _TENSORS):
+                if prefix + name in state_dict:
+                    state_dict[f"{prefix}aux_bn.{i}.{name}"] = state_dict[prefix + name].clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """All arguments, for the repr."""
+        sizes = "" if self.split_sizes is None else f", split_sizes={self.split_sizes}"
+        return f"{super().extra_repr()}, num_splits={self.num_splits}{sizes}"
+
+
+def _check_setting(split_sizes: Sequence[int] | Sequence[float], num_splits: int) -> None:
+    kinds = {type(size) for size in split_sizes}
+    if kinds not in ({int}, {float}):
+        raise TypeError(f"split_sizes: expected ints, or floats for proportions, got {split_sizes!r}")
+    if len(split_sizes) != num_splits:
+        raise ValueError(f"split_sizes: expected num_splits={num_splits} of them, got {split_sizes!r}")
+    if min(split_sizes) <= 0:
+        raise ValueError(f"split_sizes: expected sizes above 0, got {split_sizes!r}")
+    if kinds == {float} and not math.isclose(sum(split_sizes), 1):
+        raise ValueError(f"split_sizes: expected proportions that sum to 1, got {split_sizes!r}")
+
+
+class SplitBatchNorm1d(SplitBatchNorm):
+    """Split batch norm of (N, C) or (N, C, L): see `SplitBatchNorm2d`."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in (2, 3):
+            raise ValueError(f"input: expected shape (N, C) or (N, C, L), got {tuple(input.shape)}")
+
+
+class SplitBatchNorm2d(SplitBatchNorm):
+    r"""A main batch norm and auxiliary ones, which share the batch in training: AdvProp's split.
+
+    .. math:: y_s = \frac{x_s - \mathrm{E}[x_s]}{\sqrt{\mathrm{Var}[x_s] + \epsilon}} \gamma_s + \beta_s
+
+    Section 4.2 of Xie et al., "Adversarial Examples Improve Image Recognition", CVPR 2020. In training, the batch is
+    split in order: the first part goes through the main norm, the next through ``aux_bn[0]``, and so on, all in one
+    pass. In eval, the main norm has the whole batch; `paper_layers.adv_prop.branch` runs another one. Keys are those of
+    `nn.BatchNorm2d`, and the same under ``aux_bn.0.`` and so on, as in timm. A plain checkpoint fills every branch.
+    `momentum` and `eps` of this module hold for all branches.
+
+    Args:
+        num_features: Channels of the input.
+        eps: Added to the variance.
+        momentum: Share of a batch in the running statistics; None for their average over all batches.
+        affine: Learn a weight and a bias for each branch.
+        track_running_stats: Keep running statistics, which eval uses.
+        num_splits: Number of branches, at least 2.
+        split_sizes: How a training batch is split. None: in equal parts. Ints: samples of each branch, which must
+            sum to the batch. Floats: proportions, which sum to 1, of any batch, rounded.
+        device: Device of parameters and statistics.
+        dtype: Their dtype.
+
+    Shapes:
+        Input and output (N, C, H, W), of one memory format.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has a wrong value; the batch cannot be split so; a part has one value per channel.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers import SplitBatchNorm2d
+        >>> norm = SplitBatchNorm2d(16)
+        >>> clean, adversarial = torch.randn(2, 8, 16, 32, 32)
+        >>> norm(torch.cat([clean, adversarial])).shape
+        torch.Size([16, 16, 32, 32])
+        >>> norm.eval()(clean[:1]).shape
+        torch.Size([1, 16, 32, 32])
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            raise ValueError(f"input: expected shape (N, C, H, W), got {tuple(input.shape)}")
+
+
+class SplitBatchNorm3d(SplitBatchNorm):
+    """Split batch norm of (N, C, D, H, W): see `SplitBatchNorm2d`."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 5:
+            raise ValueError(f"input: expected shape (N, C, D, H, W), got {tuple(input.shape)}")

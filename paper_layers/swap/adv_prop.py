@@ -1,0 +1,203 @@
+"""Batch norms become split ones, as AdvProp trains with, and plain ones again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from paper_layers.adv_prop.norm import (
+    AuxiliaryNorm,
+    SplitBatchNorm,
+    SplitBatchNorm1d,
+    SplitBatchNorm2d,
+    SplitBatchNorm3d,
+)
+from paper_layers.adv_prop.sync import SplitSyncBatchNorm
+from paper_layers.ops._checks import integer
+from paper_layers.swap._surgery import Filter, called, select
+
+
+class _Activated(SplitBatchNorm):
+    """What timm's fused norms do after the norm; `plain_class` is what they were."""
+
+    drop: nn.Module
+    act: nn.Module
+    plain_class: type[nn.Module]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The norm, then dropout and activation."""
+        return self.act(self.drop(super().forward(input)))
+
+
+class SplitBatchNormAct2d(_Activated, SplitBatchNorm2d):
+    """timm's BatchNormAct2d, split."""
+
+
+class SplitSyncBatchNormAct(_Activated, SplitSyncBatchNorm):
+    """timm's SyncBatchNormAct, split."""
+
+
+_SPLIT: dict[type[nn.Module], type[SplitBatchNorm]] = {
+    nn.BatchNorm1d: SplitBatchNorm1d,
+    nn.BatchNorm2d: SplitBatchNorm2d,
+    nn.BatchNorm3d: SplitBatchNorm3d,
+    nn.SyncBatchNorm: SplitSyncBatchNorm,
+}
+_SPLIT_OF_TIMM = {"BatchNormAct2d": SplitBatchNormAct2d, "SyncBatchNormAct": SplitSyncBatchNormAct}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {split: plain for plain, split in _SPLIT.items()}
+
+
+def split_batch_norm(
+    model: nn.Module,
+    num_splits: int = 2,
+    *,
+    split_sizes: Sequence[int] | Sequence[float] | None = None,
+    filter: Filter | None = None,
+) -> nn.Module:
+    """Turn every batch norm of a finished model into a split one, for training with AdvProp.
+
+    The auxiliary batch norm of Xie, Tan, Gong, Wang, Yuille, Le, "Adversarial Examples Improve Image Recognition",
+    CVPR 2020, section 4.2; see `paper_layers.SplitBatchNorm2d`. The norm becomes the main branch: its parameters and
+    statistics stay the same objects under the same keys. Each auxiliary branch starts as a copy, under ``aux_bn.0.``
+    and so on, of the same device and dtype, and frozen where the main one is: give it to the optimizer.
+
+    Known are `nn.BatchNorm1d`, `2d`, `3d`, `nn.SyncBatchNorm`, whose parts are then synchronised each by itself, and
+    timm's `BatchNormAct2d` and `SyncBatchNormAct`, which keep their dropout and activation. What is no batch norm
+    (`FrozenBatchNorm2d`, `nn.GroupNorm`) is left alone. To split and to synchronise, convert to SyncBatchNorm first:
+    converting split norms is an error.
+
+    Args:
+        model: Any module; changed in place.
+        num_splits: Number of branches, at least 2.
+        split_sizes: How a training batch is split, as in `SplitBatchNorm2d`; default in equal parts.
+        filter: ``filter(module, name) -> bool``, which norms to split; default all.
+
+    Returns:
+        `model`; unchanged if its norms are split so already and `filter` accepts no further one.
+
+    Raises:
+        TypeError: `model` is not a module, or an argument has the wrong type.
+        ValueError: Nothing to split; a batch norm of an unknown class, which may compute something else; one that is
+            split in another way already; arguments that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from paper_layers import swap
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        >>> weight = model[1].weight
+        >>> swap.split_batch_norm(model)[1]  # doctest: +ELLIPSIS
+        SplitBatchNorm2d(
+          16, ..., num_splits=2
+          (aux_bn): AuxiliaryNorms(
+            (0): AuxiliaryNorm(16)
+          )
+        )
+        >>> model[1].weight is weight
+        True
+    """
+    setting = SplitBatchNorm1d(1, num_splits=num_splits, split_sizes=split_sizes, device="meta")  # Checks them.
+    wanted = (setting.num_splits, setting.split_sizes)
+
+    def fits(module: nn.Module) -> bool:
+        return isinstance(module, _BatchNorm) and not isinstance(module, SplitBatchNorm | AuxiliaryNorm)
+
+    norms = select(model, "batch norm", fits, lambda module: isinstance(module, SplitBatchNorm), filter)
+    for name, module in model.named_modules():
+        if isinstance(module, SplitBatchNorm) and (filter is None or filter(module, name)):
+            found = (module.num_splits, module.split_sizes)
+            if found != wanted:
+                raise ValueError(
+                    f"{called(name)}: expected num_splits={found[0]} and split_sizes={found[1]}, "
+                    f"as it is split already, got {wanted[0]} and {wanted[1]}"
+                )
+    kinds: list[type[SplitBatchNorm]] = []
+    for norm, name in norms.items():
+        kind = _split_class(type(norm))
+        if kind is None:
+            raise ValueError(
+                f"{called(name)}: expected a batch norm of torch's or timm's own classes, got {type(norm).__name__}, "
+                "which may compute something else; filter can leave it out"
+            )
+        kinds.append(kind)
+    for norm, kind in zip(norms, kinds, strict=True):
+        options: dict[str, Any] = {"device": "meta", "num_splits": num_splits, "split_sizes": split_sizes}
+        new = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, **options)
+        for auxiliary in new.aux_bn:
+            _copy_tensors(norm, auxiliary)
+            auxiliary.train(norm.training)
+        if issubclass(kind, _Activated):
+            norm.plain_class = type(norm)
+        norm.__class__ = kind
+        norm.num_splits, norm.split_sizes, norm.aux_bn = new.num_splits, new.split_sizes, new.aux_bn
+    return model
+
+
+def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter: Filter | None = None) -> nn.Module:
+    """Turn every split batch norm into the plain one that one of its branches is: for inference, or an export.
+
+    The inverse of `split_batch_norm`, also for norms that were made as split ones. The branch keeps its `Parameter`
+    objects; the keys are those of a plain norm.
+
+    Args:
+        model: Any module; changed in place.
+        branch: Which branch stays: 0 for the main one, 1 for the first auxiliary one, and so on.
+        filter: ``filter(module, name) -> bool``, which norms; default all.
+
+    Returns:
+        `model`; unchanged if its norms are plain.
+
+    Raises:
+        TypeError: `model` is not a module, or `branch` not an int.
+        ValueError: The model has no batch norm at all; a branch that a norm lacks; a split norm of an unknown class.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from paper_layers import SplitBatchNorm2d, swap
+        >>> swap.plain_batch_norm(nn.Sequential(SplitBatchNorm2d(16)))  # doctest: +ELLIPSIS
+        Sequential(
+          (0): BatchNorm2d(16, ...)
+        )
+    """
+    integer("branch", branch, 0)
+    plain = (*_SPLIT, SplitBatchNorm)
+
+    def done(module: nn.Module) -> bool:
+        return isinstance(module, plain) and not isinstance(module, SplitBatchNorm)
+
+    norms = select(model, "split batch norm", lambda module: isinstance(module, SplitBatchNorm), done, filter)
+    for norm, name in norms.items():
+        if branch >= norm.num_splits:
+            raise ValueError(
+                f"branch: expected at most {norm.num_splits - 1}, the last of {called(name)}, got {branch}"
+            )
+        if type(norm) not in _PLAIN and not hasattr(norm, "plain_class"):
+            raise ValueError(
+                f"{called(name)}: expected a split norm of this package's classes, got {type(norm).__name__}; "
+                "filter can leave it out"
+            )
+    for norm in norms:
+        kept = norm.branches[branch]
+        norm._parameters.update(kept._parameters)
+        norm._buffers.update(kept._buffers)
+        norm.__class__ = vars(norm).pop("plain_class", None) or _PLAIN[type(norm)]
+        del norm.aux_bn, norm.num_splits, norm.split_sizes
+    return model
+
+
+def _split_class(kind: type[nn.Module]) -> type[SplitBatchNorm] | None:
+    if kind.__module__.startswith("timm."):  # By name, as there may be no timm.
+        return _SPLIT_OF_TIMM.get(kind.__name__)
+    return _SPLIT.get(kind)
+
+
+def _copy_tensors(norm: nn.Module, auxiliary: nn.Module) -> None:
+    for name, parameter in norm._parameters.items():
+        copied = None if parameter is None else nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        auxiliary._parameters[name] = copied
+    for name, buffer in norm._buffers.items():
+        auxiliary._buffers[name] = None if buffer is None else buffer.detach().clone()

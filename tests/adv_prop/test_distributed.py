@@ -1,0 +1,161 @@
+"""Two ranks, each with a batch of its own, against one process with both."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from paper_layers import swap
+from paper_layers.adv_prop import SplitSyncBatchNorm, adv_prop_loss, branch, fast_adv_prop_backward, pgd
+
+EVEN, UNEVEN, SINGLE = (4, 4), (2, 5), (1, 1)  # Images of each rank.
+SIZES = (EVEN, UNEVEN, SINGLE)
+attack = functools.partial(pgd, eps=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
+Record = dict[str, Any]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 6)]
+    layers += [nn.BatchNorm1d(6, momentum=None), nn.ReLU(), nn.Linear(6, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def data(sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    made = [(torch.rand(n, 3, 5, 5, generator=generator).double(), torch.arange(n) % 3) for n in sizes]
+    return [(x * (1 + rank) / len(sizes), y) for rank, (x, y) in enumerate(made)]  # Other statistics on each.
+
+
+def norm() -> SplitSyncBatchNorm:
+    made = SplitSyncBatchNorm(3, dtype=torch.float64)
+    for parameter, value in zip(made.parameters(), (2.0, -1.0, 0.5, 3.0), strict=True):
+        parameter.data.fill_(value)
+    return made
+
+
+def features(sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """The two halves of each rank's batch, far from zero and unlike each other; of single images, single pixels."""
+    generator, side = torch.Generator().manual_seed(2), 1 if sizes == SINGLE else 2
+    return [
+        (
+            (1 + rank) * torch.randn(n, 3, side, side, generator=generator).double() + 1000 * rank,
+            torch.randn(n, 3, side, side).double(),
+        )
+        for rank, n in enumerate(sizes)
+    ]
+
+
+def record(model: nn.Module, **more: Any) -> Record:
+    return {"grads": [p.grad for p in model.parameters()], "state": copy.deepcopy(model.state_dict()), **more}
+
+
+def run_norm(model: Any, halves: list[tuple[Tensor, Tensor]]) -> Record:
+    """The norm of clean parts and adversarial parts, then of one branch alone."""
+    parts = [torch.cat([half[i] for half in halves]) for i in (0, 1)]
+    x = torch.cat(parts).requires_grad_()
+    output = model(x)
+    weights = torch.linspace(-1, 1, 3).view(3, 1, 1).double()
+    (output.square() * weights).sum().backward()
+    with branch(model, 1):
+        one = model(parts[0])
+    rows = [len(part) for part in parts]
+    return record(model, output=output.split(rows), grad=x.grad.split(rows), one=one)
+
+
+def run_step(model: Any, batches: list[tuple[Tensor, Tensor]]) -> Record:
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    if isinstance(model, DistributedDataParallel):
+        attack(model, x, y)  # No reduction is left waiting.
+    for _ in range(2):
+        loss = adv_prop_loss(model, x, y, attack)
+        loss.backward()
+    return record(getattr(model, "module", model), loss=loss, images=attack(model, x, y))
+
+
+def run_fast(model: Any, batches: list[tuple[Tensor, Tensor]]) -> Record:
+    """Twice, so that none may be left waiting."""
+    model.zero_grad()
+    for x, y in [*batches, *batches]:
+        fast_adv_prop_backward(model, x, y, 8, 8, bounds=(0, 1), generator=torch.Generator().manual_seed(0))
+    return record(getattr(model, "module", model))
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    found = {}
+    for sizes in SIZES:
+        torch.manual_seed(3)
+        found["norm", sizes] = run_norm(norm(), [features(sizes)[rank]])
+    for synchronised in (True, False):
+        model = network()
+        if synchronised:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = swap.split_batch_norm(model)
+        ddp = DistributedDataParallel(model, broadcast_buffers=synchronised)
+        found["step", synchronised] = run_step(ddp, [data(EVEN)[rank]])
+        if not synchronised:
+            found["fast"] = run_fast(ddp, [data(EVEN)[rank]])
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Record]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_parts_are_synchronised_each_by_itself(ranks: list[dict[Any, Record]], sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(3)
+    expected = run_norm(norm(), features(sizes))
+    found = [rank["norm", sizes] for rank in ranks]
+    for key in ("output", "grad"):
+        for half in (0, 1):
+            torch.testing.assert_close(torch.cat([part[key][half] for part in found]), expected[key][half])
+    torch.testing.assert_close(torch.cat([part["one"] for part in found]), expected["one"])
+    for grads in zip(*(part["grads"] for part in found), expected["grads"], strict=True):
+        torch.testing.assert_close(grads[0] + grads[1], grads[2])
+    for part in found:
+        torch.testing.assert_close(part["state"], expected["state"])
+
+
+def test_step_is_that_of_one_process(ranks: list[dict[Any, Record]]) -> None:
+    expected = run_step(swap.split_batch_norm(network()), data(EVEN))
+    found = [rank["step", True] for rank in ranks]
+    for part in found:
+        torch.testing.assert_close(part["grads"], expected["grads"])
+        torch.testing.assert_close(part["state"], expected["state"])
+    torch.testing.assert_close((found[0]["loss"] + found[1]["loss"]) / 2, expected["loss"])
+    torch.testing.assert_close(torch.cat([part["images"] for part in found]), expected["images"])
+
+
+def test_without_synchronisation_only_gradients_are_shared(ranks: list[dict[Any, Record]]) -> None:
+    alone = [run_step(swap.split_batch_norm(network()), [data(EVEN)[rank]]) for rank in range(2)]
+    for rank, part in enumerate(ranks):
+        means = [(one + other) / 2 for one, other in zip(alone[0]["grads"], alone[1]["grads"], strict=True)]
+        torch.testing.assert_close(part["step", False]["grads"], means)
+        torch.testing.assert_close(part["step", False]["state"], alone[rank]["state"])
+
+
+def test_fast_step_shares_its_gradients(ranks: list[dict[Any, Record]]) -> None:
+    alone = []
+    for batch in data(EVEN):
+        model = swap.split_batch_norm(network())
+        run_step(model, [batch])
+        alone.append(run_fast(model, [batch])["grads"])
+    means = [(one + other) / 2 for one, other in zip(*alone, strict=True)]
+    for part in ranks:
+        torch.testing.assert_close(part["fast"]["grads"], means)

@@ -1,0 +1,157 @@
+"""The loss of AdvProp, and the attack through split norms."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paper_layers import swap
+from paper_layers.adv_prop import adv_prop_loss, branch, pgd
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def plain(**factory: Any) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(3, 4, 3, **factory), nn.BatchNorm2d(4, **factory), nn.ReLU()]
+    layers += [nn.Conv2d(4, 8, 3, stride=2, **factory), nn.BatchNorm2d(8, **factory), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5, **factory))
+
+
+def apart(model: nn.Sequential, scale: float = 3.0) -> nn.Sequential:
+    """A model whose branches answer otherwise."""
+    for module in (model[1], model[4]):
+        module.aux_bn[0].weight.data.mul_(-scale)
+        module.aux_bn[0].running_mean.add_(0.5)
+    return model
+
+
+def batch(n: int = 8, **factory: Any) -> tuple[Tensor, Tensor]:
+    return torch.rand(n, 3, 7, 7, **factory), torch.arange(n) % 5
+
+
+attack = functools.partial(pgd, eps=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
+
+
+def test_attack_runs_through_the_last_branch_with_running_statistics() -> None:
+    model, (x, y) = apart(swap.split_batch_norm(plain())), batch()
+    state = copy.deepcopy(model.state_dict())
+    found = attack(model, x, y)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert model.training
+    for index, same in ((1, True), (0, False)):
+        alone = swap.plain_batch_norm(copy.deepcopy(model), index).eval()
+        assert torch.equal(attack(alone, x, y), found) is same
+        assert torch.equal(attack(model, x, y, branch=index), attack(alone, x, y))
+    with branch(model, 0):  # The attack's own choice holds.
+        assert torch.equal(attack(model, x, y), found)
+        assert model[1]._branch == 0
+    three = swap.split_batch_norm(plain(), 3)
+    with branch(three.eval(), 2):
+        expected = attack(swap.plain_batch_norm(copy.deepcopy(three), 2), x, y)
+    assert torch.equal(attack(three, x, y), expected)
+    with pytest.raises(ValueError, match="index: expected at most 1"):
+        attack(model, x, y, branch=2)
+    with pytest.raises(ValueError, match="expected at least one split batch norm"):
+        attack(plain(), x, y, branch=1)
+
+
+def test_attack_of_a_frozen_or_compiled_model() -> None:
+    model, (x, y) = apart(swap.split_batch_norm(plain())), batch()
+    expected = attack(model, x, y)
+    model[1].eval()
+    assert torch.equal(attack(torch.compile(model, backend="eager"), x, y), expected)
+    assert [m.training for m in model] == [True, False, *[True] * 6]
+
+
+def test_loss_and_gradients_are_those_of_two_forwards() -> None:
+    """Two plain networks that share all but their norms: clean images through one, adversarial through the other."""
+    model = apart(swap.split_batch_norm(plain(dtype=torch.float64)))
+    x, y = batch(dtype=torch.float64)
+    main, auxiliary = (swap.plain_batch_norm(copy.deepcopy(model), index) for index in (0, 1))
+    adversarial = attack(model, x, y)
+    loss = adv_prop_loss(model, x, y, attack)
+    expected = F.cross_entropy(main(x), y) + F.cross_entropy(auxiliary(adversarial), y)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for index, plain_model in ((0, main), (1, auxiliary)):
+        for norm, other in ((model[1], plain_model[1]), (model[4], plain_model[4])):
+            torch.testing.assert_close(norm.branches[index].weight.grad, other.weight.grad)
+            torch.testing.assert_close(norm.branches[index].running_var, other.running_var)
+            assert norm.branches[index].num_batches_tracked == 1
+    for i in (0, 3, 7):
+        torch.testing.assert_close(model[i].weight.grad, main[i].weight.grad + auxiliary[i].weight.grad)
+
+
+def test_criterion() -> None:
+    model, (x, y) = swap.split_batch_norm(plain()), batch()
+    smooth = functools.partial(F.cross_entropy, label_smoothing=0.1)
+    twin = copy.deepcopy(model)
+    clean, adversarial = twin(torch.cat([x, attack(model, x, y)])).chunk(2)
+    expected = smooth(clean, y) + smooth(adversarial, y)
+    torch.testing.assert_close(adv_prop_loss(model, x, y, attack, criterion=smooth), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision(dtype: torch.dtype) -> None:
+    model, (x, y) = swap.split_batch_norm(plain()), batch()
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    with torch.autocast("cpu", dtype):
+        loss = adv_prop_loss(model, x, y, attack)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    expected = adv_prop_loss(twin, x, y, attack)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None
+        assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), 0) > 0.9 or q.grad.abs().max() < 1e-6
+    before = copy.deepcopy(model.state_dict())
+    scaler.step(optimizer)
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_it_learns_both() -> None:
+    model = swap.split_batch_norm(plain())
+    x, y = batch(40)
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(40):
+        loss = adv_prop_loss(model, x, y, attack)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1
+    model.eval()
+    with branch(model, 1):
+        assert (model(attack(model, x, y)).argmax(1) == y).float().mean() > 0.8
+    assert (swap.plain_batch_norm(model)(x).argmax(1) == y).float().mean() > 0.8
+
+
+def test_bad_input() -> None:
+    x, y = batch()
+    with pytest.raises(ValueError, match=r"model: expected split batch norms, as swap\.split_batch_norm makes them"):
+        adv_prop_loss(plain(), x, y, attack)
+    with pytest.raises(ValueError, match="model: expected training mode"):
+        adv_prop_loss(swap.split_batch_norm(plain()).eval(), x, y, attack)
+    with pytest.raises(ValueError, match=r"split 16 images in halves, got one for \[12, 4\]"):
+        adv_prop_loss(swap.split_batch_norm(plain(), split_sizes=(0.75, 0.25)), x, y, attack)
+    model = swap.split_batch_norm(plain())
+    for wrong in (x[:4], x.double()):
+        with pytest.raises(ValueError, match=r"attack: expected images like x, torch\.float32 of shape"):
+            adv_prop_loss(model, x, y, lambda *_, images=wrong: images)
+    with pytest.raises(ValueError, match=r"num_splits=3"):
+        adv_prop_loss(swap.split_batch_norm(plain(), 3), x, y, attack)
+    frozen = swap.split_batch_norm(plain())
+    frozen[1].eval()  # One of them may be frozen.
+    adv_prop_loss(frozen, x, y, attack).backward()
