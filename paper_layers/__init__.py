@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from paper_layers import deep_gcn, lip, point_rend, swap
+from paper_layers import big_bigan, deep_gcn, lip, point_rend, swap
 from paper_layers.lip import LazyLIPPool2d, LIPPool2d
 from paper_layers.ops._library import show_config
 from paper_layers.ops.edge_conv import edge_conv
@@ -16,6 +16,7 @@ from paper_layers.ops.uncertain_points import uncertain_points
 __all__ = [
     "LIPPool2d",
     "LazyLIPPool2d",
+    "big_bigan",
     "deep_gcn",
     "edge_conv",
     "knn",
