@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as normalize
 
-from paper_layers.big_bigan.spectral import SpectralLinear
+from paper_layers.big_bigan.spectral import SpectralLinear, without_autocast
 from paper_layers.ops import _checks
 
 ACTIVATIONS = ("pre", "post")
@@ -198,7 +198,7 @@ class Score(nn.Module):
             raise ValueError("labels: expected None without num_classes, got labels")
         if labels is None and self.num_classes is not None:
             raise ValueError(f"labels: expected a label of {self.num_classes} classes for each row, got None")
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             weight = self.projection.weight
             features = features.to(weight.dtype)
             score = F.linear(features, weight, self.projection.bias).squeeze(1)

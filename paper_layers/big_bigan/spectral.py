@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,10 +29,15 @@ class SpectralLinear(nn.Linear):
         return spectral_linear(input, weight.original, self.bias, weight[0]._u, weight[0]._v, self.training)
 
 
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Off on this type of device; the meta device has none."""
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
 def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, training: bool) -> Tensor:
     """``input @ (weight / sigma).T + bias``; in training after a step of the power iteration, which updates u and v."""
     kind = input.device.type
-    with torch.no_grad(), torch.autocast(kind, enabled=False):
+    with torch.no_grad(), without_autocast(kind):
         if training:
             left = F.normalize(weight @ v, dim=0, eps=1e-12)
             right = weight.mT @ left
@@ -43,7 +49,7 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
             left, right = u.clone(), v.clone()
             sigma = left.dot(weight @ right)
         inverse = sigma.reciprocal()
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         input, weight, left, right = (tensor.to(dtype) for tensor in (input, weight, left, right))
         bias = None if bias is None else bias.to(dtype)

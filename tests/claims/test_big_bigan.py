@@ -68,7 +68,10 @@ def test_accuracies() -> None:
 def test_rows() -> None:
     from benchmarks.claims.big_bigan import Outcome
 
-    outcomes = {"all three": [Outcome(1, 90, 80), Outcome(3, 92, 82)], "other": [Outcome(2, 80, 70), Outcome(6, 82, 72)]}
+    outcomes = {
+        "all three": [Outcome(1, 90, 80), Outcome(3, 92, 82)],
+        "other": [Outcome(2, 80, 70), Outcome(6, 82, 72)],
+    }
     other = rows(outcomes)[1]
     assert other["frechet"]["mean"] == 4
     assert other["frechet"]["minus_all_three"] == 2
