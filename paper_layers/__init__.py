@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from paper_layers import adv_prop, deep_gcn, lip, point_rend, soft_triple, swap
+from paper_layers import adv_prop, big_bigan, deep_gcn, lip, point_rend, soft_triple, swap
 from paper_layers.adv_prop import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
 from paper_layers.lip import LazyLIPPool2d, LIPPool2d
 from paper_layers.ops._library import show_config
@@ -25,6 +25,7 @@ __all__ = [
     "SplitBatchNorm2d",
     "SplitBatchNorm3d",
     "adv_prop",
+    "big_bigan",
     "deep_gcn",
     "edge_conv",
     "knn",

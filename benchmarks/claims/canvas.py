@@ -13,8 +13,8 @@ SIZE, DIGIT, FRAGMENT = 32, 12, 6  # Pixels of the canvas, of the digit and of a
 FRAGMENTS, STROKES = 5, 2
 
 
-def digits(path: str | Path | None = None) -> tuple[Tensor, Tensor]:
-    """Digits (N, DIGIT, DIGIT) with values in [0, 1] and labels (N,): scikit-learn's, or those of an npz file."""
+def digits(path: str | Path | None = None, size: int = DIGIT) -> tuple[Tensor, Tensor]:
+    """Digits (N, size, size) with values in [0, 1] and labels (N,): scikit-learn's, or those of an npz file."""
     if path is None:
         from sklearn.datasets import load_digits
 
@@ -23,7 +23,7 @@ def digits(path: str | Path | None = None) -> tuple[Tensor, Tensor]:
     else:
         with np.load(path) as data:
             images, labels = data["images"] / 255, data["labels"]
-    resized = F.interpolate(torch.from_numpy(images)[:, None].float(), (DIGIT, DIGIT), mode="bilinear", antialias=True)
+    resized = F.interpolate(torch.from_numpy(images)[:, None].float(), (size, size), mode="bilinear", antialias=True)
     return resized[:, 0].clamp(0, 1), torch.from_numpy(labels).long()
 
 

@@ -68,10 +68,12 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return 100 * right / count
 
 
-def in_parallel(job: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], title: str) -> list[Result]:
+def in_parallel(
+    job: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], title: str, processes: int | None = None
+) -> list[Result]:
     """The job's result for each tuple of arguments, one thread and one process a core, with a progress bar."""
     context = multiprocessing.get_context("spawn")
-    workers = ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,))
+    workers = ProcessPoolExecutor(processes or os.cpu_count(), context, torch.set_num_threads, (1,))
     with environ(WORKER_ENVIRONMENT), workers as pool:
         futures = [pool.submit(job, *values) for values in arguments]
         for future in tqdm(as_completed(futures), title, len(futures), unit="training"):
