@@ -13,8 +13,9 @@ CMAKE = $(BIN)/cmake -G Ninja -S csrc -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/pytho
 demo: $(KERNELS)
 	$(BIN)/python -m demo
 
+# Two processes of one thread each: threads that wait for each other take twice as long. Tests of threads set their number.
 test: $(KERNELS)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
