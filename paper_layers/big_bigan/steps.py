@@ -61,6 +61,7 @@ def discriminator_step(
         Loss and scores; the caller differentiates, with its scaler if it has one, and updates.
 
     Raises:
+        TypeError: `labels` is no pair.
         ValueError: A score is not finite, or something does not fit.
 
     Example:
@@ -100,8 +101,8 @@ def encoder_generator_step(
 ) -> Step:
     """Compute the loss of encoder and generator; the discriminator's parameters get no gradient.
 
-    As `discriminator_step`, which has the example. Of a discriminator within DDP the module inside is called, as DDP
-    would wait for its gradients; encoder and generator within DDP are called as they are.
+    As `discriminator_step`, which has the example. Of a discriminator within DDP the module inside is called, as it has
+    no gradients to reduce; encoder and generator within DDP are called as they are.
 
     Args:
         discriminator: As in `discriminator_step`, and the other arguments as well.
@@ -115,6 +116,7 @@ def encoder_generator_step(
         weights: As in `encoder_generator_loss`.
 
     Raises:
+        TypeError: `labels` is no pair.
         ValueError: A score is not finite, or something does not fit.
     """
     if isinstance(discriminator, DistributedDataParallel):
@@ -164,6 +166,8 @@ def _score(
         )
     pairs = [torch.cat([images, generated]), torch.cat([encoded, latents])]
     if labels is not None:
+        if not isinstance(labels, tuple | list) or len(labels) != 2:
+            raise TypeError(f"labels: expected those of real and those of fake pairs, got {type(labels).__name__}")
         pairs.append(torch.cat(labels))
     scores = discriminator(*pairs)
     real, fake = scores.split(images.shape[0])

@@ -326,7 +326,7 @@ def test_repr_has_the_arguments() -> None:
         (lambda: discriminator()(pairs()[0], torch.randn(5, 5)), ValueError, "latents: .* got \\(5, 5\\)"),
         (lambda: discriminator()(pairs()[0]), ValueError, "latents: .* got None"),
         (
-            lambda: BigBiGANDiscriminator(trunk(), 9, 5)(*pairs()),
+            lambda: BigBiGANDiscriminator(trunk(), 9, 5, **SMALL)(*pairs()),
             ValueError,
             "trunk.*feature_dim=9.* got \\(6, 8, 4, 4",
         ),
