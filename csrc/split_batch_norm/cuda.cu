@@ -4,9 +4,6 @@
 #include "common/cuda_tensors.cuh"
 
 #include <limits>
-#include <tuple>
-
-#include <torch/csrc/stable/library.h>
 
 #include "split_batch_norm/cuda_elements.cuh"
 #include "split_batch_norm/cuda_kernel.cuh"
@@ -15,13 +12,15 @@
 namespace paper_layers {
 namespace {
 
-using Sizes = std::vector<int64_t>;
-
 // Without pixels the two orders are one, which is better read as rows.
 SplitBatchNormProblem in_kernels_layout(SplitBatchNormProblem problem) {
   problem.transposed = problem.transposed || problem.pixels == 1;
   return problem;
 }
+Tensor new_output(const Tensor& input, const SplitBatchNormProblem& given, const SplitBatchNormProblem&) {
+  return new_like(input, given);
+}
+Tensor in_given_layout(const Tensor& output, const Tensor&, const SplitBatchNormProblem&) { return output; }
 
 // Calls function(elements): numbers of 32 bits where they reach, packs where runs of elements allow it.
 template <typename T, bool rows, typename Function>
@@ -132,6 +131,7 @@ void run_forward(const Tensor& any_input, const SplitBatchNormProblem& problem, 
   check_values("bias", bias, any_input, problem);
   const int64_t values = problem.splits() * problem.channels;
   if (values == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const Tensor input = in_order(any_input, problem.transposed);
   const Tensor table = torch::stable::new_empty(mean, std::array{int64_t(2), values});
   const int32_t device = input.get_device_index();
@@ -177,6 +177,7 @@ void run_backward(const Tensor& any_grad, const Tensor& any_input, const SplitBa
   check_values("var", any_var, any_input, problem);
   const int64_t values = problem.splits() * problem.channels;
   if (values == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const Tensor grad = in_order(any_grad, problem.transposed), input = in_order(any_input, problem.transposed);
   const Tensor mean = torch::stable::contiguous(any_mean), var = torch::stable::contiguous(any_var);
   const Tensor table = torch::stable::new_empty(mean, std::array{int64_t(3), values});
@@ -216,77 +217,9 @@ void run_backward(const Tensor& any_grad, const Tensor& any_input, const SplitBa
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> split_batch_norm(const Tensor& input, const MaybeTensor& weight,
-                                                    const MaybeTensor& bias, Sizes split_sizes, double eps) {
-  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const Tensor mean = new_values(input, problem), var = new_values(input, problem), output = new_like(input, given);
-  run_forward(input, problem, weight, bias, mean, var, output, false, eps);
-  return {output, mean, var};
-}
-
-std::tuple<Tensor, Tensor> split_batch_norm_statistics(const Tensor& input, Sizes split_sizes) {
-  const auto problem = in_kernels_layout(split_batch_norm_problem(input, split_sizes));
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const Tensor mean = new_values(input, problem), var = new_values(input, problem);
-  run_forward(input, problem, std::nullopt, std::nullopt, mean, var, std::nullopt, false, 0);
-  return {mean, var};
-}
-
-Tensor split_batch_norm_normalize(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
-                                  const Tensor& mean, const Tensor& var, Sizes split_sizes, double eps) {
-  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
-  check_values("mean", mean, input, problem);
-  check_values("var", var, input, problem);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const Tensor output = new_like(input, given);
-  run_forward(input, problem, weight, bias, torch::stable::contiguous(mean), torch::stable::contiguous(var), output,
-              true, eps);
-  return output;
-}
-
-std::tuple<Tensor, Tensor, Tensor> split_batch_norm_backward(const Tensor& grad, const Tensor& input,
-                                                             const MaybeTensor& weight, const Tensor& mean,
-                                                             const Tensor& var, Sizes split_sizes, double eps) {
-  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const Tensor products = new_values(input, problem), sums = new_values(input, problem);
-  const Tensor grad_input = new_like(input, given);
-  run_backward(grad, input, problem, weight, mean, var, products, sums, grad_input, false, eps);
-  return {grad_input, products, sums};
-}
-
-std::tuple<Tensor, Tensor> split_batch_norm_backward_sums(const Tensor& grad, const Tensor& input, const Tensor& mean,
-                                                          const Tensor& var, Sizes split_sizes, double eps) {
-  const auto problem = in_kernels_layout(split_batch_norm_problem(input, split_sizes));
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const Tensor products = new_values(input, problem), sums = new_values(input, problem);
-  run_backward(grad, input, problem, std::nullopt, mean, var, products, sums, std::nullopt, false, eps);
-  return {products, sums};
-}
-
-Tensor split_batch_norm_backward_input(const Tensor& grad, const Tensor& input, const MaybeTensor& weight,
-                                       const Tensor& mean, const Tensor& var, const Tensor& mean_product,
-                                       const Tensor& mean_grad, Sizes split_sizes, double eps) {
-  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
-  check_values("mean_product", mean_product, input, problem);
-  check_values("mean_grad", mean_grad, input, problem);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const Tensor grad_input = new_like(input, given);
-  run_backward(grad, input, problem, weight, mean, var, torch::stable::contiguous(mean_product),
-               torch::stable::contiguous(mean_grad), grad_input, true, eps);
-  return grad_input;
-}
-
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(paper_layers, CUDA, m) {
-  m.impl("split_batch_norm", TORCH_BOX(&split_batch_norm));
-  m.impl("split_batch_norm_backward", TORCH_BOX(&split_batch_norm_backward));
-  m.impl("split_batch_norm_statistics", TORCH_BOX(&split_batch_norm_statistics));
-  m.impl("split_batch_norm_normalize", TORCH_BOX(&split_batch_norm_normalize));
-  m.impl("split_batch_norm_backward_sums", TORCH_BOX(&split_batch_norm_backward_sums));
-  m.impl("split_batch_norm_backward_input", TORCH_BOX(&split_batch_norm_backward_input));
-}
-
 }  // namespace paper_layers
+
+#include "split_batch_norm/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(paper_layers, CUDA, m) { paper_layers::register_ops(m); }
