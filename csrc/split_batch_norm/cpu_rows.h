@@ -223,7 +223,8 @@ void backward_rows(const SplitBackward<T>& b) {
       T* to = b.grad_input + r * channels;
       cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
         const V centered = load(x + c, lanes) - load(b.mean + at + c, lanes);
-        const V result = multiply_add(centered, load(of_input.data() + at + c, lanes), load(shifts.data() + at + c, lanes));
+        const V factor = load(of_input.data() + at + c, lanes), shift = load(shifts.data() + at + c, lanes);
+        const V result = multiply_add(centered, factor, shift);
         store(to + c, multiply_add(load(g + c, lanes), load(of_grad.data() + at + c, lanes), result), lanes);
       });
     }
