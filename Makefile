@@ -31,6 +31,7 @@ bench: $(KERNELS) $(PEERS)
 	$(BIN)/python -m benchmarks.micro.point_sample --json benchmarks/results/point_sample_cpu.json
 	$(BIN)/python -m benchmarks.micro.uncertain_points --json benchmarks/results/uncertain_points_cpu.json
 	$(BIN)/python -m benchmarks.micro.point_rend --json benchmarks/results/point_rend_cpu.json
+	$(BIN)/python -m benchmarks.micro.split_batch_norm --json benchmarks/results/split_batch_norm_cpu.json
 
 claims: $(KERNELS)
 	$(BIN)/python -m benchmarks.claims.lip

@@ -2,8 +2,9 @@
 // backwards, so that it begins with what the caches still hold. Rows are read in order: side by side at the strides of
 // many channels they would fall into the same lines of the caches.
 
-// Rows after which deviations are taken from a new mean, and bytes of rows whose sums are merged in double.
-constexpr int64_t kGroup = 16, kChunkBytes = 1 << 17;
+// Rows after which deviations are taken from a new mean, and the rows whose sums are merged in double: so many bytes,
+// but of many channels enough rows that merging costs little.
+constexpr int64_t kGroup = 16, kChunkBytes = 1 << 17, kMinGroups = 4;
 
 // Calls body(c, lanes) for each vector of channels, each channel once.
 template <int64_t size, typename Body>
@@ -32,7 +33,7 @@ struct Chunks {
 
   Chunks(const SplitBatchNormProblem& problem, int64_t element_size) {
     const int64_t groups = kChunkBytes / (problem.channels * element_size * kGroup);
-    const int64_t step = std::max<int64_t>(1, groups) * kGroup;
+    const int64_t step = std::max(kMinGroups, groups) * kGroup;
     for (int64_t s = 0; s < problem.splits(); ++s) {
       const int64_t end = problem.starts[s + 1] * problem.pixels;
       for (int64_t r = problem.starts[s] * problem.pixels; r < end; r += step) {
@@ -42,6 +43,15 @@ struct Chunks {
     }
   }
   int64_t size() const { return static_cast<int64_t>(chunks.size()); }
+
+  // Calls body(value, split, channel) for all values of splits and channels, in parallel.
+  template <typename Body>
+  void each_value(int64_t channels, const Body& body) const {
+    const int64_t splits = static_cast<int64_t>(starts.size()) - 1;
+    torch::stable::parallel_for(0, splits * channels, 1 + 65536 / (1 + size()), [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) body(at, at / channels, at % channels);
+    });
+  }
 
   // The second time, `backwards` for each thread.
   template <typename Body>
@@ -111,19 +121,16 @@ void row_moments(const SplitForward<T>& f, const Chunks& chunks, Accumulator<T>*
     add_moments(f.input + rows.begin * channels, rows.size(), channels,
                 {means, means + channels, means + 2 * channels, sums.data(), sums.data() + channels});
   });
-  for (int64_t s = 0; s < f.problem.splits(); ++s) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t at = s * channels + c;
-      Moments moments;
-      for (int64_t i = chunks.starts[s]; i < chunks.starts[s + 1]; ++i) {
-        const A* part = parts.data() + i * 3 * channels + c;
-        moments.merge(chunks.chunks[i].rows.size(), double(part[0]) + double(part[channels]), part[2 * channels]);
-      }
-      f.mean[at] = static_cast<A>(moments.mean);
-      f.var[at] = static_cast<A>(moments.squares / moments.count);
-      rests[at] = static_cast<A>(moments.mean - double(f.mean[at]));
+  chunks.each_value(channels, [&](int64_t at, int64_t s, int64_t c) {
+    Moments moments;
+    for (int64_t i = chunks.starts[s]; i < chunks.starts[s + 1]; ++i) {
+      const A* part = parts.data() + i * 3 * channels + c;
+      moments.merge(chunks.chunks[i].rows.size(), double(part[0]) + double(part[channels]), part[2 * channels]);
     }
-  }
+    f.mean[at] = static_cast<A>(moments.mean);
+    f.var[at] = static_cast<A>(moments.squares / moments.count);
+    rests[at] = static_cast<A>(moments.mean - double(f.mean[at]));
+  });
 }
 
 template <typename T>
@@ -181,18 +188,15 @@ void row_sums(const SplitBackward<T>& b, const Chunks& chunks) {
       });
     });
   });
-  for (int64_t s = 0; s < b.problem.splits(); ++s) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t at = s * channels + c;
-      double product = 0, sum = 0;
-      for (int64_t i = chunks.starts[s]; i < chunks.starts[s + 1]; ++i) {
-        product += parts[i * 2 * channels + c];
-        sum += parts[(i * 2 + 1) * channels + c];
-      }
-      b.products[at] = static_cast<A>(product / std::sqrt(double(b.var[at]) + double(b.eps)));
-      b.sums[at] = static_cast<A>(sum);
+  chunks.each_value(channels, [&](int64_t at, int64_t s, int64_t c) {
+    double product = 0, sum = 0;
+    for (int64_t i = chunks.starts[s]; i < chunks.starts[s + 1]; ++i) {
+      product += parts[i * 2 * channels + c];
+      sum += parts[(i * 2 + 1) * channels + c];
     }
-  }
+    b.products[at] = static_cast<A>(product / std::sqrt(double(b.var[at]) + double(b.eps)));
+    b.sums[at] = static_cast<A>(sum);
+  });
 }
 
 template <typename T>
@@ -219,7 +223,8 @@ void backward_rows(const SplitBackward<T>& b) {
       T* to = b.grad_input + r * channels;
       cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
         const V centered = load(x + c, lanes) - load(b.mean + at + c, lanes);
-        const V result = multiply_add(centered, load(of_input.data() + at + c, lanes), load(shifts.data() + at + c, lanes));
+        const V factor = load(of_input.data() + at + c, lanes), shift = load(shifts.data() + at + c, lanes);
+        const V result = multiply_add(centered, factor, shift);
         store(to + c, multiply_add(load(g + c, lanes), load(of_grad.data() + at + c, lanes), result), lanes);
       });
     }

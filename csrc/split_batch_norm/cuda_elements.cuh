@@ -1,0 +1,127 @@
+// What each value of split_batch_norm becomes on the GPU, and what that takes of its split and channel.
+#pragma once
+
+#include <cmath>
+
+#include "split_batch_norm/cuda_kernel.cuh"
+
+namespace paper_layers {
+namespace {
+
+// Of each split and channel: y = (x - center) scale + shift.
+template <typename A>
+struct Normalization {
+  const A *weight, *bias;  // or null
+  const A *mean, *var;
+  A eps;
+  A *scale, *shift;
+
+  // A float32 mean of 1e4 is off by 1e-3 of a deviation of 1: what its rounding leaves goes into the shift.
+  C10_DEVICE void set(int64_t at, double exact_mean) const {
+    const double of_x = (weight ? double(weight[at]) : 1.0) / std::sqrt(double(var[at]) + double(eps));
+    scale[at] = static_cast<A>(of_x);
+    shift[at] = static_cast<A>((bias ? double(bias[at]) : 0.0) - (exact_mean - double(mean[at])) * of_x);
+  }
+  C10_DEVICE void operator()(int64_t at) const { set(at, double(mean[at])); }
+};
+
+// Mean and variance from a split's moments, which are relative to its first value, and what the output takes.
+template <typename T, typename E>
+struct FinishMoments {
+  using A = Accumulator<T>;
+
+  Splits splits;
+  E elements;
+  const T* input;
+  A *mean, *var;
+  Normalization<A> normalization;  // Without scale: statistics only.
+
+  C10_DEVICE void operator()(int64_t at, const Moments<double>& moments) const {
+    const int64_t split = at / elements.channels, channel = at - split * elements.channels;
+    const int64_t image = splits.images[split] * int64_t(elements.run) * elements.runs * E::V;
+    const int64_t first = image + channel * (E::rows ? 1 : int64_t(elements.run) * E::V);
+    const double exact_mean = moments.count > 0 ? double(A(input[first])) + moments.mean : 0.0;
+    mean[at] = static_cast<A>(exact_mean);
+    var[at] = static_cast<A>(moments.squares / moments.count);
+    if (normalization.scale) normalization.set(at, exact_mean);
+  }
+};
+
+template <typename T, typename E>
+struct Normalize {
+  using A = Accumulator<T>;
+
+  Splits splits;
+  E elements;
+  const Pack<T, E::V>* input;
+  const A *center, *scale, *shift;
+  Pack<T, E::V>* output;
+
+  C10_DEVICE void operator()(typename E::Index pack) const {
+    const auto at = elements.values_at(splits, pack);
+    const auto c = values_of_pack<E>(center, at), a = values_of_pack<E>(scale, at), b = values_of_pack<E>(shift, at);
+    const Pack<T, E::V> x = input[pack];
+    Pack<T, E::V> y;
+    for (int v = 0; v < E::V; ++v) y[v] = static_cast<T>((A(x[v]) - c[v]) * a[v] + b[v]);
+    output[pack] = y;
+  }
+};
+
+// Of each split and channel: the input's gradient is of_grad grad + of_input (x - center) + shift.
+template <typename A>
+struct Pullback {
+  const A *weight, *var;  // weight: or null
+  const A *mean_product, *mean_grad;  // of the op whose means are given
+  A eps;
+  A *of_grad, *of_input, *shift;
+
+  C10_DEVICE void set(int64_t at, double product, double grad) const {
+    const double invstd = 1.0 / std::sqrt(double(var[at]) + double(eps));
+    const double scale = (weight ? double(weight[at]) : 1.0) * invstd;
+    of_grad[at] = static_cast<A>(scale);
+    of_input[at] = static_cast<A>(-scale * invstd * product);
+    shift[at] = static_cast<A>(-scale * grad);
+  }
+  C10_DEVICE void operator()(int64_t at) const { set(at, double(mean_product[at]), double(mean_grad[at])); }
+};
+
+template <typename A>
+struct FinishSums {
+  Splits splits;
+  int64_t channels, pixels;
+  A *products, *sums;
+  Pullback<A> pullback;  // Without of_grad: sums only.
+
+  C10_DEVICE void operator()(int64_t at, const Sums<double>& of) const {
+    const int64_t split = at / channels;
+    const double count = double((splits.images[split + 1] - splits.images[split]) * pixels);
+    const double product = of.product / std::sqrt(double(pullback.var[at]) + double(pullback.eps));
+    products[at] = static_cast<A>(product);
+    sums[at] = static_cast<A>(of.grad);
+    if (pullback.of_grad) pullback.set(at, product / count, of.grad / count);
+  }
+};
+
+template <typename T, typename E>
+struct GradInput {
+  using A = Accumulator<T>;
+
+  Splits splits;
+  E elements;
+  const Pack<T, E::V>*grad, *input;
+  const A *center, *of_grad, *of_input, *shift;
+  Pack<T, E::V>* output;
+
+  C10_DEVICE void operator()(typename E::Index pack) const {
+    const auto at = elements.values_at(splits, pack);
+    const auto c = values_of_pack<E>(center, at), a = values_of_pack<E>(of_grad, at),
+               b = values_of_pack<E>(of_input, at), d = values_of_pack<E>(shift, at);
+    const Pack<T, E::V> g = grad[pack], x = input[pack];
+    Pack<T, E::V> result;
+    for (int v = 0; v < E::V; ++v) result[v] = static_cast<T>(A(g[v]) * a[v] + ((A(x[v]) - c[v]) * b[v] + d[v]));
+    output[pack] = result;
+  }
+};
+
+}  // namespace
+}  // namespace paper_layers
