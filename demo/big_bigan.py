@@ -34,7 +34,7 @@ def run(name: str) -> tuple[Outcome, Tensor, Tensor]:
     train_data, test_data = digits(None, SIZE)
     training = Training(VARIANTS.get(name, VARIANTS[OURS]), seed=0)
     if name != UNTRAINED:
-        training.run(train_data[0], STEPS, progress=name if name == OURS else None)
+        training.run(train_data[0], STEPS)
     outcome = assess(training, None)
     training.encoder.eval()
     with torch.no_grad():
