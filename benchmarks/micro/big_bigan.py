@@ -22,7 +22,7 @@ from paper_layers.big_bigan.spectral import SpectralLinear
 
 PAIRS = 256  # Real ones, and as many fake ones.
 LATENT = 120
-SIZES = ((512, 512), (1536, 2048))  # Features and width; the second as in the paper.
+SIZES = ((512, 512), (1536, 2048))  # Features and width.
 TARGET = 1.15  # Times the limit.
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paper_layers.big_bigan import BigBiGANDiscriminator, BigBiGANHeads, Scores
-from paper_layers.big_bigan.heads import choice
+from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.pooling import POOLS, pooled
 from paper_layers.big_bigan.scores import TERMS, chosen_terms
 from paper_layers.swap._graft import Grafted, SequentialGraft, Tap, graft
@@ -77,9 +77,9 @@ def bigan_discriminator(
 
     Args:
         model: A discriminator, of images alone; changed in place.
-        latent_dim: Size of the latent z; 120 in the paper.
+        latent_dim: Size of the latent z; 120 in the authors' models.
         terms: Which scores, "x" among them: "x", "z", "xz".
-        pool: "sum" over the places of F(x), as in the paper, or "average", where the last layer is a convolution.
+        pool: "sum" over the places of F(x), or "average", where the last layer is a convolution.
         width: As in `BigBiGANHeads`, and the following as well.
         depth: As in `BigBiGANHeads`.
         activation: As in `BigBiGANHeads`.
