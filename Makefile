@@ -32,6 +32,7 @@ bench: $(KERNELS) $(PEERS)
 	$(BIN)/python -m benchmarks.micro.uncertain_points --json benchmarks/results/uncertain_points_cpu.json
 	$(BIN)/python -m benchmarks.micro.point_rend --json benchmarks/results/point_rend_cpu.json
 	$(BIN)/python -m benchmarks.micro.split_batch_norm --json benchmarks/results/split_batch_norm_cpu.json
+	$(BIN)/python -m benchmarks.micro.big_bigan --json benchmarks/results/big_bigan_cpu.json
 
 claims: $(KERNELS)
 	$(BIN)/python -m benchmarks.claims.lip
@@ -39,6 +40,7 @@ claims: $(KERNELS)
 	$(BIN)/python -m benchmarks.claims.soft_triple --json benchmarks/results/claims_soft_triple.json
 	$(BIN)/python -m benchmarks.claims.adv_prop --json benchmarks/results/claims_adv_prop.json
 	$(BIN)/python -m benchmarks.claims.point_rend --json benchmarks/results/claims_point_rend.json
+	$(BIN)/python -m benchmarks.claims.big_bigan --json benchmarks/results/claims_big_bigan.json
 
 # The CPU kernels under AddressSanitizer and UBSan, through the tests of the ops, on a copy of the package. Python is
 # not instrumented, so the runtimes are loaded first, and leaks, which would be Python's, are not looked for.

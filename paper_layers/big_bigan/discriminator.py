@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paper_layers.big_bigan.heads import JointHead, UnaryHead, choice
+from paper_layers.big_bigan._checks import choice
+from paper_layers.big_bigan.heads import JointHead, UnaryHead
 from paper_layers.big_bigan.pooling import POOLS, pooled
 from paper_layers.big_bigan.scores import TERMS, Scores, chosen_terms
 from paper_layers.ops import _checks
@@ -24,7 +25,7 @@ class BigBiGANHeads(nn.Module):
 
     Args:
         feature_dim: Size of the image's features F(x).
-        latent_dim: Size of the latent z; 120 in the paper.
+        latent_dim: Size of the latent z; 120 in the authors' models.
         terms: Which scores: "x", "z", "xz". "xz" alone is BiGAN, "x" alone a GAN.
         width: Size of the hidden layers of H and J.
         depth: Layers of each, in residual blocks of two.
@@ -115,7 +116,7 @@ class BigBiGANDiscriminator(nn.Module):
     .. math:: s_x = \theta_x \cdot F(x), \quad s_z = \theta_z \cdot H(z), \quad s_{xz} = \theta_{xz} \cdot J(F(x), H(z))
 
     Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS 2019. F is the trunk with a sum over
-    places; the paper's ends with a ReLU, which is the trunk's own affair, as is its spectral norm. Score real and fake
+    places; an activation at its end and its spectral norms are the trunk's own affair. Score real and fake
     pairs in one call: of two, each would update the spectral norms, and break DDP's broadcast of buffers.
 
     Args:
@@ -123,9 +124,9 @@ class BigBiGANDiscriminator(nn.Module):
             timm's models do, that is called (build them with ``num_classes=0``, or DDP misses the classifier's
             gradients).
         feature_dim: C.
-        latent_dim: Size of the latent z; 120 in the paper.
+        latent_dim: Size of the latent z; 120 in the authors' models.
         terms: Which scores: "x", "z", "xz". "xz" alone is BiGAN, "x" alone a GAN.
-        pool: "sum" over places, as in the paper, or "average".
+        pool: "sum" over places, as in BigGAN's discriminator, or "average".
         **options: As in `BigBiGANHeads`: `width`, `depth`, `activation`, `spectral_norm`, `num_classes`,
             `projection_bias`, `projection_spectral_norm`, `device`, `dtype`.
 

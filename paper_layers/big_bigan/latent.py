@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers.big_bigan.heads import ResidualMLP, choice, start
+from paper_layers.big_bigan._checks import choice
+from paper_layers.big_bigan.mlp import ResidualMLP, start
 from paper_layers.big_bigan.pooling import POOLS, pooled
 from paper_layers.ops import _checks
 
@@ -29,9 +30,9 @@ class LatentHead(nn.Module):
 
     .. math:: z = \mu + \mathrm{softplus}(\hat\sigma) \, \epsilon, \quad \epsilon \sim N(0, I)
 
-    Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS 2019: average pool, residual MLP of
-    4 layers of width 4096, one linear layer that gives :math:`\mu` and :math:`\hat\sigma`; no KL term. The pair that
-    the discriminator sees has a sample, not the mean.
+    Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS 2019: average pool, residual MLP,
+    one linear layer that gives :math:`\mu` and :math:`\hat\sigma`; no KL term. The pair that the discriminator sees
+    has a sample, not the mean.
 
     Args:
         in_features: Channels C of the features.
@@ -40,7 +41,7 @@ class LatentHead(nn.Module):
         depth: Its layers, an even number; 0 for none.
         activation: "pre" or "post", as in `ResidualMLP`; not documented in the paper.
         spectral_norm: Of all weights; not documented for the encoder.
-        pool: "average" over places, as in the paper, or "sum".
+        pool: "average" over places, or "sum".
         device: Where the parameters are.
         dtype: Their dtype.
 

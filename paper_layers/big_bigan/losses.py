@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers.big_bigan.heads import choice
+from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.scores import Scores
 from paper_layers.ops import _checks
 

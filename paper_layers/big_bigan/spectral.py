@@ -30,8 +30,12 @@ class SpectralLinear(nn.Linear):
 
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Off on this type of device; the meta device has none."""
-    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+    """Off on this type of device."""
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
+
+
+def _autocasts(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, training: bool) -> Tensor:
@@ -49,9 +53,9 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
             left, right = u.clone(), v.clone()
             sigma = left.dot(weight @ right)
         inverse = sigma.reciprocal()
-    if kind != "meta" and torch.is_autocast_enabled(kind):
+    if _autocasts(kind):
         dtype = torch.get_autocast_dtype(kind)
-        input, weight, left, right = (tensor.to(dtype) for tensor in (input, weight, left, right))
+        input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     return _ScaledLinear.apply(input, weight, bias, left, right, inverse)
 
@@ -65,18 +69,28 @@ class _ScaledLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        input, weight, bias, left, right, inverse = inputs
+        input, weight, _, left, right, inverse = inputs
         ctx.save_for_backward(input, weight, left, right, inverse)
-        ctx.has_bias = bias is not None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         input, weight, left, right, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # For the second derivative sigma is a function of the weight.
-            inverse = left.dot(weight @ right).reciprocal()
+            inverse = left.dot(weight.to(left.dtype) @ right).reciprocal()
         scaled = grad * inverse
         grad_input = scaled @ weight
-        along = (grad_input.flatten().dot(input.flatten()) * inverse).neg()  # The gradient of sigma.
-        grad_weight = torch.addr(scaled.flatten(0, -2).mT @ input.flatten(0, -2), left * along, right)
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            along = -_dot(grad_input, input) * inverse  # The gradient of sigma.
+            step = (left * along).to(weight.dtype), right.to(weight.dtype)
+            grad_weight = (scaled.flatten(0, -2).mT @ input.flatten(0, -2)).addr_(*step)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.flatten(0, -2).sum(0)
         return grad_input, grad_weight, grad_bias, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of products; in float32 for half types, where it would overflow under a loss scale."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return (a * b).sum(dtype=torch.float32)
+    return a.flatten().dot(b.flatten())

@@ -8,8 +8,18 @@ and swap before DDP or FSDP wrap the model. When an error is raised, nothing has
 """
 
 from paper_layers.swap.adv_prop import plain_batch_norm, split_batch_norm
+from paper_layers.swap.big_bigan import bigan_discriminator
 from paper_layers.swap.graph import graph_conv
 from paper_layers.swap.lip import LIPConv2d, pooling, strided_conv
 from paper_layers.swap.point_rend import pointrend
 
-__all__ = ["LIPConv2d", "graph_conv", "plain_batch_norm", "pointrend", "pooling", "split_batch_norm", "strided_conv"]
+__all__ = [
+    "LIPConv2d",
+    "bigan_discriminator",
+    "graph_conv",
+    "plain_batch_norm",
+    "pointrend",
+    "pooling",
+    "split_batch_norm",
+    "strided_conv",
+]

@@ -2,61 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paper_layers.point_rend.mask import PointRendMask
 from paper_layers.point_rend.semantic import PointRendSemantic
-
-
-class Grafted(nn.Module):
-    """Comes before the host's own class in a class that `graft` makes; super() is the host."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the two classes: the one that is made of them cannot be found by its name."""
-        return (_blank, type(self).__bases__, *super().__reduce_ex__(max(protocol, 2))[2:])
-
-
-@functools.cache
-def graft(ours: Any, host: Any) -> Any:
-    """The host's class with ours before it."""
-    return type(f"PointRend{host.__name__}", (ours, host), {"__module__": ours.__module__, "__doc__": ours.__doc__})
-
-
-def _blank(ours: Any, host: Any) -> Any:
-    kind = graft(ours, host)
-    return kind.__new__(kind)
-
-
-class Tap:
-    """A forward hook that hands a module's output over to the model around it, while that one runs and no longer.
-
-    Each thread has its own. Of several calls the last counts.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.outputs: dict[int, Any] = {}
-        # Pickled with the hook, this keeps its number from being given to another one where it is loaded.
-        self.handle = module.register_forward_hook(self)
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if _thread() in self.outputs:
-            self.outputs[_thread()] = output
-
-    def open(self) -> None:
-        self.outputs[_thread()] = None
-
-    def close(self) -> Any:
-        return self.outputs.pop(_thread())
-
-
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+from paper_layers.swap._graft import Grafted, SequentialGraft, Tap
 
 
 def logits_of(output: Any) -> Any:
@@ -67,6 +21,7 @@ def logits_of(output: Any) -> Any:
 class SemanticHost(Grafted):
     """A segmentation model that refines its logits with PointRend; see `paper_layers.swap.pointrend`."""
 
+    prefix, added = "PointRend", "point_rend"
     point_rend: PointRendSemantic
     _point_rend_taps: list[Tap]  # Of the coarse logits, and of the fine features.
 
@@ -114,11 +69,8 @@ class SemanticHost(Grafted):
         return logits.flatten(2).scatter(2, index, weighted).unflatten(2, (height, width))
 
 
-class SequentialHost(SemanticHost):
+class SequentialHost(SequentialGraft, SemanticHost):
     """An nn.Sequential, whose forward calls what it holds one after the other, but not what we have added."""
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter([module for name, module in self.named_children() if name != "point_rend"])
 
 
 class MaskHost(Grafted):
@@ -127,6 +79,7 @@ class MaskHost(Grafted):
     Its own mask branch is gone, so that it predicts boxes (and keypoints), for which the masks are then predicted.
     """
 
+    prefix, added = "PointRend", "point_rend"
     point_rend: PointRendMask
     _point_rend_level: str  # Name of the feature map.
     _point_rend_samples: tuple[list[Tensor], ...] = ()  # Boxes, the numbers of their objects and labels.

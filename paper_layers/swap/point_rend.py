@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from paper_layers.point_rend.mask import PointRendMask
 from paper_layers.point_rend.semantic import PointRendSemantic
-from paper_layers.swap._refined import MaskHost, SemanticHost, SequentialHost, Tap, graft, logits_of
+from paper_layers.swap._graft import Tap, graft
+from paper_layers.swap._refined import MaskHost, SemanticHost, SequentialHost, logits_of
 from paper_layers.swap._surgery import Filter, placement, select, trial_run
 
 _WANTED = "torchvision FCN, DeepLabV3, LRASPP or Mask R-CNN (fine and coarse name the modules of another model)"

@@ -88,6 +88,28 @@ def test_spectral_linear_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
 
 
+def test_spectral_linear_under_a_loss_scale() -> None:
+    """The gradient of sigma, a sum that float16 cannot hold, does not overflow."""
+    layer = spectral_norm(SpectralLinear(64, 64)).eval()
+    x = torch.rand(512, 64) + 0.5
+    slope = 20 * layer(x).detach()
+    assert (slope * layer(x)).sum() > 2 * torch.finfo(torch.float16).max
+    with torch.autocast("cpu", torch.float16):
+        layer(x).backward(slope.half())
+    half = layer.parametrizations.weight.original.grad
+    (expected,) = torch.autograd.grad(layer(x), layer.parametrizations.weight.original, slope)
+    torch.testing.assert_close(half, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+def test_frozen_weights_cost_no_product() -> None:
+    layer = spectral_norm(SpectralLinear(3, 4)).requires_grad_(False).eval()
+    x = torch.randn(2, 3, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 3))
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::mm") == 1
+
+
 def test_spectral_linear_without_its_norm() -> None:
     layer = spectral_norm(SpectralLinear(3, 4))
     nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)

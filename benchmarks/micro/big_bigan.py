@@ -1,0 +1,122 @@
+"""BigBiGAN's heads in the discriminator's step, against their own matrix products and power iterations.
+
+A step is the three scores of 256 real and 256 fake pairs of features and latents, in one forward, the hinge loss, and
+the gradients of all parameters and of the features. The limit is what no implementation can leave out: three products
+a layer (two where its input needs no gradient) and, for its spectral norm, two with a vector.
+
+python -m benchmarks.micro.big_bigan [--device cuda] [--threads 2] [--quick] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.environment import environment, save
+from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from paper_layers.big_bigan import BigBiGANHeads, discriminator_loss
+from paper_layers.big_bigan.spectral import SpectralLinear
+
+PAIRS = 256  # Real ones, and as many fake ones.
+LATENT = 120
+SIZES = ((512, 512), (1536, 2048))  # Features and width.
+TARGET = 1.15  # Times the limit.
+
+
+def step(heads: BigBiGANHeads, features: Tensor, latents: Tensor, *parameters: Tensor) -> Tensor:
+    return discriminator_loss(*heads(features, latents).split(PAIRS))
+
+
+def in_two_calls(heads: BigBiGANHeads, features: Tensor, latents: Tensor, *parameters: Tensor) -> Tensor:
+    real, fake = (heads(*half) for half in zip(features.split(PAIRS), latents.split(PAIRS), strict=True))
+    return discriminator_loss(real, fake)
+
+
+def inputs(case: Case) -> Inputs:
+    feature_dim, width = case.params["features"], case.params["width"]
+    heads = BigBiGANHeads(feature_dim, LATENT, width=width, device=case.device)
+    features = torch.randn(2 * PAIRS, feature_dim, device=case.device, requires_grad=True)
+    return heads, features, torch.randn(2 * PAIRS, LATENT, device=case.device), *heads.parameters()
+
+
+def inputs_of_torch(case: Case) -> Inputs:
+    """The same, in a process whose layers are torch's own, under torch's parametrization."""
+    SpectralLinear.forward = nn.Linear.forward  # type: ignore[method-assign]
+    return inputs(case)
+
+
+def products(layers: list[tuple[Tensor, ...]]) -> Tensor:
+    result = torch.empty(0)
+    for x, weight, grad, u, v in layers:
+        torch.mv(weight, v)
+        torch.mv(weight.mT, u)
+        torch.mm(x, weight.mT)
+        torch.mm(grad.mT, x)
+        result = torch.mm(grad, weight) if x.shape[1] != LATENT else grad
+    return result
+
+
+def inputs_of_products(case: Case) -> Inputs:
+    """What the step's linear layers multiply, each in memory of its own: input, weight, gradient and two vectors."""
+    heads = inputs(case)[0]
+    shapes = [(m.out_features, m.in_features) for m in heads.modules() if isinstance(m, nn.Linear)]
+    rows = 2 * PAIRS
+    return (
+        [
+            tuple(torch.randn(size, device=case.device) for size in ((rows, i), (o, i), (rows, o), (o,), (i,)))
+            for o, i in shapes
+        ],
+    )
+
+
+OURS, TWO, PEER = "BigBiGANHeads", "two calls, real and fake", "torch's spectral_norm"
+LIMIT = Contender("limit: products", products, "limit", inputs=inputs_of_products)
+CONTENDERS = (
+    Contender(OURS, step, "ours"),
+    Contender(TWO, in_two_calls, "other"),
+    Contender(PEER, step, "peer", inputs=inputs_of_torch),
+)
+
+
+def measure(device: str, threads: int, quick: bool = False) -> list[Result]:
+    cases = []
+    for feature_dim, width in SIZES[:1] if quick else SIZES:
+        moved = 64 * 4 * width**2  # Of the heap that is touched beforehand.
+        cases.append(Case({"features": feature_dim, "width": width}, inputs, moved, True, device))
+    return compare(CONTENDERS, cases, threads, *((3, 0.2) if quick else (7, 0.5)), limit=LIMIT)
+
+
+def targets(results: Sequence[Result]) -> str:
+    lines = [f"  {'target: times the limit':32}{'wanted':>8}  measured"]
+    for r in results:
+        if r.contender == OURS and not r.error:
+            verdict = "reached" if r.to_limit <= TARGET else "MISSED"
+            lines.append(f"  width {r.params['width']:<26}{TARGET:8.2f}  {r.to_limit:.2f}: {verdict}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads, one run each")
+    parser.add_argument("--quick", action="store_true", help="width 512 alone, fewer rounds")
+    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
+    options = parser.parse_args()
+
+    head = environment(options.device)
+    print("\n".join(f"{name}: {value}" for name, value in head.items()))
+    results = []
+    for threads in options.threads:
+        part = measure(options.device, threads, options.quick)
+        print(table(part), f"\n{threads} threads\n{targets(part)}", sep="\n")
+        results += part
+    if options.json:
+        title = f"BigBiGAN's heads, a discriminator's step on {PAIRS} real and {PAIRS} fake pairs"
+        save(options.json, {"benchmark": title, **head, "results": as_dicts(results)})
+
+
+if __name__ == "__main__":
+    main()

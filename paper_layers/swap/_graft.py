@@ -1,0 +1,66 @@
+"""Finished models that get a class of ours before their own, and hooks that see what they compute within."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Grafted(nn.Module):
+    """Comes before the host's own class in a class that `graft` makes; super() is the host."""
+
+    prefix: str  # Of the new class's name.
+    added: str  # The name of the child that we add.
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the two classes: the one that is made of them cannot be found by its name."""
+        return (_blank, type(self).__bases__, *super().__reduce_ex__(max(protocol, 2))[2:])
+
+
+class SequentialGraft(Grafted):
+    """Of an nn.Sequential, whose forward calls what it holds one after the other, but not what we have added."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([module for name, module in self.named_children() if name != self.added])
+
+
+@functools.cache
+def graft(ours: Any, host: Any) -> Any:
+    """The host's class with ours before it."""
+    return type(f"{ours.prefix}{host.__name__}", (ours, host), {"__module__": ours.__module__, "__doc__": ours.__doc__})
+
+
+def _blank(ours: Any, host: Any) -> Any:
+    kind = graft(ours, host)
+    return kind.__new__(kind)
+
+
+class Tap:
+    """A forward hook that hands a module's output over to the model around it, while that one runs and no longer.
+
+    Each thread has its own. Of several calls the last counts.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.outputs: dict[int, Any] = {}
+        # Pickled with the hook, this keeps its number from being given to another one where it is loaded.
+        self.handle = module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if _thread() in self.outputs:
+            self.outputs[_thread()] = output
+
+    def open(self) -> None:
+        self.outputs[_thread()] = None
+
+    def close(self) -> Any:
+        return self.outputs.pop(_thread())
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

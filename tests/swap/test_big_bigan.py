@@ -1,0 +1,207 @@
+"""Discriminators of GANs that become BigBiGAN's: what they compute, what they keep, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm
+
+from paper_layers import swap
+from paper_layers.big_bigan import BigBiGANDiscriminator, discriminator_step, encoder_generator_step
+
+LATENT = 3
+SMALL: dict[str, Any] = {"width": 8, "depth": 2}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def same(layer: nn.Module) -> nn.Module:
+    return layer
+
+
+def dcgan(norm: Any = same) -> nn.Sequential:
+    """As in PyTorch's examples: a convolution at the end, and a sigmoid."""
+    layers = [norm(nn.Conv2d(1, 4, 4, 2, 1)), nn.LeakyReLU(0.2), norm(nn.Conv2d(4, 6, 4, 2, 1)), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, norm(nn.Conv2d(6, 1, 2)), nn.Sigmoid())
+
+
+class Dense(nn.Module):
+    """A linear layer at the end, and a view."""
+
+    def __init__(self, norm: Any = same):
+        super().__init__()
+        self.last = norm(nn.Linear(12, 1))
+        self.body = nn.Sequential(nn.Flatten(), norm(nn.Linear(64, 12)), nn.Tanh())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.body(images)).view(-1)
+
+
+class Patches(nn.Module):
+    """Scores of 2 x 2 places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Sequential(nn.Conv2d(1, 5, 4, 2, 1), nn.Tanh(), nn.Conv2d(5, 1, 4, 2, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.main(images)
+
+
+def batch(n: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 1, 8, 8), torch.randn(n, LATENT)
+
+
+HOSTS: list[Any] = [
+    *((build, norm) for build in (dcgan, Dense) for norm in (same, spectral_norm, old_spectral_norm)),
+    (lambda norm: Patches(), same),
+]
+
+
+@pytest.mark.parametrize(("build", "norm"), HOSTS)
+def test_scores(build: Any, norm: Any) -> None:
+    """s_x is what the last layer gives, J sees its input, and the old parameters and keys are there."""
+    model = build(norm).eval()
+    before = dict(model.named_parameters())
+    images, latents = batch()
+    twin = copy.deepcopy(model)
+    if isinstance(model, nn.Sequential):
+        features, x = twin[:4](images).sum((2, 3)), twin[:5](images).flatten()
+    elif isinstance(model, Dense):
+        features, x = twin.body(images), twin(images)
+    else:
+        features, x = twin.main[:2](images).sum((2, 3)), twin(images).mean((1, 2, 3))
+    assert swap.bigan_discriminator(model, LATENT, **SMALL) is model
+    scores = model(images, latents)
+    torch.testing.assert_close(scores.x, x)
+    torch.testing.assert_close(scores[1:], model.big_bigan(features, latents)[1:])
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"big_bigan"}
+    assert isinstance(model, type(twin))
+    assert not model.big_bigan.training
+
+
+@pytest.mark.parametrize("build", [dcgan, Dense])
+@pytest.mark.parametrize("terms", [("x", "z", "xz"), ("x", "z"), ("x",)])
+def test_learns(build: Any, terms: tuple[str, ...]) -> None:
+    model = swap.bigan_discriminator(build(spectral_norm), LATENT, terms=terms, **SMALL)
+    encoder, generator = nn.Sequential(nn.Flatten(), nn.Linear(64, LATENT)), nn.Linear(LATENT, 64)
+    shaped = nn.Sequential(generator, nn.Unflatten(1, (1, 8, 8)))
+    images, latents = batch()
+    step = discriminator_step(model, encoder, shaped, images, latents, r1_gamma=1.0)
+    assert set(step.real.terms) == set(terms)
+    step.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())  # DDP would wait for the others.
+    encoder_generator_step(model, encoder, shaped, images, latents).loss.backward()
+    assert generator.weight.grad.any()
+
+
+def test_keeps_mode_place_and_hooks() -> None:
+    model = Dense().double().eval()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append("model"))
+    model.last.register_forward_hook(lambda *_: calls.append("last"))
+    swap.bigan_discriminator(model, LATENT, **SMALL)
+    assert all(p.dtype == torch.double for p in model.parameters())
+    assert not model.big_bigan.training
+    model(*(x.double() for x in batch()))
+    assert calls == ["last", "model"]
+    assert swap.bigan_discriminator(dcgan().to("meta"), LATENT, **SMALL).big_bigan.xz.mlp.blocks[0].fc1.bias.is_meta
+
+
+def test_twice_is_once() -> None:
+    model = swap.bigan_discriminator(dcgan(), LATENT, **SMALL)
+    keys = [*model.state_dict()]
+    assert swap.bigan_discriminator(model, LATENT, **SMALL) is model
+    assert [*model.state_dict()] == keys
+    whole = BigBiGANDiscriminator(nn.Flatten(), 64, LATENT, **SMALL)
+    assert swap.bigan_discriminator(whole, LATENT) is whole
+    for other in (model, whole):
+        with pytest.raises(ValueError, match=r"latent_dim=3 .*already, got 4"):
+            swap.bigan_discriminator(other, 4)
+
+
+def test_copies() -> None:
+    model = swap.bigan_discriminator(dcgan(), LATENT, spectral_norm=False, projection_spectral_norm=False, **SMALL)
+    images, latents = batch()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(images, latents), model(images, latents))
+        twin[4].bias.data += 1  # It hears its own last layer.
+        torch.testing.assert_close(twin(images, latents).x, model(images, latents).x + 1)
+
+
+def test_autocast_and_compile() -> None:
+    model = swap.bigan_discriminator(Dense(), LATENT, **SMALL).eval()
+    images, latents = batch()
+    expected = model(images, latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(images, latents)
+    assert all(score.dtype == torch.float32 for score in scores)
+    torch.testing.assert_close(scores, expected, rtol=0.05, atol=0.05)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images, latents), expected)
+
+
+def test_filter() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten(), nn.Linear(36, 1), nn.Linear(1, 1))
+    swap.bigan_discriminator(model, LATENT, filter=lambda module, name: name != "3", **SMALL)
+    assert model.big_bigan.feature_dim == 36
+
+
+class Unused(Dense):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: swap.bigan_discriminator(torch.relu, 3), TypeError, "model: expected a Module"),  # type: ignore[arg-type]
+        (
+            lambda: swap.bigan_discriminator(nn.Sequential(nn.Linear(3, 2)), 3),
+            ValueError,
+            "model: expected at least one nn.Linear or nn.Conv2d with one output, got none in Sequential",
+        ),
+        (lambda: swap.bigan_discriminator(nn.Linear(3, 1), 3), ValueError, "got none in Linear"),
+        (
+            lambda: swap.bigan_discriminator(dcgan(), 3, filter=lambda m, n: False),
+            ValueError,
+            r"that filter accepts \(1 without it\)",
+        ),
+        (lambda: swap.bigan_discriminator(dcgan(), 3, terms=("xz",)), ValueError, "terms: expected 'x' among them"),
+        (lambda: swap.bigan_discriminator(dcgan(), 3, terms=("x", "y")), ValueError, "terms: .* got 'y'"),
+        (lambda: swap.bigan_discriminator(dcgan(), 3, pool="max"), ValueError, "pool: .* 'max'"),
+        (lambda: swap.bigan_discriminator(dcgan(), 0), ValueError, "latent_dim: "),
+        (
+            lambda: swap.bigan_discriminator(Unused(), 3, **SMALL)(*batch()),
+            ValueError,
+            "model: expected a forward that calls the last layer",
+        ),
+        (
+            lambda: swap.bigan_discriminator(dcgan(), 4, **SMALL)(*batch()),
+            ValueError,
+            r"latents: expected shape \(4, 4\), .* got \(4, 3\)",
+        ),
+    ],
+)
+def test_bad_input(build: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_errors_change_nothing() -> None:
+    model = dcgan()
+    with pytest.raises(ValueError, match="depth"):
+        swap.bigan_discriminator(model, LATENT, depth=3)
+    assert type(model) is nn.Sequential
+    assert [*model.state_dict()] == [*dcgan().state_dict()]
