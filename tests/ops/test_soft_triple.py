@@ -374,8 +374,17 @@ def test_kernels_check_what_they_are_handed() -> None:
             scores, inverse, labels, 0, rows, rows, rows[1:], *factors
         ),
         "grad: expected shape": lambda: library.soft_triple_similarity_backward_(scores, inverse, scores, 0.1),
-        "centers: expected shape": lambda: library.soft_triple_centers(rows, True),
+        "centers: expected shape .C, K, d.": lambda: library.soft_triple_centers(rows, True),
         "pull: expected shape": lambda: library.soft_triple_add_centers_(w, w, inverse, inverse, pull[1:], one),
+        "embeddings: expected shape": lambda: library.soft_triple(w, w, labels, *factors, True, 0),
+        "centers: expected shape": lambda: library.soft_triple(w[:, 0, 1:], w, labels, *factors, True, 0),
+        "labels: expected int64 of shape": lambda: library.soft_triple(w[:, 0], w, labels, *factors, True, 0),
+        "grad_logsumexp: expected shape": lambda: library.soft_triple_backward(
+            rows[1:], rows, one, w[:19, 0], w, labels, rows, inverse, pull, *factors, 0
+        ),
+        "logsumexp: expected Double": lambda: library.soft_triple_backward(
+            rows, rows, one, w[:19, 0], w, labels, rows.float(), inverse, pull, *factors, 0
+        ),
         "not implemented for 'BFloat16'": lambda: library.soft_triple_centers(w.bfloat16(), True),
     }.items():
         with pytest.raises(RuntimeError, match=message):
