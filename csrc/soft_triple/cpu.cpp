@@ -10,19 +10,10 @@
 
 #define PAPER_LAYERS_KERNEL "soft_triple/cpu_kernel.h"
 #include "common/for_each_isa.h"
+#include "soft_triple/cpu_loss.h"
 
 namespace paper_layers {
 namespace {
-
-// Calls function with an element of the dtype.
-template <typename Function>
-void with_dtype(const Tensor& tensor, Function function) {
-  THO_DISPATCH_V2(tensor.scalar_type(), "soft_triple", AT_WRAP([&] { function(scalar_t{}); }), ScalarType::Float,
-                  ScalarType::Double);
-}
-
-Tensor empty(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape); }
-Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 
 std::tuple<Tensor, Tensor, Tensor> soft_triple_centers(const Tensor& any_centers, bool distances) {
   const SoftTripleCenters problem = soft_triple_centers_problem(any_centers, distances);
@@ -30,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_triple_centers(const Tensor& any_centers
   const int64_t classes = problem.classes, count = problem.centers;
   Tensor inverse = empty(centers, {classes, count}), distance = empty(centers, {});
   Tensor pull = distances ? empty(centers, {classes, count, count}) : empty(centers, {0});
-  with_dtype(centers, [&](auto element) {
+  with_dtype(centers.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_centers(problem, centers.const_data_ptr<A>(), inverse.mutable_data_ptr<A>(),
                                               distance.mutable_data_ptr<A>(), pull.mutable_data_ptr<A>()));
@@ -44,7 +35,7 @@ void soft_triple_add_centers(Tensor grad, const Tensor& any_centers, const Tenso
       soft_triple_add_centers_problem(grad, any_centers, any_inverse, any_projection, any_pull, grad_distance);
   const Tensor centers = dense(any_centers), inverse = dense(any_inverse),
                projection = dense(any_projection), pull = dense(any_pull);
-  with_dtype(centers, [&](auto element) {
+  with_dtype(centers.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_add_centers(problem, centers.const_data_ptr<A>(), inverse.const_data_ptr<A>(),
                                                   projection.const_data_ptr<A>(), pull.const_data_ptr<A>(),
@@ -59,7 +50,8 @@ std::tuple<Tensor, Tensor> soft_triple_chunk_forward(const Tensor& scores, const
   check_labels(any_labels, chunk, scores);
   const Tensor inverse = dense(any_inverse), labels = dense(any_labels);
   Tensor logsumexp = empty(scores, {chunk.rows}), target = empty(scores, {chunk.rows});
-  with_dtype(scores, [&](auto element) {
+  torch::stable::zero_(target);
+  with_dtype(scores.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_chunk_forward<A>(
         chunk, SoftTripleFactors<A>(la, gamma, margin), scores.const_data_ptr<A>(), inverse.const_data_ptr<A>(),
@@ -76,7 +68,7 @@ Tensor soft_triple_chunk_backward(Tensor scores, const Tensor& any_inverse, cons
   const Tensor inverse = dense(any_inverse), labels = dense(any_labels), logsumexp = dense(any_logsumexp),
                grad_logsumexp = dense(any_grad_logsumexp), grad_target = dense(any_grad_target);
   Tensor projection = empty(scores, {chunk.classes, chunk.centers});
-  with_dtype(scores, [&](auto element) {
+  with_dtype(scores.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_chunk_backward<A>(
         chunk, SoftTripleFactors<A>(la, gamma, margin), scores.mutable_data_ptr<A>(), inverse.const_data_ptr<A>(),
@@ -90,7 +82,7 @@ Tensor soft_triple_similarity(const Tensor& scores, const Tensor& any_inverse, d
   const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
   const Tensor inverse = dense(any_inverse);
   Tensor similarity = empty(scores, {chunk.classes, chunk.rows});
-  with_dtype(scores, [&](auto element) {
+  with_dtype(scores.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_similarity<A>(chunk, static_cast<A>(1 / gamma), scores.const_data_ptr<A>(),
                                                     inverse.const_data_ptr<A>(), similarity.mutable_data_ptr<A>()));
@@ -105,7 +97,7 @@ Tensor soft_triple_similarity_backward(Tensor scores, const Tensor& any_inverse,
   check_tensor("grad", any_grad, shape, scores);
   const Tensor inverse = dense(any_inverse), grad = dense(any_grad);
   Tensor projection = empty(scores, {chunk.classes, chunk.centers});
-  with_dtype(scores, [&](auto element) {
+  with_dtype(scores.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_similarity_backward<A>(
         chunk, static_cast<A>(1 / gamma), scores.mutable_data_ptr<A>(), inverse.const_data_ptr<A>(),
@@ -118,6 +110,8 @@ Tensor soft_triple_similarity_backward(Tensor scores, const Tensor& any_inverse,
 }  // namespace paper_layers
 
 STABLE_TORCH_LIBRARY_IMPL(paper_layers, CPU, m) {
+  m.impl("soft_triple", TORCH_BOX(&paper_layers::soft_triple));
+  m.impl("soft_triple_backward", TORCH_BOX(&paper_layers::soft_triple_backward));
   m.impl("soft_triple_centers", TORCH_BOX(&paper_layers::soft_triple_centers));
   m.impl("soft_triple_add_centers_", TORCH_BOX(&paper_layers::soft_triple_add_centers));
   m.impl("soft_triple_chunk", TORCH_BOX(&paper_layers::soft_triple_chunk_forward));

@@ -116,3 +116,25 @@ void soft_triple_add_centers(const SoftTripleCenters& problem, const A* centers,
     }
   });
 }
+
+// Vectors (rows, channels) over their lengths.
+template <typename A>
+void unit_vectors(int64_t rows, int64_t channels, const A* x, A* inverse, A* unit) {
+  A distance;
+  soft_triple_centers<A>({rows, 1, channels, false}, x, inverse, &distance, nullptr);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < channels; ++c) unit[i * channels + c] = x[i * channels + c] * inverse[i];
+  }
+}
+
+// Gradients of unit vectors become those of the vectors.
+template <typename A>
+void unit_vectors_backward(int64_t rows, int64_t channels, const A* unit, const A* inverse, A* grad) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const A* const u = unit + i * channels;
+    A* const g = grad + i * channels;
+    A along;
+    products<1>(u, g, channels, &along);
+    for (int64_t c = 0; c < channels; ++c) g[c] = (g[c] - along * u[c]) * inverse[i];
+  }
+}

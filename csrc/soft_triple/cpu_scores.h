@@ -142,6 +142,19 @@ void combine(const Scratch<A>& partials, int64_t width, int64_t rows, A* to) {
   }
 }
 
+// Of (parts, width), which are log-sum-exps themselves.
+template <typename A>
+void log_sum_exp(const A* parts, int64_t count, int64_t width, int64_t rows, A* to) {
+  if (count == 0) {
+    std::fill_n(to, rows, -std::numeric_limits<A>::infinity());
+    return;
+  }
+  Scratch<A> partial(2 * width);
+  LogSumExp<A>(partial.data(), width).add(parts, count);
+  combine(partial, width, rows, to);
+}
+
+// Of the target's elements, those whose labels are of the chunk are written.
 template <typename A>
 void soft_triple_chunk_forward(const SoftTripleChunk& chunk, SoftTripleFactors<A> factors, const A* scores,
                                const A* inverse, const int64_t* labels, int64_t first, A* logsumexp, A* target) {
@@ -149,7 +162,6 @@ void soft_triple_chunk_forward(const SoftTripleChunk& chunk, SoftTripleFactors<A
   const int64_t width = padded<A>(chunk.rows), blocks = (chunk.classes + kClassBlock - 1) / kClassBlock;
   const auto own = labels_of_chunk<A>(chunk, labels, first);
   Scratch<A> partials(2 * width * blocks);
-  std::fill_n(target, chunk.rows, A(0));
   for_each_block(chunk.classes, chunk.scores_per_class(), [&](int64_t begin, int64_t end) {
     Relaxed<A> relaxed(chunk, factors.per_gamma);
     LogSumExp<A> sums(partials.data() + begin / kClassBlock * 2 * width, width);

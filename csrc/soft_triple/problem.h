@@ -119,4 +119,38 @@ inline SoftTripleCenters soft_triple_add_centers_problem(const Tensor& grad, con
   return problem;
 }
 
+// The whole: embeddings (rows, channels) and centers (classes, centers, channels), in the dtype that is computed in.
+struct SoftTripleLoss {
+  int64_t rows, channels, classes, centers, chunk_size;
+  ScalarType dtype;
+};
+
+inline SoftTripleLoss soft_triple_loss_problem(const Tensor& embeddings, const Tensor& centers, const Tensor& labels,
+                                               int64_t chunk_size) {
+  STD_TORCH_CHECK(embeddings.dim() == 2, "embeddings: expected shape (B, d), got ", to_string(embeddings.sizes()));
+  STD_TORCH_CHECK(centers.dim() == 3 && centers.size(1) > 0 && centers.size(2) == embeddings.size(1),
+                  "centers: expected shape (C, K, ", embeddings.size(1), ") with K at least 1, got ",
+                  to_string(centers.sizes()));
+  check_same_device("centers", centers, "embeddings", embeddings);
+  const bool wide = embeddings.scalar_type() == ScalarType::Double || centers.scalar_type() == ScalarType::Double;
+  check_labels(labels, {centers.size(0), centers.size(1), embeddings.size(0)}, embeddings);
+  return {embeddings.size(0), embeddings.size(1), centers.size(0), centers.size(1), chunk_size,
+          wide ? ScalarType::Double : ScalarType::Float};
+}
+
+inline void check_loss_backward(const SoftTripleLoss& loss, const Tensor& grad_logsumexp, const Tensor& grad_target,
+                                const Tensor& grad_distance, const Tensor& logsumexp, const Tensor& inverse,
+                                const Tensor& pull) {
+  const std::vector<int64_t> batch = {loss.rows}, scalar = {}, lengths = {loss.classes, loss.centers};
+  const std::vector<int64_t> pulls = {loss.classes, loss.centers, loss.centers};
+  STD_TORCH_CHECK(logsumexp.scalar_type() == loss.dtype, "logsumexp: expected ", loss.dtype, ", got ",
+                  logsumexp.scalar_type());
+  check_tensor("logsumexp", logsumexp, batch, logsumexp);
+  check_tensor("grad_logsumexp", grad_logsumexp, batch, logsumexp);
+  check_tensor("grad_target", grad_target, batch, logsumexp);
+  check_tensor("grad_distance", grad_distance, scalar, logsumexp);
+  check_tensor("inverse", inverse, lengths, logsumexp);
+  if (pull.numel() > 0) check_tensor("pull", pull, pulls, logsumexp);
+}
+
 }  // namespace paper_layers

@@ -233,7 +233,8 @@ def soft_triple(
         gamma: The paper's :math:`\gamma`, above 0.
         margin: The paper's :math:`\delta`, taken from the target's similarity.
         regularized: Whether the distances are wanted; 0 otherwise.
-        chunk_size: Classes at a time; default as caches hold. Of the logits, only those of a chunk are ever in memory.
+        chunk_size: Classes at a time, of each thread on the CPU; default as caches hold. Of the logits, only those of
+            a chunk are ever in memory.
 
     Returns:
         :math:`\log \sum_c \exp z_{ic}` and :math:`z_{i y_i}` or 0, of shape (B,), and the sum of
@@ -296,7 +297,7 @@ def soft_triple_loss(
         ignore_index: A label whose rows do not count.
         reduction: "mean" of the rows that count, "sum" of them with the regulariser once, or "none". Then each row has
             the regulariser, so that the mean of those that count is "mean"; the others are 0.
-        chunk_size: Classes at a time; default as caches hold.
+        chunk_size: Classes at a time, of each thread on the CPU; default as caches hold.
 
     Returns:
         The loss, of shape () or (B,); float32, or float64 where an argument is. Without rows that count it is 0, and so

@@ -40,7 +40,7 @@ class SoftTripleLoss(nn.Module):
         margin: Taken from the similarity to the row's own class.
         ignore_index: A label whose rows do not count.
         reduction: "mean", "sum" or "none".
-        chunk_size: Classes at a time; default as caches hold.
+        chunk_size: Classes at a time, of each thread on the CPU; default as caches hold.
         device: Where the centers are.
         dtype: Their dtype.
 

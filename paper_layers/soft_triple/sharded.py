@@ -50,7 +50,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         process_group: The ranks; default all. All of them create the loss together.
         ignore_index: A label whose rows do not count.
         reduction: "mean", "sum" or "none".
-        chunk_size: Classes at a time; default as caches hold.
+        chunk_size: Classes at a time, of each thread on the CPU; default as caches hold.
         device: Where the centers are, and stay: one that the process group's backend serves.
         dtype: Their dtype.
 
