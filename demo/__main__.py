@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import paper_layers
-from demo import adv_prop, big_bigan, deep_gcn, lip, point_rend, report
+from demo import adv_prop, big_bigan, deep_gcn, lip, point_rend, report, soft_triple
 
-SECTIONS = (lip.section, deep_gcn.section, adv_prop.section, point_rend.section, big_bigan.section)
+SECTIONS = (
+    *(lip.section, soft_triple.section, deep_gcn.section),
+    *(adv_prop.section, point_rend.section, big_bigan.section),
+)
 OUTPUT = Path("out/report.html")
 
 

@@ -17,6 +17,11 @@ class Retrieval(NamedTuple):
     test_labels: Tensor  # What is looked for: no class of the training.
 
 
+def halves(seed: int) -> Tensor:
+    """Which of two classes each digit is in: five in either."""
+    return torch.randperm(10, generator=torch.Generator().manual_seed(seed)) % 2
+
+
 def digits(seed: int) -> Retrieval:
     """Scikit-learn's digits: half to train on as two classes of five digits, half where the ten are looked for."""
     from sklearn.datasets import load_digits
@@ -25,8 +30,7 @@ def digits(seed: int) -> Retrieval:
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     inputs, labels = torch.from_numpy(data.data).float()[order] / 16, torch.from_numpy(data.target)[order]
     half = len(order) // 2
-    coarse = torch.randperm(10, generator=torch.Generator().manual_seed(seed)) % 2
-    return Retrieval(inputs[:half], coarse[labels[:half]], inputs[half:], labels[half:])
+    return Retrieval(inputs[:half], halves(seed)[labels[:half]], inputs[half:], labels[half:])
 
 
 def letters(path: str | Path) -> Retrieval:

@@ -10,7 +10,17 @@ Samples of the same class are then looked for (Recall@1, cosine) and clustered (
 training: the ten digits, of which the training saw to which of two halves they belong (each seed halves them anew);
 with --letters, letters that the training did not see.
 
+la, gamma, margin, batch, weight decay, the centers' rate and their Adam's eps of 0.01 are the paper's. Nothing was held
+out to choose the others by: the network's size and rate, the steps and the triplets' margin were set by hand, the same
+for all ways and both data, so that each way may do better with its own. Seeds differ in the start, the batches and, for
+the digits, the halves; what a way is above normalised softmax is taken seed by seed.
+
     python -m benchmarks.claims.soft_triple [--letters PATH] [--seeds 8] [--steps 1500] [--quick] [--json PATH]
+
+What came out (benchmarks/results/claims_soft_triple.json): on letters several centers find more, by 0.6 to 0.8 of
+recall, and cluster no better than the seeds vary. On digits they find as many, and NMI is 4 to 9 higher, for K 10 with
+tau 0.2 within its interval. tau of 0 or 0.2 makes no difference to either, but to the centers: of 10, 3 and 5 are left,
+of 20, 5 and 10. Triplets do worse in all.
 
 Beside the JSON, a picture of the same name: embeddings of digits, and centers before and after merging.
 """
@@ -19,8 +29,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,13 +57,13 @@ WAYS: dict[str, dict[str, Any]] = {
     TRIPLETS: {},
 }
 SHOWN = ("K 20, tau 0", "K 20, tau 0.2")
+STYLES = (("o", "#1d4ed8"), ("s", "#c2410c"))  # Of the two classes of digits.
 
 
 class Outcome(NamedTuple):
     recall: float  # At 1, in percent.
     nmi: float  # In percent.
     distinct: float  # Centers a class, on average; 0 where there are none.
-    seconds: float  # Of training.
     embeddings: Tensor  # Of the test samples, where they are shown.
     centers: Tensor
 
@@ -65,7 +73,7 @@ def network(features: int) -> nn.Module:
 
 
 def train(model: nn.Module, loss: nn.Module, data: Retrieval, steps: int, seed: int) -> None:
-    """As published, but that the network, which is not pretrained, learns faster; `loss` of None means triplets."""
+    """As published, but that the network, which is not pretrained, learns faster and with torch's own eps."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(loss, SoftTripleLoss):
         groups = param_groups(model, loss, lr=LR, center_lr=CENTER_LR)
@@ -118,9 +126,7 @@ def run(path: str | None, way: str, seed: int, steps: int) -> Outcome:
     model = network(data.train.shape[1])
     classes = int(data.train_labels.max()) + 1
     loss = Triplets() if way == TRIPLETS else SoftTripleLoss(classes, DIM, **WAYS[way])
-    start = time.perf_counter()
     train(model, loss, data, steps, seed)
-    seconds = time.perf_counter() - start
     with torch.no_grad():
         embeddings = F.normalize(model(data.test))
     recall = 100 * recall_at_k(embeddings, data.test_labels, 1)[1]
@@ -130,7 +136,7 @@ def run(path: str | None, way: str, seed: int, steps: int) -> Outcome:
         distinct = loss.distinct_centers(THRESHOLD).double().mean().item()
         centers = loss.centers.detach()
     shown = path is None and seed == 0
-    return Outcome(recall, clustered, distinct, seconds, embeddings if shown else torch.empty(0), centers)
+    return Outcome(recall, clustered, distinct, embeddings if shown else torch.empty(0), centers)
 
 
 # --- reports
@@ -139,7 +145,6 @@ def run(path: str | None, way: str, seed: int, steps: int) -> Outcome:
 def row(name: str, way: str, runs: list[Outcome], baseline: list[Outcome]) -> dict[str, Any]:
     """Mean and half of the 95 % interval of each score, and of what it is above the baseline's, seed by seed."""
     found: dict[str, Any] = {"data": name, "name": way}
-    found["train_seconds"] = statistics.median(outcome.seconds for outcome in runs)
     for score in ("recall", "nmi", "distinct"):
         mine, reference = ([getattr(outcome, score) for outcome in part] for part in (runs, baseline))
         mean, half = mean_and_interval(mine)
@@ -154,7 +159,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for data in dict.fromkeys(found["data"] for found in rows):
         lines += ["", f"{data:20}" + "".join(f"{name:>16}{'above softmax':>16}" for name in names.values())]
-        lines[-1] += f"{'distinct centers':>18}{'training s':>12}"
+        lines[-1] += f"{'distinct centers':>18}"
         for found in (found for found in rows if found["data"] == data):
             line = f"  {found['name']:18}"
             for name in names:
@@ -163,35 +168,37 @@ def table(rows: list[dict[str, Any]]) -> str:
                 lead = f"{score['above_softmax']:+.1f} ± {score['above_softmax_interval']:.1f}"
                 line += f"{mean:>16}{'' if found['name'] == BASELINE else lead:>16}"
             distinct = "" if found["name"] == TRIPLETS else f"{found['distinct']['mean']:.1f}"
-            lines.append(f"{line}{distinct:>18}{found['train_seconds']:12.1f}")
+            lines.append(f"{line}{distinct:>18}")
     return "\n".join(lines)
 
 
-def draw(axes: Axes, embeddings: Tensor, labels: Tensor, centers: Tensor, merged: bool) -> None:
+def draw(axes: Axes, embeddings: Tensor, labels: Tensor, halves: Tensor, centers: Tensor, merged: bool) -> None:
     """Embeddings by digit on the plane of their largest variance; a class' centers as one sign, before or after."""
     middle = embeddings.mean(0)
     plane = torch.linalg.svd(embeddings - middle, full_matrices=False).Vh[:2].mT
     axes.scatter(*((embeddings - middle) @ plane).T, c=labels, cmap="tab10", s=5, alpha=0.5, linewidths=0)
     for digit in labels.unique():
         x, y = ((embeddings[labels == digit].mean(0) - middle) @ plane).tolist()
-        axes.text(x, y, str(int(digit)), ha="center", va="center", fontsize=11, weight="bold")
+        color = STYLES[halves[digit]][1]
+        axes.text(x, y, str(int(digit)), color=color, ha="center", va="center", fontsize=12, weight="bold")
     loss = SoftTripleLoss(*centers.shape[::2], centers_per_class=centers.shape[1])
     loss.load_state_dict({"centers": centers})
     places, classes = loss.merge_centers(THRESHOLD if merged else 1e-9)
-    for one, (marker, color) in enumerate((("o", "#1d4ed8"), ("s", "#c2410c"))):
+    for one, (marker, color) in enumerate(STYLES):
         some = (places[classes == one] - middle) @ plane
         axes.scatter(*some.T, marker=marker, s=42, facecolor="none", edgecolor=color, linewidths=1.4)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
-def picture(shown: dict[str, Outcome], labels: Tensor) -> Figure:
-    """Both ways, before and after merging."""
+def picture(shown: dict[str, Outcome]) -> Figure:
+    """Ways on digits with seed 0, before and after merging."""
+    labels, halves = retrieval.digits(0).test_labels, retrieval.halves(0)
     figure = Figure(figsize=(9.5, 9.5), layout="constrained")
     grid = figure.subplots(len(shown), 2)
     for line, (way, outcome) in zip(grid, shown.items(), strict=True):
         for axes, merged in zip(line, (False, True), strict=True):
-            draw(axes, outcome.embeddings, labels, outcome.centers, merged)
+            draw(axes, outcome.embeddings, labels, halves, outcome.centers, merged)
             count = len(outcome.centers.flatten(0, 1))
             kept = round(outcome.distinct * len(outcome.centers))
             axes.set_title(f"{way}: {f'merged to {kept}' if merged else f'all {count} centers'}")
@@ -221,7 +228,7 @@ def main() -> None:
         setup |= {"lr": LR, "center_lr": CENTER_LR, "hidden": HIDDEN, "dim": DIM, "threads_per_training": 1}
         save(options.json, {"claim": (__doc__ or "").splitlines()[0], **environment(), **setup, "results": rows})
         path = Path(options.json).with_suffix(".png")
-        picture({way: runs["digits", way][0] for way in SHOWN}, retrieval.digits(0).test_labels).savefig(path, dpi=110)
+        picture({way: runs["digits", way][0] for way in SHOWN}).savefig(path, dpi=110)
         print(f"written: {path}")
 
 

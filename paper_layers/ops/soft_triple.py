@@ -285,7 +285,8 @@ def soft_triple_loss(
 
     Args:
         embeddings: Shape (B, d), of any length; float32, float64, bfloat16 or float16. One shorter than 1e-12 counts
-            as zero: its cosines are 0 and it has no gradient; so for centers.
+            as zero: its cosines are 0 and it has no gradient; so for centers. One with NaN or infinity makes its row's
+            loss NaN unless that is ignored, and in either case the gradients of all centers.
         centers: K centers for each class, of shape (C, K, d), of any length.
         labels: Classes, int64 or int32 of shape (B,).
         la: The paper's :math:`\lambda`, the scale of the logits.
@@ -315,7 +316,7 @@ def soft_triple_loss(
     size = check(embeddings, centers, la, gamma, chunk_size)
     _checks.number("margin", margin)
     _checks.number("tau", tau)
-    if tau < 0:
+    if not tau >= 0:
         raise ValueError(f"tau: expected at least 0, got {tau!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")

@@ -84,10 +84,11 @@ class SoftTripleLoss(nn.Module):
             _checks.number(name, value)
         if not gamma > 0:
             raise ValueError(f"gamma: expected more than 0, got {gamma!r}")
-        if tau < 0:
+        if not tau >= 0:
             raise ValueError(f"tau: expected at least 0, got {tau!r}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        _checks.integer("ignore_index", ignore_index, -(2**63))
         if chunk_size is not None:
             _checks.integer("chunk_size", chunk_size, 1)
         self.num_classes, self.embedding_dim, self.centers_per_class = num_classes, embedding_dim, centers_per_class

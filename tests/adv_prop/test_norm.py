@@ -1,0 +1,270 @@
+"""Split batch norms as layers, and the context that runs one of their branches."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+# isort: off
+from tests import torchvision_stub  # noqa: F401 (must come first)
+from timm.layers import SplitBatchNorm2d as TimmNorm
+# isort: on
+
+from paper_layers import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
+from paper_layers.adv_prop import branch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def trained(norm: Any) -> Any:
+    """With parameters and statistics that are not those of its start, and differ from branch to branch."""
+    for tensor in itertools.chain(norm.parameters(), norm.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 2)
+    return norm
+
+
+def state(norm: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(norm.state_dict())
+
+
+def by_hand(x: Tensor, norm: Any, mean: Tensor, var: Tensor) -> Tensor:
+    """A branch's output from the statistics."""
+    shape = (-1, *[1] * (x.dim() - 2))
+    mean, var, weight, bias = (t.detach().view(shape) for t in (mean, var, norm.weight, norm.bias))
+    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+
+def by_batch(x: Tensor, norm: Any) -> Tensor:
+    dims = [d for d in range(x.dim()) if d != 1]
+    return by_hand(x, norm, x.mean(dims), x.var(dims, correction=0))
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+@pytest.mark.parametrize("momentum", [0.1, 0.4])
+def test_equals_timm(splits: int, momentum: float) -> None:
+    """The same keys both ways, and in training the same outputs, gradients and statistics."""
+    ours = trained(SplitBatchNorm2d(4, eps=1e-3, momentum=momentum, num_splits=splits, dtype=torch.float64))
+    theirs = TimmNorm(4, eps=1e-3, momentum=momentum, num_splits=splits).double()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    for _ in range(2):
+        x = torch.randn(6, 4, 3, 5, dtype=torch.float64)
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [norm(leaf) for norm, leaf in zip((ours, theirs), leaves, strict=True)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.cos().sum().backward()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    grads = [{name: p.grad for name, p in norm.named_parameters()} for norm in (ours, theirs)]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    again = SplitBatchNorm2d(4, num_splits=splits, dtype=torch.float64)
+    again.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(again.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (SplitBatchNorm1d, (6, 3)),
+        (SplitBatchNorm1d, (6, 3, 5)),
+        (SplitBatchNorm2d, (6, 3, 4, 2)),
+        (SplitBatchNorm3d, (6, 3, 2, 4, 2)),
+    ],
+)
+def test_formula(kind: Any, shape: tuple[int, ...]) -> None:
+    norm, x = trained(kind(3, dtype=torch.float64)), torch.randn(shape, dtype=torch.float64)
+    before = state(norm)
+    want = torch.cat([by_batch(part, one) for part, one in zip(x.split(3), norm.branches, strict=True)])
+    torch.testing.assert_close(norm(x), want)
+    dims = [d for d in range(x.dim()) if d != 1]
+    for prefix, part in (("", x[:3]), ("aux_bn.0.", x[3:])):
+        moved = {"running_mean": part.mean(dims), "running_var": part.var(dims)}
+        for name, new in moved.items():
+            torch.testing.assert_close(norm.state_dict()[prefix + name], 0.9 * before[prefix + name] + 0.1 * new)
+        assert norm.state_dict()[f"{prefix}num_batches_tracked"] == 1
+    torch.testing.assert_close(norm.eval()(x[:1]), by_hand(x[:1], norm, norm.running_mean, norm.running_var))
+
+
+@pytest.mark.parametrize(
+    ("split_sizes", "batch", "want"),
+    [
+        (None, 6, [2, 2, 2]),
+        ((1, 3, 2), 6, [1, 3, 2]),
+        ((0.5, 0.25, 0.25), 8, [4, 2, 2]),
+        ((0.5, 0.25, 0.25), 6, [3, 1, 2]),
+        ((0.2, 0.2, 0.6), 7, [1, 2, 4]),
+    ],
+)
+def test_sizes(split_sizes: Any, batch: int, want: list[int]) -> None:
+    """Equal parts, given ones, and shares of any batch, whose ends are rounded."""
+    norm = trained(SplitBatchNorm2d(3, num_splits=3, split_sizes=split_sizes, dtype=torch.float64))
+    x = torch.randn(batch, 3, 2, 2, dtype=torch.float64)
+    parts = zip(x.split(want), norm.branches, strict=True)
+    torch.testing.assert_close(norm(x), torch.cat([by_batch(part, one) for part, one in parts]))
+
+
+def test_plain_checkpoint_fills_every_branch() -> None:
+    plain = trained(nn.BatchNorm2d(3))
+    for assign in (False, True):
+        norm = SplitBatchNorm2d(3, num_splits=3)
+        checkpoint = state(plain)
+        norm.load_state_dict(checkpoint, assign=assign)
+        assert list(checkpoint) == list(plain.state_dict())
+        for one in norm.branches:
+            for name, value in plain.state_dict().items():
+                assert torch.equal(getattr(one, name), value)
+        assert len({t.data_ptr() for t in norm.state_dict().values()}) == 15
+        kept = {name: t for name, t in norm.state_dict().items() if "aux_bn" not in name}
+        nn.BatchNorm2d(3).load_state_dict(kept)
+
+
+def test_branch_in_eval_uses_its_running_statistics() -> None:
+    norm, x = trained(SplitBatchNorm2d(3, num_splits=3)).eval(), torch.randn(5, 3, 4, 4)
+    before = state(norm)
+    for index, one in enumerate(norm.branches):
+        with branch(norm, index):
+            torch.testing.assert_close(norm(x), by_hand(x, one, one.running_mean, one.running_var))
+    torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_branch_in_training_has_the_whole_batch(update: bool) -> None:
+    norm, x = trained(SplitBatchNorm2d(3)), torch.randn(5, 3, 4, 4)
+    before = state(norm)
+    with branch(norm, 1, update_statistics=update):
+        torch.testing.assert_close(norm(x), by_batch(x, norm.aux_bn[0]))
+    after = norm.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    names = {f"aux_bn.0.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert moved == (names if update else set())
+    if update:
+        want = 0.9 * before["aux_bn.0.running_mean"] + 0.1 * x.mean((0, 2, 3))
+        torch.testing.assert_close(after["aux_bn.0.running_mean"], want)
+
+
+def test_branches_nest_and_end() -> None:
+    """The inner one wins, and each leaves what it found, whatever happens inside."""
+    model = nn.Sequential(trained(SplitBatchNorm2d(3, num_splits=3)), nn.ReLU()).eval()
+    x = torch.randn(5, 3, 4, 4)
+    alone = [copy.deepcopy(model)(x)]
+    for index in (1, 2):
+        with branch(model, index):
+            alone.append(model(x))
+    with branch(model, 1, update_statistics=False):
+        with branch(model, 2):
+            assert torch.equal(model(x), alone[2])
+        assert torch.equal(model(x), alone[1])
+        with pytest.raises(ValueError, match="3 channels"), branch(model, 2):
+            model(x[:, :2])
+        assert torch.equal(model(x), alone[1])
+        with pytest.raises(ValueError, match="at most 2"), branch(model, 3):
+            pass
+        before = state(model)
+        model.train()(x)
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+        model.eval()
+    assert torch.equal(model(x), alone[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}], ids=str)
+def test_compile(options: dict[str, Any]) -> None:
+    """Without a graph break, in training, in eval and in a branch; statistics move as they do without."""
+    norm = trained(SplitBatchNorm2d(3, **options))
+    twin = copy.deepcopy(norm)
+    torch._dynamo.reset()
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, 2, 5).contiguous(memory_format=torch.channels_last)
+    for _ in range(2):
+        outputs = [module(x) for module in (compiled, twin)]
+        torch.testing.assert_close(*outputs)
+        assert outputs[0].stride() == outputs[1].stride()
+        for output in outputs:
+            output.square().sum().backward()
+    torch.testing.assert_close(norm.state_dict(), twin.state_dict())
+    grads = [{name: p.grad for name, p in module.named_parameters()} for module in (norm, twin)]
+    torch.testing.assert_close(*grads)
+    twin.eval()
+    norm.eval()
+    with branch(norm, 1), branch(twin, 1):
+        torch.testing.assert_close(compiled(x), twin(x))
+    torch.testing.assert_close(compiled(x), twin(x))
+
+
+def test_export() -> None:
+    norm, x = trained(SplitBatchNorm2d(3)), torch.randn(4, 3, 2, 5)
+    batch = {0: 2 * torch.export.Dim("half", min=2)}
+    program = torch.export.export(norm, (x,), dynamic_shapes=(batch,))
+    longer = torch.randn(10, 3, 2, 5)
+    torch.testing.assert_close(program.module()(longer), copy.deepcopy(norm)(longer))
+    program = torch.export.export(norm.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(longer[:7]), norm(longer[:7]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    """Half features beside float32 parameters and statistics, as convolutions under autocast give them."""
+    norm = trained(SplitBatchNorm2d(3))
+    x = torch.randn(6, 3, 4, 4).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        output = norm(x)
+    parts = zip(x.detach().float().split(3), norm.branches, strict=True)
+    want = torch.cat([by_batch(part, one) for part, one in parts])
+    torch.testing.assert_close(output, want.to(dtype))
+    output.float().square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert all(p.grad.dtype == torch.float32 for p in norm.parameters())
+    torch.testing.assert_close(norm.aux_bn[0].bias.grad, 2 * output[3:].float().sum((0, 2, 3)), rtol=1e-2, atol=1e-2)
+
+
+def test_reset_and_repr() -> None:
+    norm = SplitBatchNorm2d(3, num_splits=3, split_sizes=(0.5, 0.25, 0.25))
+    fresh = state(norm)
+    trained(norm).reset_parameters()
+    torch.testing.assert_close(norm.state_dict(), fresh, rtol=0, atol=0)
+    assert "num_splits=3, split_sizes=(0.5, 0.25, 0.25)" in repr(norm)
+    assert list(SplitBatchNorm2d(3, affine=False, track_running_stats=False).state_dict()) == []
+
+
+X = torch.ones(4, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: SplitBatchNorm2d(3)(X[:3]), ValueError, "batch that num_splits=2 divides, got 3; set split_sizes"),
+        (lambda: SplitBatchNorm1d(3)(X[:2, :, 0, 0]), ValueError, r"at least 2 values per channel .* \[1, 1\]"),
+        (lambda: SplitBatchNorm2d(3, split_sizes=(0.9, 0.1))(X), ValueError, r"at least 2 values .* \[4, 0\]"),
+        (lambda: SplitBatchNorm2d(3, split_sizes=(1, 2))(X), ValueError, r"sum to the batch, 4, got \[1, 2\]"),
+        (lambda: SplitBatchNorm2d(3, split_sizes=(1, 2, 3)), ValueError, "expected num_splits=2 of them"),
+        (lambda: SplitBatchNorm2d(3, split_sizes=(0.5, 0.6)), ValueError, "proportions that sum to 1"),
+        (lambda: SplitBatchNorm2d(3, split_sizes=(4, 0)), ValueError, "split_sizes: expected sizes above 0"),
+        (lambda: SplitBatchNorm2d(3, split_sizes=(1, 0.5)), TypeError, "expected ints, or floats"),
+        (lambda: SplitBatchNorm2d(3, num_splits=1), ValueError, "num_splits: expected at least 2, got 1"),
+        (lambda: SplitBatchNorm2d(3, num_splits=2.0), TypeError, "num_splits: expected an int"),  # type: ignore[arg-type]
+        (lambda: SplitBatchNorm2d(-1), ValueError, "num_features: expected at least 0"),
+        (lambda: SplitBatchNorm1d(3)(X), ValueError, r"expected shape \(N, C\) or \(N, C, L\), got"),
+        (lambda: SplitBatchNorm2d(3)(X[0]), ValueError, r"expected shape \(N, C, H, W\), got \(3, 2, 2\)"),
+        (lambda: SplitBatchNorm3d(3)(X), ValueError, r"expected shape \(N, C, D, H, W\), got"),
+        (lambda: SplitBatchNorm2d(4)(X), ValueError, "input: expected 4 channels, got shape"),
+        (lambda: SplitBatchNorm2d(3).aux_bn[0](X), RuntimeError, r"with branch\(model, 1\)"),
+        (lambda: branch(SplitBatchNorm2d(3), 2).__enter__(), ValueError, "index: expected at most 1, .* got 2"),
+        (lambda: branch(SplitBatchNorm2d(3), -1).__enter__(), ValueError, "index: expected at least 0"),
+        (lambda: branch(SplitBatchNorm2d(3), True).__enter__(), TypeError, "index: expected an int"),
+        (lambda: branch(nn.ReLU(), 0).__enter__(), ValueError, "at least one split batch norm, got none in ReLU"),
+    ],
+)
+def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
