@@ -86,7 +86,7 @@ def measure(device: str, threads: int, quick: bool = False) -> list[Result]:
     for feature_dim, width in SIZES[:1] if quick else SIZES:
         moved = 64 * 4 * width**2  # Of the heap that is touched beforehand.
         cases.append(Case({"features": feature_dim, "width": width}, inputs, moved, True, device))
-    return compare(CONTENDERS, cases, threads, *((3, 0.2) if quick else (7, 0.5)), limit=LIMIT)
+    return compare(CONTENDERS, cases, threads, *((3, 0.2) if quick else (5, 0.3)), limit=LIMIT)
 
 
 def targets(results: Sequence[Result]) -> str:
