@@ -18,9 +18,9 @@ the digits, the halves; what a way is above normalised softmax is taken seed by 
     python -m benchmarks.claims.soft_triple [--letters PATH] [--seeds 8] [--steps 1500] [--quick] [--json PATH]
 
 What came out (benchmarks/results/claims_soft_triple.json): on letters several centers find more, by 0.6 to 0.8 of
-recall, and cluster no better than the seeds vary. On digits they find as many, and NMI is 4 to 9 higher, for K 10 with
-tau 0.2 within its interval. tau of 0 or 0.2 makes no difference to either, but to the centers: of 10, 3 and 5 are left,
-of 20, 5 and 10. Triplets do worse in all.
+recall, and cluster no better than the seeds vary. On digits they find as many, and NMI is 4 to 8 higher, with wide
+intervals. tau of 0 or 0.2 makes no difference to either, but to the centers: of 10, 3 and 5 are left, of 20, 4 and 10.
+Triplets do worse in all.
 
 Beside the JSON, a picture of the same name: embeddings of digits, and centers before and after merging.
 """
