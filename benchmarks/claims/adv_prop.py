@@ -7,8 +7,8 @@ The same network trained equally many steps, from the same start and on the same
 - split: on the same, through split norms, AdvProp.
 
 What came out (benchmarks/results/claims_adv_prop.json): with strong attacks in training, clean accuracy falls with
-shared norms, by 0.9 and 1.6, and split norms win most of it back, 0.85 and 1.3 of it; above vanilla they are not. With a
-weak attack nothing differs. Corrupted and attacked images are the other way round: shared norms do best, and the main
+shared norms, by 0.9 and 1.6, and split norms win most of it back, 0.85 and 1.3 of it; above vanilla they are not. With
+a weak attack nothing differs. Corrupted and attacked images are the other way round: shared norms do best, and the main
 norms of a split network lie between them and vanilla. The auxiliary ones come near the shared ones, but for the
 strongest attack, with which they lose 10 points of clean accuracy.
 
