@@ -72,11 +72,11 @@ def check(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_si
     _checks.floating("embeddings", embeddings)
     _checks.floating("centers", centers)
     _checks.same_device("centers", centers, "embeddings", embeddings)
-    if embeddings.dim() != 2:
-        raise ValueError(f"embeddings: expected shape (B, d), got {tuple(embeddings.shape)}")
-    if centers.dim() != 3 or centers.shape[1] == 0 or centers.shape[2] != embeddings.shape[1]:
+    if centers.dim() != 3 or centers.shape[1] == 0:
+        raise ValueError(f"centers: expected shape (C, K, d) with K at least 1, got {tuple(centers.shape)}")
+    if embeddings.dim() != 2 or embeddings.shape[1] != centers.shape[2]:
         raise ValueError(
-            f"centers: expected shape (C, K, {embeddings.shape[1]}) with K at least 1, got {tuple(centers.shape)}"
+            f"embeddings: expected shape (B, {centers.shape[2]}), as centers says, got {tuple(embeddings.shape)}"
         )
     _checks.number("la", la)
     _checks.number("gamma", gamma)

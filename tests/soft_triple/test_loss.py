@@ -286,8 +286,8 @@ def test_bad_inputs() -> None:
         ({"labels": labels[1:]}, ValueError, r"labels: expected shape \(9,\), got \(8,\)"),
         ({"labels": labels.tolist()}, TypeError, "labels: expected an int64 Tensor, got list"),
         ({"embeddings": x.long()}, TypeError, "embeddings: expected one of float32, .* got torch.int64"),
-        ({"embeddings": x[0]}, ValueError, r"embeddings: expected shape \(B, d\), got \(6,\)"),
-        ({"embeddings": x[:, 1:]}, ValueError, r"centers: expected shape \(C, K, 5\).*, got \(7, 3, 6\)"),
+        ({"embeddings": x[0]}, ValueError, r"embeddings: expected shape \(B, 6\).*, got \(6,\)"),
+        ({"embeddings": x[:, 1:]}, ValueError, r"embeddings: expected shape \(B, 6\).*, got \(9, 5\)"),
         ({"embeddings": x.numpy()}, TypeError, "embeddings: expected a Tensor, got ndarray"),
     ):
         with pytest.raises(error, match=message):
