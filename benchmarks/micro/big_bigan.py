@@ -72,10 +72,11 @@ def inputs_of_products(case: Case) -> Inputs:
     )
 
 
-OURS, TWO, PEER = "BigBiGANHeads", "two calls, real and fake", "torch's spectral_norm"
+OURS, COMPILED, TWO, PEER = "BigBiGANHeads", "the same, compiled", "two calls, real and fake", "torch's spectral_norm"
 LIMIT = Contender("limit: products", products, "limit", inputs=inputs_of_products)
 CONTENDERS = (
     Contender(OURS, step, "ours"),
+    Contender(COMPILED, step, "other", compiled=True),
     Contender(TWO, in_two_calls, "other"),
     Contender(PEER, step, "peer", inputs=inputs_of_torch),
 )
@@ -84,7 +85,7 @@ CONTENDERS = (
 def measure(device: str, threads: int, quick: bool = False) -> list[Result]:
     cases = []
     for feature_dim, width in SIZES[:1] if quick else SIZES:
-        moved = 64 * 4 * width**2  # Of the heap that is touched beforehand.
+        moved = 16 * 4 * width**2  # Of the heap that is touched beforehand.
         cases.append(Case({"features": feature_dim, "width": width}, inputs, moved, True, device))
     return compare(CONTENDERS, cases, threads, *((3, 0.2) if quick else (5, 0.3)), limit=LIMIT)
 
