@@ -9,7 +9,7 @@ trap 'rm -rf "$work"' EXIT
 
 for torch in "torch==2.10.*" torch; do
   "$python" -m venv --clear "$work/venv"
-  "$work/venv/bin/pip" install --quiet --upgrade --only-binary :all: "$torch" numpy pytest hypothesis expecttest
+  "$work/venv/bin/pip" install --quiet --upgrade --only-binary :all: "$torch" numpy pytest hypothesis expecttest onnx onnxscript
   "$work/venv/bin/pip" install --quiet --no-deps "$wheel"
   rm -rf "$work/run" && mkdir "$work/run" && cp -r "$root/tests" "$work/run/"
   (cd "$work/run" && "$work/venv/bin/python" -c "import paper_layers; print(paper_layers.show_config())" &&

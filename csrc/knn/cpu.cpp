@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/accumulator.h"
+#include "common/huge_pages.h"
 #include "knn/problem.h"
 
 #define PAPER_LAYERS_KERNEL "knn/cpu_kernel.h"
@@ -30,6 +31,8 @@ std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::o
   shape.back() = k;
   Tensor index = torch::stable::new_empty(q, shape, ScalarType::Long);
   Tensor distance = torch::stable::new_empty(q, shape, dtype);
+  use_huge_pages(index);
+  use_huge_pages(distance);
   THO_DISPATCH_V2(dtype, "knn", AT_WRAP([&] {
                     PAPER_LAYERS_DISPATCH(knn(problem, q.const_data_ptr<scalar_t>(), p.const_data_ptr<scalar_t>(),
                                               index.mutable_data_ptr<int64_t>(),

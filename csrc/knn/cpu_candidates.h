@@ -162,7 +162,9 @@ bool sort_few(T* scores, int32_t* indices, int64_t count) {
     const V block = load(scores + i);
     typename V::BitLanes larger = {};
     for (int64_t j = 0; j < count; ++j) larger -= V(scores[j]).lanes > block.lanes;
-    for (int64_t lane = 0; lane < std::min(V::size, count - i); ++lane) {
+    // Lane by lane: the compiler would scatter, which is slow.
+    for (uint32_t lanes = (1u << std::min(V::size, count - i)) - 1; lanes != 0; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
       sorted[larger[lane]] = scores[i + lane];
       sorted_indices[larger[lane]] = indices[i + lane];
       sum += larger[lane];
@@ -264,7 +266,8 @@ class Selection {
         candidates_(candidates),
         wanted_(candidates.wanted),
         sort_(candidates.room()),
-        found_(candidates.room()) {}
+        found_(candidates.room()),
+        segments_(candidates.room()) {}
 
   // Keeps those that may be among the nearest, and limits what may come.
   void shrink(int64_t q) {
@@ -303,10 +306,11 @@ class Selection {
     int64_t count = candidates_.count(q);
     if (!search_.problem.include_self) count = leave_out(row, scores, indices, count);
     if (count > 0 && !sort_few(scores, indices, count)) sort_(scores, indices, count);
-    find_segments(q, scores, indices, count);
+    const int64_t segments = find_segments(q, scores, indices, count);
     int64_t r = 0;
     Found* found = found_.data();
-    for (const Range& segment : segments_) {
+    for (int64_t s = 0; s < segments; ++s) {
+      const Range segment = segments_[s];
       if (segment.size() > 1) std::sort(found, found + segment.size());
       for (; r * search_.problem.dilation < segment.end && r < search_.problem.k; ++r) {
         write_neighbour(search_, row, r, found + (r * search_.problem.dilation - segment.begin));
@@ -361,22 +365,22 @@ class Selection {
   }
 
   // Splits sorted candidates where the order of the exact distances is known, and finds those of the segments that
-  // hold a wanted rank.
-  void find_segments(int64_t q, const T* scores, int32_t* indices, int64_t count) {
-    segments_.clear();
-    if (count == 0) return;
+  // hold a wanted rank. Returns how many those are.
+  int64_t find_segments(int64_t q, const T* scores, int32_t* indices, int64_t count) {
+    if (count == 0) return 0;
     const int64_t dilation = search_.problem.dilation, ranks = std::min(count, search_.problem.ranks());
     const T uncertainty = exact_.uncertainty(q, scores[count - 1], scores, indices, count);
-    int64_t chosen = 0, next = 0;  // the next wanted rank
+    int64_t segments = 0, chosen = 0, next = 0;  // the next wanted rank
     for (int64_t begin = 0, end; begin < count && next < ranks; begin = end) {
       for (end = begin + 1; end < count && scores[end] >= scores[end - 1] - uncertainty;) ++end;
       if (next >= end) continue;
-      segments_.push_back({begin, end});
+      segments_[segments++] = {begin, end};
       if (chosen < begin) std::copy(indices + begin, indices + end, indices + chosen);
       chosen += end - begin;
       while (next < end) next += dilation;
     }
     exact_.find(q, indices, chosen, found_.data());
+    return segments;
   }
 
   const Search<T>& search_;

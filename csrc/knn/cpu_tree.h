@@ -11,6 +11,42 @@ struct TreePoint {
   int32_t index;
 };
 
+// In the order of one dimension, equal ones by index.
+template <typename T>
+struct Before {
+  int64_t dimension;
+  bool operator()(const TreePoint<T>& a, const TreePoint<T>& b) const {
+    const T x = a.x[dimension], y = b.x[dimension];
+    return (x < y) | ((x == y) & (a.index < b.index));
+  }
+};
+
+// As std::nth_element. Many are first split around elements of a sample, without branches, which nobody could predict.
+template <typename T>
+void select(TreePoint<T>* first, TreePoint<T>* nth, TreePoint<T>* last, Before<T> before) {
+  constexpr int64_t kSample = 64;
+  for (int64_t round = 0; last - first > 4 * kSample && round < 8; ++round) {
+    TreePoint<T> sample[kSample];
+    const int64_t count = last - first;
+    for (int64_t i = 0; i < kSample; ++i) sample[i] = first[(2 * i + 1) * count / (2 * kSample)];
+    // Off the wanted rank to the side where more are, so that the smaller part is likely kept.
+    const int64_t rank = (nth - first) * kSample / count, off = round == 0 ? 0 : kSample / 16;
+    const int64_t chosen = rank < kSample / 2 ? std::min(rank + off, kSample - 1) : std::max<int64_t>(rank - off, 0);
+    std::nth_element(sample, sample + chosen, sample + kSample, before);
+    const TreePoint<T> pivot = sample[chosen];
+    TreePoint<T>* middle = first;
+    for (TreePoint<T>* p = first; p < last; ++p) {
+      const TreePoint<T> point = *p;
+      *p = *middle;
+      *middle = point;
+      middle += before(point, pivot);
+    }
+    if (nth < middle) last = middle;
+    else first = middle;
+  }
+  std::nth_element(first, nth, last, before);
+}
+
 template <typename T>
 struct Box {
   T low[kDimensions], high[kDimensions];
@@ -118,10 +154,8 @@ class Tree {
       if (node.box.side(d) > node.box.side(node.dimension)) node.dimension = d;
     }
     const int64_t middle = (node.leaves.begin + node.leaves.end) / 2, d = node.dimension;
-    std::nth_element(points_.begin() + rows.begin, points_.begin() + middle * kLeaf, points_.begin() + rows.end,
-                     [d](const TreePoint<T>& a, const TreePoint<T>& b) {
-                       return a.x[d] < b.x[d] || (a.x[d] == b.x[d] && a.index < b.index);
-                     });
+    TreePoint<T>* const points = points_.data();
+    select(points + rows.begin, points + middle * kLeaf, points + rows.end, Before<T>{d});
     node.split = points_[middle * kLeaf].x[d];
     nodes_[2 * i].leaves = {node.leaves.begin, middle};
     nodes_[2 * i + 1].leaves = {middle, node.leaves.end};

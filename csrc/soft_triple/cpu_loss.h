@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> soft_triple_backward(const Tensor& any_grad_logsumexp
   const int64_t K = loss.centers, B = loss.rows, d = loss.channels;
   Tensor grad_embeddings = torch::stable::new_zeros(embeddings, embeddings.sizes(), loss.dtype);
   Tensor grad_centers = empty(centers, {loss.classes, K, d});
-  use_huge_pages(grad_centers.mutable_data_ptr(), grad_centers.numel() * grad_centers.element_size());
+  use_huge_pages(grad_centers);
   with_dtype(loss.dtype, [&](auto element) {
     using A = decltype(element);
     const Unit<A> unit(loss, embeddings);
