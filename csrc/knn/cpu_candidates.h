@@ -162,9 +162,7 @@ bool sort_few(T* scores, int32_t* indices, int64_t count) {
     const V block = load(scores + i);
     typename V::BitLanes larger = {};
     for (int64_t j = 0; j < count; ++j) larger -= V(scores[j]).lanes > block.lanes;
-    // Lane by lane: the compiler would scatter, which is slow.
-    for (uint32_t lanes = (1u << std::min(V::size, count - i)) - 1; lanes != 0; lanes &= lanes - 1) {
-      const int lane = __builtin_ctz(lanes);
+    for (int64_t lane = 0; lane < std::min(V::size, count - i); ++lane) {
       sorted[larger[lane]] = scores[i + lane];
       sorted_indices[larger[lane]] = indices[i + lane];
       sum += larger[lane];
@@ -307,17 +305,17 @@ class Selection {
     if (!search_.problem.include_self) count = leave_out(row, scores, indices, count);
     if (count > 0 && !sort_few(scores, indices, count)) sort_(scores, indices, count);
     const int64_t segments = find_segments(q, scores, indices, count);
-    int64_t r = 0;
+    const Row<T> written = search_.row(row);
+    const int64_t k = search_.problem.k, dilation = search_.problem.dilation;
+    int64_t r = 0, rank = 0;  // rank r * dilation is the next
     Found* found = found_.data();
     for (int64_t s = 0; s < segments; ++s) {
       const Range segment = segments_[s];
       if (segment.size() > 1) std::sort(found, found + segment.size());
-      for (; r * search_.problem.dilation < segment.end && r < search_.problem.k; ++r) {
-        write_neighbour(search_, row, r, found + (r * search_.problem.dilation - segment.begin));
-      }
+      for (; rank < segment.end && r < k; ++r, rank += dilation) written.write(r, found[rank - segment.begin]);
       found += segment.size();
     }
-    for (; r < search_.problem.k; ++r) write_neighbour<T>(search_, row, r, nullptr);
+    for (; r < k; ++r) written.write_none(r);
   }
 
  private:

@@ -1,5 +1,30 @@
 // Exact distances and the order of neighbours, compiled once for each instruction set.
 
+struct Found {
+  double distance;
+  int32_t index;
+  friend bool operator<(const Found& a, const Found& b) {
+    return a.distance < b.distance || (a.distance == b.distance && a.index < b.index);
+  }
+};
+
+// Where the neighbours of one query are written.
+template <typename T>
+struct Row {
+  int64_t* index;
+  T* distance;
+  int64_t offset;
+
+  void write(int64_t r, const Found& found) const {
+    index[r] = found.index + offset;
+    distance[r] = static_cast<T>(found.distance);
+  }
+  void write_none(int64_t r) const {
+    index[r] = -1;
+    distance[r] = std::numeric_limits<T>::infinity();
+  }
+};
+
 // One cloud, its rows from its own start.
 template <typename T>
 struct Search {
@@ -13,6 +38,7 @@ struct Search {
   int64_t channels() const { return problem.channels; }
   const T* query_at(int64_t i) const { return query + i * problem.channels; }
   const T* point_at(int64_t j) const { return point + j * problem.channels; }
+  Row<T> row(int64_t i) const { return {index + i * problem.k, distance + i * problem.k, offset}; }
   // Nearest points to look for: one more where the point itself is then left out.
   int64_t wanted() const { return std::min(points, problem.ranks() + (problem.include_self ? 0 : 1)); }
   bool searches_itself() const { return query == point && queries == points; }
@@ -52,14 +78,6 @@ PAPER_LAYERS_INLINE void exact_distances(const T* a, const T* const* b, int64_t 
   }
 }
 
-struct Found {
-  double distance;
-  int32_t index;
-  friend bool operator<(const Found& a, const Found& b) {
-    return a.distance < b.distance || (a.distance == b.distance && a.index < b.index);
-  }
-};
-
 template <bool inner, typename T>
 void find_exactly(const Search<T>& search, const T* query, const int32_t* indices, int64_t count, Found* found) {
   constexpr int64_t many = 4;
@@ -84,14 +102,6 @@ void find_exactly(const Search<T>& search, const T* query, const int32_t* indice
   else find_exactly<false>(search, query, indices, count, found);
 }
 
-// Writes one neighbour of a query, or none.
-template <typename T>
-void write_neighbour(const Search<T>& search, int64_t query, int64_t r, const Found* found) {
-  search.index[query * search.problem.k + r] = found ? found->index + search.offset : -1;
-  search.distance[query * search.problem.k + r] =
-      found ? static_cast<T>(found->distance) : std::numeric_limits<T>::infinity();
-}
-
 // Every point, for one query. `found` has room for all.
 template <typename T>
 void search_all(const Search<T>& search, int64_t query, const int32_t* all, Found* found) {
@@ -103,8 +113,10 @@ void search_all(const Search<T>& search, int64_t query, const int32_t* all, Foun
   const int64_t count = std::min<int64_t>(last - found, problem.ranks());
   if (found + count < last) std::nth_element(found, found + count, last);
   std::sort(found, found + count);
+  const Row<T> row = search.row(query);
   for (int64_t r = 0; r < problem.k; ++r) {
-    write_neighbour(search, query, r, r * problem.dilation < count ? found + r * problem.dilation : nullptr);
+    if (r * problem.dilation < count) row.write(r, found[r * problem.dilation]);
+    else row.write_none(r);
   }
 }
 
