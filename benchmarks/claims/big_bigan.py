@@ -26,8 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +58,6 @@ class Outcome:
     frechet: float
     probe: float
     neighbors: float
-    seconds: float = 0.0  # Of training.
 
 
 @torch.no_grad()
@@ -86,12 +83,10 @@ def run(name: str, seed: int, steps: int, path: str | None, work: str, progress:
     kept = Path(work) / f"{'data' if path is None else Path(path).stem}-{steps}-{name.replace(' ', '-')}-{seed}.json"
     if not kept.exists():
         training = Training(VARIANTS.get(name, Variant()), seed)
-        start = time.perf_counter()
         if name != UNTRAINED:
             title = f"{name}, seed {seed}" if progress else None
             training.run(digits(path, SIZE)[0][0], steps, kept.with_suffix(".pt"), progress=title)
-        seconds = time.perf_counter() - start
-        outcome = asdict(assess(training, path)) | {"seconds": seconds}
+        outcome = asdict(assess(training, path))
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(outcome))
     return Outcome(**json.loads(kept.read_text()))
@@ -101,7 +96,7 @@ def rows(outcomes: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
     """Of each variant the scores, their mean, and how far they are from those of all three terms, seed by seed."""
     found = []
     for name, runs in outcomes.items():
-        row: dict[str, Any] = {"name": name, "train_seconds": statistics.median(run.seconds for run in runs)}
+        row: dict[str, Any] = {"name": name}
         for score in NAMES:
             mine, reference = ([getattr(run, score) for run in part] for part in (runs, outcomes[OURS]))
             mean, half = _interval(mine)
