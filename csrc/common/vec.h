@@ -79,7 +79,10 @@ PAPER_LAYERS_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// Past the caches, to an address of whole vectors: for results that they could not hold anyway.
+// Results of more than this are written past the caches, which they would leave before they are read.
+constexpr int64_t kStreamingBytes = int64_t(8) << 20;
+
+// Past the caches, to an address of whole vectors.
 template <typename T>
 PAPER_LAYERS_INLINE void store_streaming(T* p, Vec<T> v) {
 #if PAPER_LAYERS_VECTOR_BYTES == 64
@@ -383,4 +386,19 @@ template <int64_t size, typename Body>
 PAPER_LAYERS_INLINE void cover(int64_t length, Body&& body) {
   if (length >= size) cover_whole<size>(length, body);
   else if (length > 0) body(0, length);
+}
+
+// Calls body(write), where write(p, vector, lanes) stores to the rows of `length` values, `count` in all, past the
+// caches if they are many and made of whole vectors.
+template <typename T, typename Body>
+PAPER_LAYERS_INLINE void with_store(const T* rows, int64_t length, int64_t count, const Body& body) {
+  if constexpr (std::is_floating_point_v<T>) {
+    if (count * int64_t(sizeof(T)) > kStreamingBytes && length % Vec<T>::size == 0 &&
+        reinterpret_cast<uintptr_t>(rows) % sizeof(Vec<T>) == 0) {
+      body([](T* p, Vec<T> v, auto) __attribute__((always_inline)) { store_streaming(p, v); });
+      finish_streaming();
+      return;
+    }
+  }
+  body([](T* p, auto v, auto lanes) __attribute__((always_inline)) { store(p, v, lanes); });
 }

@@ -3,9 +3,6 @@
 #include "lip_pool2d/cpu_planar.h"
 #include "lip_pool2d/cpu_channels_last.h"
 
-// Gradients of more than this are written past the caches, which they would leave before they are read.
-constexpr int64_t kStreamingBytes = int64_t(8) << 20;
-
 // The taps of one window, by itself: for windows that the sums above cannot resolve.
 template <typename T>
 struct Window {

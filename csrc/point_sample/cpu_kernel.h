@@ -2,8 +2,6 @@
 
 // Sums of gradients that are kept in the caches until they are complete.
 constexpr int64_t kBandBytes = int64_t(512) << 10;
-// Results of more than this are written past the caches, which they would leave before they are read.
-constexpr int64_t kStreamingBytes = int64_t(8) << 20;
 
 #include "point_sample/cpu_plan.h"
 

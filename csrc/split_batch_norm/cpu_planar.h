@@ -111,13 +111,15 @@ void normalize_planes(const SplitForward<T>& f, int64_t split, int64_t channel, 
   using V = Vec<A>;
   const int64_t pixels = f.problem.pixels;
   const V center(affine.center), scale(affine.scale), shift(affine.shift);
-  for (int64_t n = f.problem.starts[split]; n < f.problem.starts[split + 1]; ++n) {
-    const int64_t first = (n * f.problem.channels + channel) * pixels;
-    cover<V::size>(pixels, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const V x = load(f.input + first + i, lanes);
-      store(f.output + first + i, multiply_add(x - center, scale, shift), lanes);
-    });
-  }
+  with_store(f.output, pixels, f.problem.images() * f.problem.channels * pixels, [&](auto write) {
+    for (int64_t n = f.problem.starts[split]; n < f.problem.starts[split + 1]; ++n) {
+      const int64_t first = (n * f.problem.channels + channel) * pixels;
+      cover<V::size>(pixels, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        const V x = load(f.input + first + i, lanes);
+        write(f.output + first + i, multiply_add(x - center, scale, shift), lanes);
+      });
+    }
+  });
 }
 
 // Calls body(split, channel, index of both) in parallel.
@@ -180,12 +182,14 @@ void backward_planes(const SplitBackward<T>& b) {
     if (!b.grad_input) return;
     const Pullback<A> of = pullback(b, at, mean_product, mean_grad);
     const V of_grad(of.of_grad), of_input(of.of_input), shift(of.shift);
-    for (int64_t n = problem.starts[split]; n < problem.starts[split + 1]; ++n) {
-      const int64_t first = n * stride + channel * problem.pixels;
-      cover<V::size>(problem.pixels, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        const V x = load(b.input + first + i, lanes) - center, g = load(b.grad + first + i, lanes);
-        store(b.grad_input + first + i, multiply_add(g, of_grad, multiply_add(x, of_input, shift)), lanes);
-      });
-    }
+    with_store(b.grad_input, problem.pixels, problem.images() * stride, [&](auto write) {
+      for (int64_t n = problem.starts[split]; n < problem.starts[split + 1]; ++n) {
+        const int64_t first = n * stride + channel * problem.pixels;
+        cover<V::size>(problem.pixels, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          const V x = load(b.input + first + i, lanes) - center, g = load(b.grad + first + i, lanes);
+          write(b.grad_input + first + i, multiply_add(g, of_grad, multiply_add(x, of_input, shift)), lanes);
+        });
+      }
+    });
   });
 }
