@@ -3,6 +3,9 @@
 // Elements whose sums are taken in vectors, small enough for the first cache.
 constexpr int64_t kBlock = 4096;
 
+// Planes of fewer bytes are over before the processor begins to prefetch.
+constexpr int64_t kShortBytes = 512;
+
 // What is left of a plane after whole vectors: the last vector of it with the lanes that are new, or less than one.
 template <typename A>
 struct Rest {
@@ -70,6 +73,13 @@ PAPER_LAYERS_INLINE void each_block(const SplitBatchNormProblem& problem, int64_
   }
 }
 
+// Asks for the plane behind a short one: it is the next channel's.
+template <typename T>
+PAPER_LAYERS_INLINE void prefetch_next(const T* plane, int64_t length) {
+  if (length * int64_t(sizeof(T)) >= kShortBytes) return;
+  for (int64_t i = 0; i < length; i += 64 / sizeof(T)) __builtin_prefetch(plane + length + i);
+}
+
 template <typename T>
 Moments plane_moments(const SplitBatchNormProblem& problem, const T* input, int64_t split, int64_t channel) {
   using A = Accumulator<T>;
@@ -84,6 +94,7 @@ Moments plane_moments(const SplitBatchNormProblem& problem, const T* input, int6
     V sums[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
     for (int64_t n = 0; n < planes; ++n) {
       const T* x = input + first + n * stride;
+      prefetch_next(x, length);
       each_vector(length, rest, [&](int64_t i, auto lanes, int slot) __attribute__((always_inline)) {
         sums[slot] = sums[slot] + kept(load(x + i, lanes) - V(origin), lanes);
       });
@@ -164,6 +175,8 @@ void backward_planes(const SplitBackward<T>& b) {
         V product[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))}, sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
         for (int64_t n = 0; n < planes; ++n) {
           const T *g = b.grad + first + n * stride, *x = b.input + first + n * stride;
+          prefetch_next(g, length);
+          prefetch_next(x, length);
           each_vector(length, rest, [&](int64_t i, auto lanes, int slot) __attribute__((always_inline)) {
             const V grad = kept(load(g + i, lanes), lanes);
             sum[slot] = sum[slot] + grad;

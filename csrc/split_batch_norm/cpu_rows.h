@@ -3,9 +3,9 @@
 // Rows after which deviations are taken from a new mean, and bytes of such groups whose sums are merged in double.
 constexpr int64_t kGroup = 64, kChunkBytes = 1 << 17;
 
-// Rows of at least a page are streams of their own to the processor's prefetching, and several are read side by side.
-// Shorter ones are asked for in the order of memory, at least so many bytes ahead.
-constexpr int64_t kPageBytes = 1 << 12, kAheadBytes = 1 << 13;
+// Rows of at least so many bytes are each a page, and a stream, of its own to the processor's prefetching, and several
+// are read side by side. Shorter ones are read in the order of memory.
+constexpr int64_t kPageBytes = 1 << 12;
 
 // Calls body(c, lanes) for each vector of channels, each channel once.
 template <int64_t size, typename Body>
@@ -15,24 +15,11 @@ PAPER_LAYERS_INLINE void each_channels(int64_t channels, Body&& body) {
   if (c < channels) body(c, channels - c);
 }
 
-template <typename T>
-PAPER_LAYERS_INLINE void prefetch(const T* values, int64_t count) {
-  const char* first = reinterpret_cast<const char*>(values);
-  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(first + kAheadBytes + i);
-}
-
-// Calls body(row, number of rows) for blocks of the rows of inputs, and one by one for those that are left.
-template <typename Body, typename... T>
-PAPER_LAYERS_INLINE void each_block(Range rows, int64_t channels, const Body& body, const T*... inputs) {
+// Calls body(row, number of rows) for blocks of rows of so many bytes.
+template <typename Body>
+PAPER_LAYERS_INLINE void each_block(Range rows, int64_t bytes, const Body& body) {
   int64_t r = rows.begin;
-  if (((channels * int64_t(sizeof(T)) >= kPageBytes) && ...)) {
-    for (; r + 8 <= rows.end; r += 8) body(r, std::integral_constant<int, 8>());
-  } else {
-    for (; r + 2 <= rows.end; r += 2) {
-      (prefetch(inputs + r * channels, 2 * channels), ...);
-      body(r, std::integral_constant<int, 2>());
-    }
-  }
+  for (; bytes >= kPageBytes && r + 8 <= rows.end; r += 8) body(r, std::integral_constant<int, 8>());
   for (; r < rows.end; ++r) body(r, std::integral_constant<int, 1>());
 }
 
@@ -103,7 +90,7 @@ void add_moments(const T* input, int64_t rows, int64_t channels, RowMoments<Accu
         store(of.products + c, product, lanes);
       });
     };
-    each_block({first, end}, channels, add, input);
+    each_block({first, end}, channels * sizeof(T), add);
     const V count(A(end - first)), share(A(1) / A(end)), zero(A(0));
     each_channels<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       const V mean = load(of.means + c, lanes), rest = load(of.rests + c, lanes), sum = load(of.sums + c, lanes);
@@ -208,7 +195,7 @@ void row_sums(const SplitBackward<T>& b, const Chunks& chunks) {
         store(sums + c, sum, lanes);
       });
     };
-    each_block(rows, channels, add, b.grad, b.input);
+    each_block(rows, channels * sizeof(T), add);
   });
   Scratch<double> totals(2 * values);
   chunks.each_in_turn(channels, [&](const Chunks::Chunk& chunk, int64_t i, Range of) {
