@@ -174,8 +174,8 @@ bool sort_few(T* scores, int32_t* indices, int64_t count) {
   return true;
 }
 
-// The largest scores first. Those of up to 2^16 are sorted as integers from 0 to 2^16 - 1, by one byte after the other;
-// the few that become equal, by insertion.
+// The largest scores first, where there is room for a vector more. Those of up to 2^16 are sorted as integers from 0 to
+// 2^16 - 1, by one byte after the other; the few that become equal, by insertion.
 template <typename T>
 class RoundedSort {
   struct Entry {
@@ -200,12 +200,15 @@ class RoundedSort {
 
  private:
   // False where a score is too large for differences.
-  bool sort_rounded(const T* scores, const int32_t* indices, int64_t count) {
-    T top = scores[0], bottom = scores[0];
-    for (int64_t i = 0; i < count; ++i) {
-      top = scores[i] > top ? scores[i] : top;
-      bottom = scores[i] < bottom ? scores[i] : bottom;
+  bool sort_rounded(T* scores, const int32_t* indices, int64_t count) {
+    using V = Vec<T>;
+    std::fill_n(scores + count, V::size, scores[0]);
+    V largest(scores[0]), least = largest;
+    for (int64_t i = 0; i < count; i += V::size) {
+      largest = max_or_second(load(scores + i), largest);
+      least = min_or_second(load(scores + i), least);
     }
+    const T top = largest_of(largest), bottom = -largest_of(V(-least.lanes));
     const T rate = top > bottom ? T(65535) / (top - bottom) : T(0);
     if (!std::isfinite(top - bottom) || !std::isfinite(rate)) return false;
     for (int64_t i = 0; i < count; ++i) {
@@ -368,14 +371,16 @@ class Selection {
     if (count == 0) return 0;
     const int64_t dilation = search_.problem.dilation, ranks = std::min(count, search_.problem.ranks());
     const T uncertainty = exact_.uncertainty(q, scores[count - 1], scores, indices, count);
-    int64_t segments = 0, chosen = 0, next = 0;  // the next wanted rank
-    for (int64_t begin = 0, end; begin < count && next < ranks; begin = end) {
-      for (end = begin + 1; end < count && scores[end] >= scores[end - 1] - uncertainty;) ++end;
-      if (next >= end) continue;
+    const auto near = [&](int64_t i) { return scores[i] >= scores[i - 1] - uncertainty; };
+    int64_t segments = 0, chosen = 0, end = 0;
+    for (int64_t rank = 0; rank < ranks; rank += dilation) {
+      if (rank < end) continue;
+      int64_t begin = rank;
+      while (begin > end && near(begin)) --begin;
+      for (end = rank + 1; end < count && near(end);) ++end;
       segments_[segments++] = {begin, end};
       if (chosen < begin) std::copy(indices + begin, indices + end, indices + chosen);
       chosen += end - begin;
-      while (next < end) next += dilation;
     }
     exact_.find(q, indices, chosen, found_.data());
     return segments;

@@ -113,7 +113,7 @@ struct Sample {
   static std::optional<Sample> of(const Search<T>& search, const Frame<T>& frame, const Panels<T>& points) {
     const double expected = double(search.wanted()) * size / search.points;
     const int64_t rank = static_cast<int64_t>(expected + 3 * std::sqrt(expected) + 2);
-    const bool worthwhile = search.points >= 8 * size && expected >= 10 && rank <= size / 2;
+    const bool worthwhile = search.points >= 8 * size && expected >= 5 && rank <= size / 2;
     for (int64_t i = 0; i < search.points; ++i) {
       if (!worthwhile || !points.there(i)) return std::nullopt;
     }
@@ -295,8 +295,32 @@ class PanelSearch {
            multiply_add(error, load(&points.lengths[at]), load(&points.offsets[at]));
   }
 
+  void give(int64_t queries, int64_t points, const T* products) {
+    if (exact_.sample) give_many(queries, points, products);
+    else give_few(queries, points, products);
+  }
+
+  // Where most vectors hold candidates.
+  __attribute__((noinline)) void give_many(int64_t queries, int64_t points, const T* products) {
+    const T *errors = &exact_.queries.errors[queries * width], *limits = &candidates_.limit(queries * width);
+    for (int64_t r = 0; r < width; ++r) {
+      const int64_t q = queries * width + r;
+      T* scores = candidates_.scores(q);
+      int32_t* indices = candidates_.indices(q);
+      int64_t n = candidates_.count(q);
+#pragma GCC unroll 3
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const V near = score(exact_.points, points, r, v, V(errors[r]), products);
+        n = append(scores, indices, n, near, indices_from<T>(points * width + v * V::size),
+                   lanes_not_below(near, V(limits[r])));
+      }
+      candidates_.count(q) = n;
+      if (candidates_.full(q)) selection_.shrink(q);
+    }
+  }
+
   // Branches on what rarely is near would mostly be mispredicted: a list of vectors that hold candidates comes first.
-  __attribute__((noinline)) void give(int64_t queries, int64_t points, const T* products) {
+  __attribute__((noinline)) void give_few(int64_t queries, int64_t points, const T* products) {
     struct Near {
       uint32_t lanes, place;
     } near[width * kVectors];
