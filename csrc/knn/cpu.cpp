@@ -20,8 +20,9 @@ namespace {
 
 std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::optional<Tensor> query_ptr,
                                std::optional<Tensor> points_ptr, int64_t k, int64_t dilation, bool inner,
-                               bool include_self) {
-  const KnnProblem problem = knn_problem(query, points, query_ptr, points_ptr, k, dilation, inner, include_self);
+                               bool include_self, std::optional<Tensor> ranks) {
+  const KnnProblem problem =
+      knn_problem(query, points, query_ptr, points_ptr, k, dilation, inner, include_self, ranks);
   const ScalarType dtype = accumulation_dtype(query.scalar_type());
   const Tensor q = torch::stable::contiguous(torch::stable::to(query, dtype));
   const bool same = points.const_data_ptr() == query.const_data_ptr() && equal(points.sizes(), query.sizes()) &&

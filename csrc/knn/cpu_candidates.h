@@ -309,16 +309,18 @@ class Selection {
     if (count > 0 && !sort_few(scores, indices, count)) sort_(scores, indices, count);
     const int64_t segments = find_segments(q, scores, indices, count);
     const Row<T> written = search_.row(row);
-    const int64_t k = search_.problem.k, dilation = search_.problem.dilation;
-    int64_t r = 0, rank = 0;  // rank r * dilation is the next
+    const KnnProblem& problem = search_.problem;
+    int64_t r = 0;
     Found* found = found_.data();
     for (int64_t s = 0; s < segments; ++s) {
       const Range segment = segments_[s];
       if (segment.size() > 1) std::sort(found, found + segment.size());
-      for (; rank < segment.end && r < k; ++r, rank += dilation) written.write(r, found[rank - segment.begin]);
+      for (; r < problem.k && problem.rank(r) < segment.end; ++r) {
+        written.write(r, found[problem.rank(r) - segment.begin]);
+      }
       found += segment.size();
     }
-    for (; r < k; ++r) written.write_none(r);
+    for (; r < problem.k; ++r) written.write_none(r);
   }
 
  private:
@@ -369,11 +371,12 @@ class Selection {
   // hold a wanted rank. Returns how many those are.
   int64_t find_segments(int64_t q, const T* scores, int32_t* indices, int64_t count) {
     if (count == 0) return 0;
-    const int64_t dilation = search_.problem.dilation, ranks = std::min(count, search_.problem.ranks());
+    const KnnProblem& problem = search_.problem;
     const T uncertainty = exact_.uncertainty(q, scores[count - 1], scores, indices, count);
     const auto near = [&](int64_t i) { return scores[i] >= scores[i - 1] - uncertainty; };
     int64_t segments = 0, chosen = 0, end = 0;
-    for (int64_t rank = 0; rank < ranks; rank += dilation) {
+    for (int64_t r = 0; r < problem.k && problem.rank(r) < count; ++r) {
+      const int64_t rank = problem.rank(r);
       if (rank < end) continue;
       int64_t begin = rank;
       while (begin > end && near(begin)) --begin;

@@ -115,7 +115,7 @@ void search_all(const Search<T>& search, int64_t query, const int32_t* all, Foun
   std::sort(found, found + count);
   const Row<T> row = search.row(query);
   for (int64_t r = 0; r < problem.k; ++r) {
-    if (r * problem.dilation < count) row.write(r, found[r * problem.dilation]);
+    if (problem.rank(r) < count) row.write(r, found[problem.rank(r)]);
     else row.write_none(r);
   }
 }

@@ -216,8 +216,8 @@ bool same_data(const Tensor& a, const Tensor& b) {
 
 std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points, std::optional<Tensor> query_ptr,
                                std::optional<Tensor> points_ptr, int64_t k, int64_t dilation, bool inner,
-                               bool include_self) {
-  check_knn(any_query, any_points, query_ptr, points_ptr, k, dilation);
+                               bool include_self, std::optional<Tensor> ranks) {
+  check_knn(any_query, any_points, query_ptr, points_ptr, k, dilation, ranks);
   const int32_t device = any_query.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const ScalarType dtype = accumulation_dtype(any_query.scalar_type());
@@ -226,6 +226,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points
   const Tensor points = same_rows ? query : torch::stable::contiguous(torch::stable::to(any_points, dtype));
   if (query_ptr.has_value()) query_ptr = torch::stable::contiguous(*query_ptr);
   if (points_ptr.has_value()) points_ptr = torch::stable::contiguous(*points_ptr);
+  if (ranks.has_value()) ranks = torch::stable::contiguous(*ranks);
   const CloudRows query_rows = cloud_rows("query_ptr", query, query_ptr);
   const CloudRows point_rows = cloud_rows("points_ptr", points, points_ptr);
   STD_TORCH_CHECK(query_rows.clouds == point_rows.clouds, "points_ptr: expected as many clouds as query_ptr has, ",
@@ -242,8 +243,13 @@ std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points
   const Tensor distance = torch::stable::new_empty(query, shape, dtype);
   const auto run = [&](auto element) {
     using T = decltype(element);
-    const Wanted<T> wanted{k,     dilation,     inner,
-                           include_self, index.mutable_data_ptr<int64_t>(), distance.mutable_data_ptr<T>()};
+    const Wanted<T> wanted{k,
+                           dilation,
+                           ranks.has_value() ? ranks->const_data_ptr<int64_t>() : nullptr,
+                           inner,
+                           include_self,
+                           index.mutable_data_ptr<int64_t>(),
+                           distance.mutable_data_ptr<T>()};
     if (query_rows.starts != nullptr) {
       for_each_index<int64_t>(index.numel(), device, WriteNobody<T>{wanted.index, wanted.distance});
     }

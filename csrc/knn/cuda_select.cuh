@@ -105,13 +105,14 @@ struct WarpLists {
 template <typename A>
 struct Wanted {
   int64_t k, dilation;
+  const int64_t* listed;  // The wanted ranks, or null for every one of `dilation`. Their contents are not known here.
   bool inner, include_self;
   int64_t* index;
   A* distance;
 
   // Nearest points that hold all the wanted ranks, and one more where the point itself is then left out.
   C10_HOST_DEVICE int64_t among(int64_t points) const {
-    const int64_t ranks = (k - 1) * dilation + (include_self ? 1 : 2);
+    const int64_t ranks = (listed ? k * dilation : (k - 1) * dilation + 1) + (include_self ? 0 : 1);
     return ranks < points ? ranks : points;
   }
 
@@ -127,8 +128,8 @@ struct Wanted {
       }
     }
     for (int64_t r = lane; r < k; r += kWarp) {
-      const int64_t rank = r * dilation, place = rank + (rank >= own_rank ? 1 : 0);
-      const bool there = place < count;
+      const int64_t rank = listed ? listed[r] : r * dilation, place = rank + (rank >= own_rank ? 1 : 0);
+      const bool there = 0 <= place && place < count;
       index[query * k + r] = there ? found.indices[place] + offset : -1;
       distance[query * k + r] = there ? static_cast<A>(found.distances[place]) : static_cast<A>(INFINITY);
     }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -27,9 +28,11 @@ struct KnnProblem {
   int64_t k, dilation;
   bool inner;         // the negative inner product in place of the squared distance
   bool include_self;
+  std::vector<int64_t> listed = {};  // The wanted ranks, or nothing for every one of so many.
 
+  int64_t rank(int64_t r) const { return listed.empty() ? r * dilation : listed[r]; }
   // How many nearest points hold all the wanted ranks.
-  int64_t ranks() const { return (k - 1) * dilation + 1; }
+  int64_t ranks() const { return rank(k - 1) + 1; }
 };
 
 // The starts of the clouds: from 0 to the number of rows, never descending.
@@ -56,7 +59,8 @@ inline void check_points(const char* name, const Tensor& points, const Tensor& q
 
 // What is known of the arguments without the clouds' starts.
 inline void check_knn(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
-                      const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation) {
+                      const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation,
+                      const std::optional<Tensor>& ranks) {
   STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
                   to_string(query.sizes()));
   const int64_t last = query.dim() - 1;
@@ -67,15 +71,29 @@ inline void check_knn(const Tensor& query, const Tensor& points, const std::opti
   STD_TORCH_CHECK(1 <= k && 1 <= dilation && k <= limit / dilation,
                   "k and dilation: expected numbers from 1 with a product of at most ", limit, ", got ", k, " and ",
                   dilation);
+  if (!ranks.has_value()) return;
+  STD_TORCH_CHECK(ranks->scalar_type() == ScalarType::Long && ranks->dim() == 1 && ranks->size(0) == k,
+                  "ranks: expected int64 of shape (", k, ",), got ", ranks->scalar_type(), " of shape ",
+                  to_string(ranks->sizes()));
+  check_same_device("ranks", *ranks, "query", query);
 }
 
 inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
                               const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation, bool inner,
-                              bool include_self) {
-  check_knn(query, points, query_ptr, points_ptr, k, dilation);
+                              bool include_self, const std::optional<Tensor>& ranks) {
+  check_knn(query, points, query_ptr, points_ptr, k, dilation, ranks);
   const int64_t last = query.dim() - 1;
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
   KnnProblem problem{{}, query.size(last), k, dilation, inner, include_self};
+  if (ranks.has_value()) {
+    const Tensor dense = torch::stable::contiguous(*ranks);
+    problem.listed.assign(dense.const_data_ptr<int64_t>(), dense.const_data_ptr<int64_t>() + k);
+    STD_TORCH_CHECK(std::adjacent_find(problem.listed.begin(), problem.listed.end(), std::greater_equal<>()) ==
+                            problem.listed.end() &&
+                        problem.listed.front() >= 0 && problem.listed.back() < k * dilation,
+                    "ranks: expected ascending numbers from 0 to ", k * dilation - 1, ", got ",
+                    to_string(problem.listed));
+  }
   if (last == 2) {
     const int64_t m = query.size(1), n = points.size(1);
     for (int64_t b = 0; b < query.size(0); ++b) problem.clouds.push_back({{b * m, b * m + m}, {b * n, b * n + n}, 0});

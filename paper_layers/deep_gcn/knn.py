@@ -79,4 +79,5 @@ class DilatedKNN(nn.Module):
             columns = random
         else:
             return knn(x, k=self.k, dilation=self.dilation, **clouds)[0]
-        return knn(x, k=self.k * self.dilation, **clouds)[0][..., columns.to(x.device)]
+        ranks = columns.sort().values.to(x.device)
+        return knn(x, k=self.k, dilation=self.dilation, ranks=ranks, **clouds)[0]

@@ -57,10 +57,12 @@ def _reference(
     dilation: int,
     inner: bool,
     include_self: bool,
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, targets = query.flatten(0, -2), points.flatten(0, -2)
     index = torch.full((rows.shape[0], k), -1, device=query.device)
     distance = torch.full((rows.shape[0], k), torch.inf, dtype=torch.float64, device=query.device)
+    wanted = torch.arange(0, k * dilation, dilation, device=query.device) if ranks is None else ranks
     for cloud in _clouds(query, points, query_ptr, points_ptr):
         mine, others = rows[cloud.query], targets[cloud.points]
         step = max(1, _CHUNK // max(1, others.numel()))
@@ -70,7 +72,7 @@ def _reference(
                 found.diagonal(start).fill_(torch.nan)
             # Sorting puts NaN last: what is NaN is nobody's neighbour.
             ordered, order = found.sort(dim=1, stable=True)
-            ordered, order = (t[:, : (k - 1) * dilation + 1 : dilation] for t in (ordered, order))
+            ordered, order = (t[:, wanted[wanted < t.shape[1]]] for t in (ordered, order))
             valid = ~ordered.isnan()
             block = slice(cloud.query.start + start, cloud.query.start + start + found.shape[0]), slice(order.shape[1])
             index[block] = torch.where(valid, order + cloud.offset, -1)
@@ -88,6 +90,7 @@ def _fake(
     dilation: int,
     inner: bool,
     include_self: bool,
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:-1], k)
     return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=_distance_dtype(query.dtype))
@@ -118,7 +121,7 @@ def _backward_fake(grad: Tensor, query: Tensor, points: Tensor, index: Tensor, i
 
 _knn_op = define(
     "knn(Tensor query, Tensor points, Tensor? query_ptr, Tensor? points_ptr, int k, int dilation, bool inner, "
-    "bool include_self) -> (Tensor, Tensor)",
+    "bool include_self, Tensor? ranks=None) -> (Tensor, Tensor)",
     _reference,
     _fake,
 )
@@ -134,20 +137,25 @@ _Settings = tuple[int, int, bool, bool]  # k, dilation, inner, include_self
 class _KNN(torch.autograd.Function):
     @staticmethod
     def forward(
-        query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr: Tensor | None, settings: _Settings
+        query: Tensor,
+        points: Tensor,
+        query_ptr: Tensor | None,
+        points_ptr: Tensor | None,
+        ranks: Tensor | None,
+        settings: _Settings,
     ) -> tuple[Tensor, Tensor]:
-        return _knn_op(query, points, query_ptr, points_ptr, *settings)
+        return _knn_op(query, points, query_ptr, points_ptr, *settings, ranks)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, points, _, _, settings = inputs
+        query, points, *_, settings = inputs
         ctx.inner = settings[2]
         ctx.mark_non_differentiable(output[0])
         ctx.save_for_backward(query, points, output[0])
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_KNNBackward.apply(grad, *ctx.saved_tensors, ctx.inner), None, None, None
+        return *_KNNBackward.apply(grad, *ctx.saved_tensors, ctx.inner), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
@@ -185,6 +193,7 @@ def knn(
     k: int = 16,
     *,
     dilation: int = 1,
+    ranks: Tensor | None = None,
     batch: Tensor | None = None,
     points_batch: Tensor | None = None,
     ptr: Tensor | None = None,
@@ -207,6 +216,8 @@ def knn(
         points: The points to search, of shape (B, N, C) or (N, C); default the queries themselves.
         k: Neighbours of each query.
         dilation: Keep every `dilation`-th neighbour.
+        ranks: Which of the ``k * dilation`` nearest to keep in place of every `dilation`-th: ascending numbers from 0,
+            int64 of shape (k,).
         batch: The cloud of each query, int64 of shape (M,) in ascending order, as in PyG. Reads the number of clouds
             from the data; under `torch.compile` use `ptr`.
         points_batch: The same for `points`.
@@ -244,6 +255,9 @@ def knn(
         raise ValueError(f"points: expected shape {expected}, got {tuple(targets.shape)}")
     _checks.integer("k", k, 1)
     _checks.integer("dilation", dilation, 1)
+    if ranks is not None:
+        _checks.int64("ranks", ranks, k)
+        _checks.same_device("ranks", ranks, "query", query)
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     if not include_self and points is not None:
@@ -262,7 +276,7 @@ def knn(
     if single:
         query, targets = query[None], targets[None]
     settings = (k, dilation, metric == "inner", bool(include_self))
-    index, distance = _KNN.apply(query, targets, *starts, settings)
+    index, distance = _KNN.apply(query, targets, *starts, ranks, settings)
     if metric == "cosine":
         distance = distance / 2  # |x - y|^2 / 2 = 1 - x.y for vectors of length one
     return (index[0], distance[0]) if single else (index, distance)

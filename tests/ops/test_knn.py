@@ -18,6 +18,7 @@ from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
 def neighbours(query: Tensor, points: Tensor | None = None, k: int = 16, **options: Any) -> tuple[Tensor, Tensor]:
     """What knn promises, cloud by cloud and query by query, from float64 and Python's own sorting."""
     dilation, metric = options.get("dilation", 1), options.get("metric", "sqeuclidean")
+    ranks = options.get("ranks", torch.arange(0, k * dilation, dilation)).tolist()
     targets = query if points is None else points
     if query.dim() == 3:
         parts = [
@@ -40,7 +41,7 @@ def neighbours(query: Tensor, points: Tensor | None = None, k: int = 16, **optio
             distance = -(cloud * q).sum(1)
         order = [(d, j) for j, d in enumerate(distance.tolist(), int(start)) if d == d]
         order = sorted(pair for pair in order if options.get("include_self", True) or pair[1] != i)
-        found = [j for _, j in order[: k * dilation : dilation]]
+        found = [order[rank][1] for rank in ranks if rank < len(order)]
         index[i, : len(found)] = torch.tensor(found, dtype=torch.int64)
     return index, distances(query, targets, index, metric)
 
@@ -76,6 +77,11 @@ def cases(draw: st.DrawFn) -> Case:
         sizes, other = sizes[:1] * (clouds if form == "dense" else 1), other[:1] * (clouds if form == "dense" else 1)
     separate = draw(st.booleans())
     options: dict[str, Any] = {"k": draw(st.integers(1, 40)), "dilation": draw(st.integers(1, 5))}
+    if draw(st.booleans()):
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+        options["ranks"] = torch.randperm(options["k"] * options["dilation"], generator=generator)[
+            : options["k"]
+        ].sort()[0]
     options["metric"] = draw(st.sampled_from(["sqeuclidean", "sqeuclidean", "inner"]))
     if not separate:
         options["include_self"] = draw(st.booleans())
@@ -133,6 +139,10 @@ class TestKNN(OpBattery):
         "k zero": (call(k=0), ValueError, "k: expected at least 1, got 0"),
         "k type": (call(k=2.0), TypeError, "k: expected an int, got 2.0"),
         "dilation": (call(dilation=0), ValueError, "dilation: expected at least 1, got 0"),
+        "ranks type": (call(k=2, ranks=[0, 1]), TypeError, "ranks: expected an int64 Tensor, got list"),
+        "ranks shape": (call(k=2, ranks=ptr(0, 1, 2)), ValueError, r"ranks: expected shape \(2,\), got \(3,\)"),
+        "ranks order": (call(k=2, dilation=2, ranks=ptr(1, 1)), RuntimeError, r"ranks: .*from 0 to 3, got \(1, 1\)"),
+        "ranks range": (call(k=2, dilation=2, ranks=ptr(1, 4)), RuntimeError, r"ranks: .*from 0 to 3, got \(1, 4\)"),
         "metric": (call(metric="l1"), ValueError, "metric: expected one of sqeuclidean, cosine, inner, got 'l1'"),
         "self": (call(points=cloud(2, 9, 3), include_self=False), ValueError, "include_self: expected True"),
         "dense with ptr": (call(ptr=ptr(0, 10)), ValueError, "ptr: expected None"),
@@ -187,6 +197,7 @@ class TestKNN(OpBattery):
         inner = case.options.get("metric") == "inner"
         starts = (case.options.get("ptr"), case.options.get("points_ptr", case.options.get("ptr")))
         options = (case.options["k"], case.options.get("dilation", 1), inner, case.options.get("include_self", True))
+        options += (case.options.get("ranks"),)
         index, distance = torch.ops.paper_layers.knn(query, points, *starts, *options)
         return {
             "knn": (query, points, *starts, *options),

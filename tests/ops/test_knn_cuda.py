@@ -26,7 +26,7 @@ MANY = 40000  # points of a cloud that is searched by a tree
 
 forward = torch.ops.paper_layers.knn
 backward = torch.ops.paper_layers.knn_backward
-Options = tuple[Tensor | None, Tensor | None, int, int, bool, bool]
+Options = tuple[Tensor | None, Tensor | None, int, int, bool, bool, Tensor | None]
 
 
 def _check(query: Tensor, points: Tensor, options: Options, rows: int | None = None) -> None:
@@ -64,8 +64,10 @@ def _ptr(*starts: int) -> Tensor:
     return torch.tensor(starts, device=DEVICE)
 
 
-def _dense(k: int, dilation: int = 1, inner: bool = False, include_self: bool = True) -> Options:
-    return None, None, k, dilation, inner, include_self
+def _dense(
+    k: int, dilation: int = 1, inner: bool = False, include_self: bool = True, ranks: Tensor | None = None
+) -> Options:
+    return None, None, k, dilation, inner, include_self, ranks
 
 
 def _clusters(x: Tensor) -> Tensor:
@@ -103,9 +105,9 @@ def test_matches_reference(dtype: torch.dtype) -> None:
         starts = [options.get("ptr"), options.get("points_ptr", options.get("ptr"))]
         if query.dim() == 2 and starts[0] is None:
             query, points = query[None], points[None]
-        starts = [None if t is None else t.to(DEVICE) for t in starts]
+        *starts, ranks = (None if t is None else t.to(DEVICE) for t in (*starts, options.get("ranks")))
         settings = (options["k"], options["dilation"], options["metric"] == "inner", options.get("include_self", True))
-        _check(query, points, (starts[0], starts[1], *settings))
+        _check(query, points, (starts[0], starts[1], *settings, ranks))
 
     check()
 
@@ -117,6 +119,7 @@ def test_many_blocks(dtype: torch.dtype, channels: int, inner: bool) -> None:
     x, y = _random(3, 300, channels, dtype=dtype), _random(3, 650, channels, dtype=dtype, seed=1)
     _check(x, y, _dense(20, 2, inner))
     _check(y, y, _dense(20, 2, inner, False))
+    _check(y, y, _dense(5, 8, inner, False, _ptr(0, 3, 20, 38, 39)))
 
 
 @pytest.mark.parametrize("channels", [3, 16])
@@ -154,7 +157,9 @@ def test_empty(clouds: int, m: int, n: int, channels: int) -> None:
     _check(_random(clouds, m, channels), _random(clouds, n, channels), _dense(3))
     starts = _ptr(*range(0, clouds * m + 1, max(1, m))) if m else _ptr(*[0] * (clouds + 1))
     points_starts = _ptr(*range(0, clouds * n + 1, max(1, n))) if n else _ptr(*[0] * (clouds + 1))
-    _check(_random(clouds * m, channels), _random(clouds * n, channels), (starts, points_starts, 3, 1, False, True))
+    _check(
+        _random(clouds * m, channels), _random(clouds * n, channels), (starts, points_starts, 3, 1, False, True, None)
+    )
 
 
 @pytest.mark.parametrize("channels", [3, 32])
@@ -241,6 +246,8 @@ def test_bad_arguments_are_refused_before_memory_is_touched() -> None:
         "query_ptr: expected int64": lambda: forward(x[0], x[0], starts.int(), starts, 3, 1, False, True),
         "points_ptr: expected the device": lambda: forward(x[0], x[0], starts, starts.cpu(), 3, 1, False, True),
         "points_ptr: expected as many": lambda: forward(x[0], x[0], starts, _ptr(0, 4, 9), 3, 1, False, True),
+        "ranks: expected int64 of shape": lambda: forward(x, x, *_dense(3, ranks=starts)),
+        "ranks: expected the device": lambda: forward(x, x, *_dense(len(starts), ranks=starts.cpu())),
         "k and dilation": lambda: forward(x, x, *_dense(0)),
         "include_self": lambda: forward(x, x[:, :5], *_dense(3, include_self=False)),
         "index: expected int64": lambda: backward(distance, x, x, index.int(), False),
