@@ -96,6 +96,20 @@ PAPER_LAYERS_INLINE void store_streaming(T* p, Vec<T> v) {
 #endif
 }
 
+// One number, where its neighbours in memory follow.
+template <typename T>
+PAPER_LAYERS_INLINE void store_streaming(T* p, T value) {
+#ifdef PAPER_LAYERS_X86
+  std::conditional_t<sizeof(T) == 8, long long, int> bits;
+  static_assert(sizeof(bits) == sizeof(T));
+  std::memcpy(&bits, &value, sizeof(bits));
+  if constexpr (sizeof(T) == 8) _mm_stream_si64(reinterpret_cast<long long*>(p), bits);
+  else _mm_stream_si32(reinterpret_cast<int*>(p), bits);
+#else
+  *p = value;
+#endif
+}
+
 // Makes streamed stores visible before what follows.
 PAPER_LAYERS_INLINE void finish_streaming() {
 #ifdef PAPER_LAYERS_X86

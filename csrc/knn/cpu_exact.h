@@ -14,14 +14,22 @@ struct Row {
   int64_t* index;
   T* distance;
   int64_t offset;
+  bool streaming;  // Past the caches: rows of whole lines, in any order and many of them.
 
   void write(int64_t r, const Found& found) const {
-    index[r] = found.index + offset;
-    distance[r] = static_cast<T>(found.distance);
+    put(r, found.index + offset, static_cast<T>(found.distance));
   }
-  void write_none(int64_t r) const {
-    index[r] = -1;
-    distance[r] = std::numeric_limits<T>::infinity();
+  void write_none(int64_t r) const { put(r, -1, std::numeric_limits<T>::infinity()); }
+
+ private:
+  void put(int64_t r, int64_t i, T d) const {
+    if (streaming) {
+      store_streaming(index + r, i);
+      store_streaming(distance + r, d);
+    } else {
+      index[r] = i;
+      distance[r] = d;
+    }
   }
 };
 
@@ -38,7 +46,12 @@ struct Search {
   int64_t channels() const { return problem.channels; }
   const T* query_at(int64_t i) const { return query + i * problem.channels; }
   const T* point_at(int64_t j) const { return point + j * problem.channels; }
-  Row<T> row(int64_t i) const { return {index + i * problem.k, distance + i * problem.k, offset}; }
+  Row<T> row(int64_t i) const {
+    const int64_t row_bytes = problem.k * sizeof(T);  // The rows of indices are once or twice as long.
+    const auto addresses = reinterpret_cast<uintptr_t>(index) | reinterpret_cast<uintptr_t>(distance);
+    const bool streaming = queries * row_bytes > kStreamingBytes && (row_bytes | addresses) % 64 == 0;
+    return {index + i * problem.k, distance + i * problem.k, offset, streaming};
+  }
   // Nearest points to look for: one more where the point itself is then left out.
   int64_t wanted() const { return std::min(points, problem.ranks() + (problem.include_self ? 0 : 1)); }
   bool searches_itself() const { return query == point && queries == points; }
@@ -129,5 +142,6 @@ void search_pairs(const Search<T>& search) {
     std::iota(all.begin(), all.end(), 0);
     std::vector<Found> found(search.points);
     for (int64_t i = begin; i < end; ++i) search_all(search, i, all.data(), found.data());
+    finish_streaming();
   });
 }

@@ -46,6 +46,7 @@ class SymmetricSearch {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       PanelSearch<T> search(exact_, candidates_);
       for (int64_t i = begin; i < end; ++i) body(search, i);
+      finish_streaming();
     });
   }
 
@@ -88,5 +89,6 @@ void search_panels(const Search<T>& search) {
       for (int64_t p = 0; p < points.count; ++p) panels.compare(q, p);
       panels.finish(q);
     }
+    finish_streaming();
   });
 }

@@ -373,5 +373,6 @@ void search_tree(const Search<T>& search) {
   torch::stable::parallel_for(0, groups.size() - 1, 8, [&](int64_t begin, int64_t end) {
     TreeWalk<T> walk(search, tree);
     for (int64_t g = begin; g < end; ++g) walk.run(queries.data() + groups[g], groups[g + 1] - groups[g]);
+    finish_streaming();
   });
 }
