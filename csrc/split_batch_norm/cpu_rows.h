@@ -17,7 +17,7 @@ PAPER_LAYERS_INLINE void each_channels(int64_t channels, Body&& body) {
 
 // Calls body(row, number of rows) for blocks of rows of so many bytes.
 template <typename Body>
-PAPER_LAYERS_INLINE void each_block(Range rows, int64_t bytes, const Body& body) {
+PAPER_LAYERS_INLINE void each_row_block(Range rows, int64_t bytes, const Body& body) {
   int64_t r = rows.begin;
   for (; bytes >= kPageBytes && r + 8 <= rows.end; r += 8) body(r, std::integral_constant<int, 8>());
   for (; r < rows.end; ++r) body(r, std::integral_constant<int, 1>());
@@ -90,7 +90,7 @@ void add_moments(const T* input, int64_t rows, int64_t channels, RowMoments<Accu
         store(of.products + c, product, lanes);
       });
     };
-    each_block({first, end}, channels * sizeof(T), add);
+    each_row_block({first, end}, channels * sizeof(T), add);
     const V count(A(end - first)), share(A(1) / A(end)), zero(A(0));
     each_channels<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       const V mean = load(of.means + c, lanes), rest = load(of.rests + c, lanes), sum = load(of.sums + c, lanes);
@@ -195,7 +195,7 @@ void row_sums(const SplitBackward<T>& b, const Chunks& chunks) {
         store(sums + c, sum, lanes);
       });
     };
-    each_block(rows, channels * sizeof(T), add);
+    each_row_block(rows, channels * sizeof(T), add);
   });
   Scratch<double> totals(2 * values);
   chunks.each_in_turn(channels, [&](const Chunks::Chunk& chunk, int64_t i, Range of) {
