@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from paper_layers.ops._autograd import Function
+
 
 class SpectralLinear(nn.Linear):
     r"""A linear layer that makes `torch.nn.utils.parametrizations.spectral_norm` cheap: same numbers, same state dict.
@@ -60,7 +62,7 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
     return _ScaledLinear.apply(input, weight, bias, left, right, inverse)
 
 
-class _ScaledLinear(torch.autograd.Function):
+class _ScaledLinear(Function):
     @staticmethod
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, inverse: Tensor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paper_layers.ops import _checks
+from paper_layers.ops._autograd import Function
 from paper_layers.ops._index import flat_index
 from paper_layers.ops._library import define
 from paper_layers.ops._vmap import one_by_one
@@ -114,7 +115,7 @@ _backward_op = define(
 )
 
 
-class _EdgeConv(torch.autograd.Function):
+class _EdgeConv(Function):
     @staticmethod
     def forward(
         center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None, statistics: bool
@@ -136,7 +137,7 @@ class _EdgeConv(torch.autograd.Function):
         return one_by_one(_EdgeConv.apply, info.batch_size, in_dims, arguments)
 
 
-class _EdgeConvBackward(torch.autograd.Function):
+class _EdgeConvBackward(Function):
     @staticmethod
     def forward(
         grad: Tensor,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paper_layers.ops import _checks
+from paper_layers.ops._autograd import Function
 from paper_layers.ops._index import batch_starts, cloud_count, flat_index
 from paper_layers.ops._library import define
 from paper_layers.ops._vmap import one_by_one
@@ -134,7 +135,7 @@ _backward_op = define(
 _Settings = tuple[int, int, bool, bool]  # k, dilation, inner, include_self
 
 
-class _KNN(torch.autograd.Function):
+class _KNN(Function):
     @staticmethod
     def forward(
         query: Tensor,
@@ -163,7 +164,7 @@ class _KNN(torch.autograd.Function):
         return one_by_one(_KNN.apply, info.batch_size, in_dims, arguments)
 
 
-class _KNNBackward(torch.autograd.Function):
+class _KNNBackward(Function):
     @staticmethod
     def forward(grad: Tensor, query: Tensor, points: Tensor, index: Tensor, inner: bool) -> tuple[Tensor, Tensor]:
         return _backward_op(grad, query, points, index, inner)

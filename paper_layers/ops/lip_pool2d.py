@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paper_layers.ops import _checks
+from paper_layers.ops._autograd import Function
 from paper_layers.ops._layout import memory_format
 from paper_layers.ops._library import define
 
@@ -156,7 +157,7 @@ def _unfold(info: Any, tensor: Tensor) -> Tensor:
 _Geometry = tuple[list[int], list[int], list[int], bool]
 
 
-class _LIPPool2d(torch.autograd.Function):
+class _LIPPool2d(Function):
     @staticmethod
     def forward(input: Tensor, logit: Tensor, geometry: _Geometry) -> Tensor:
         return _forward_op(input, logit, *geometry)
@@ -177,7 +178,7 @@ class _LIPPool2d(torch.autograd.Function):
         return _unfold(info, output), 0
 
 
-class _LIPPool2dBackward(torch.autograd.Function):
+class _LIPPool2dBackward(Function):
     @staticmethod
     def forward(
         grad: Tensor, input: Tensor, logit: Tensor, output: Tensor, geometry: _Geometry

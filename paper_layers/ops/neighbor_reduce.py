@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paper_layers.ops import _checks
+from paper_layers.ops._autograd import Function
 from paper_layers.ops._index import flat_index
 from paper_layers.ops._library import define
 
@@ -81,7 +82,7 @@ _backward_op = define(
 )
 
 
-class _NeighborReduce(torch.autograd.Function):
+class _NeighborReduce(Function):
     @staticmethod
     def forward(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
         return _reduce_op(input, index, reduce, relative)
@@ -112,7 +113,7 @@ class _NeighborReduce(torch.autograd.Function):
         return (output.unflatten(0, split), arg), (0, 0)
 
 
-class _NeighborReduceBackward(torch.autograd.Function):
+class _NeighborReduceBackward(Function):
     @staticmethod
     def forward(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool) -> Tensor:
         return _backward_op(grad, index, arg, rows, reduce, relative)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paper_layers.ops import _checks
+from paper_layers.ops._autograd import Function
 from paper_layers.ops._layout import memory_format
 from paper_layers.ops._library import define
 
@@ -154,7 +155,7 @@ def _images(map: Tensor, dim: int | None) -> int:
     return map.shape[0] if dim is None else map.movedim(dim, 0).shape[1]
 
 
-class _PointSample(torch.autograd.Function):
+class _PointSample(Function):
     @staticmethod
     def forward(
         options: _Options,
@@ -193,7 +194,7 @@ class _PointSample(torch.autograd.Function):
         return output.unflatten(0, (info.batch_size, -1)), 0
 
 
-class _PointSampleBackward(torch.autograd.Function):
+class _PointSampleBackward(Function):
     """Gradients of the points, if wanted, and of the maps, if wanted."""
 
     @staticmethod

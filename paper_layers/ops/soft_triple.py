@@ -9,6 +9,7 @@ from torch import Tensor
 
 from paper_layers.ops import _checks
 from paper_layers.ops import _soft_triple as kernels
+from paper_layers.ops._autograd import Function
 from paper_layers.ops._library import define
 from paper_layers.ops._soft_triple_chunks import Chunks, check, compute_dtype, relaxed_logits
 from paper_layers.ops._vmap import one_by_one
@@ -139,7 +140,7 @@ def _formula(
 _Options = tuple[float, float, float, bool, int]
 
 
-class _SoftTriple(torch.autograd.Function):
+class _SoftTriple(Function):
     @staticmethod
     def forward(embeddings: Tensor, centers: Tensor, labels: Tensor, options: _Options) -> tuple[Tensor, ...]:
         return _forward_op(embeddings, centers, labels, *options)
@@ -160,7 +161,7 @@ class _SoftTriple(torch.autograd.Function):
         return one_by_one(_SoftTriple.apply, info.batch_size, in_dims, arguments)
 
 
-class _SoftTripleBackward(torch.autograd.Function):
+class _SoftTripleBackward(Function):
     @staticmethod
     def forward(
         grad_logsumexp: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paper_layers.ops import _soft_triple as kernels
+from paper_layers.ops._autograd import Function
 from paper_layers.ops._library import define
 from paper_layers.ops._soft_triple_chunks import Chunks, check, compute_dtype, relaxed_logits
 from paper_layers.ops._vmap import one_by_one
@@ -63,7 +64,7 @@ _logits_backward_op = define(
 )
 
 
-class _Logits(torch.autograd.Function):
+class _Logits(Function):
     @staticmethod
     def forward(embeddings: Tensor, centers: Tensor, options: tuple[float, float, int]) -> tuple[Tensor, Tensor]:
         return _logits_op(embeddings, centers, *options)
@@ -83,7 +84,7 @@ class _Logits(torch.autograd.Function):
         return one_by_one(_Logits.apply, info.batch_size, in_dims, arguments)
 
 
-class _LogitsBackward(torch.autograd.Function):
+class _LogitsBackward(Function):
     @staticmethod
     def forward(
         grad: Tensor, embeddings: Tensor, centers: Tensor, inverse: Tensor, options: tuple[float, float, int]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paper_layers.ops import _checks
 from paper_layers.ops import _split_batch_norm as formulas
+from paper_layers.ops._autograd import Function
 from paper_layers.ops._library import define
 
 _Options = tuple[list[int], float]
@@ -97,7 +98,7 @@ def _unfold(info: Any, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...],
     return parts, (1,) * len(parts)
 
 
-class _SplitBatchNorm(torch.autograd.Function):
+class _SplitBatchNorm(Function):
     @staticmethod
     def forward(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, options: _Options
@@ -130,7 +131,7 @@ class _SplitBatchNorm(torch.autograd.Function):
         return _unfold(info, _SplitBatchNorm.apply(*_fold(info, in_dims, (input, weight, bias)), options))
 
 
-class _SplitBatchNormBackward(torch.autograd.Function):
+class _SplitBatchNormBackward(Function):
     @staticmethod
     def forward(
         grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, options: _Options
