@@ -1,18 +1,5 @@
 // The passes of split_batch_norm on the CPU, compiled once for each instruction set.
 
-// Mean and sum of squared deviations of some values; sums of parts are merged in double.
-struct Moments {
-  double count = 0, mean = 0, squares = 0;
-
-  // Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983.
-  void merge(double other_count, double other_mean, double other_squares) {
-    const double total = count + other_count, delta = other_mean - mean;
-    mean += delta * (other_count / total);
-    squares += other_squares + delta * delta * (count * other_count / total);
-    count = total;
-  }
-};
-
 // (x - center) scale + shift.
 template <typename A>
 struct Affine {

@@ -80,6 +80,19 @@ PAPER_LAYERS_INLINE void prefetch_next(const T* plane, int64_t length) {
   for (int64_t i = 0; i < length; i += 64 / sizeof(T)) __builtin_prefetch(plane + length + i);
 }
 
+// Mean and sum of squared deviations of some values; sums of parts are merged in double.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  // Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983.
+  void merge(double other_count, double other_mean, double other_squares) {
+    const double total = count + other_count, delta = other_mean - mean;
+    mean += delta * (other_count / total);
+    squares += other_squares + delta * delta * (count * other_count / total);
+    count = total;
+  }
+};
+
 template <typename T>
 Moments plane_moments(const SplitBatchNormProblem& problem, const T* input, int64_t split, int64_t channel) {
   using A = Accumulator<T>;
@@ -122,7 +135,7 @@ void normalize_planes(const SplitForward<T>& f, int64_t split, int64_t channel, 
   using V = Vec<A>;
   const int64_t pixels = f.problem.pixels;
   const V center(affine.center), scale(affine.scale), shift(affine.shift);
-  with_store(f.output, pixels, f.problem.images() * f.problem.channels * pixels, [&](auto write) {
+  with_store(f.output, pixels, f.problem.elements(), [&](auto write) {
     for (int64_t n = f.problem.starts[split]; n < f.problem.starts[split + 1]; ++n) {
       const int64_t first = (n * f.problem.channels + channel) * pixels;
       cover<V::size>(pixels, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
@@ -195,7 +208,7 @@ void backward_planes(const SplitBackward<T>& b) {
     if (!b.grad_input) return;
     const Pullback<A> of = pullback(b, at, mean_product, mean_grad);
     const V of_grad(of.of_grad), of_input(of.of_input), shift(of.shift);
-    with_store(b.grad_input, problem.pixels, problem.images() * stride, [&](auto write) {
+    with_store(b.grad_input, problem.pixels, problem.elements(), [&](auto write) {
       for (int64_t n = problem.starts[split]; n < problem.starts[split + 1]; ++n) {
         const int64_t first = n * stride + channel * problem.pixels;
         cover<V::size>(problem.pixels, [&](int64_t i, auto lanes) __attribute__((always_inline)) {

@@ -3,8 +3,8 @@
 // Rows after which deviations are taken from a new mean, and bytes of such groups whose sums are merged in double.
 constexpr int64_t kGroup = 64, kChunkBytes = 1 << 17;
 
-// Rows of at least so many bytes are each a page, and a stream, of its own to the processor's prefetching, and several
-// are read side by side. Shorter ones are read in the order of memory.
+// The processor prefetches within pages: rows of so many bytes or more are read side by side, shorter ones in the order
+// of memory.
 constexpr int64_t kPageBytes = 1 << 12;
 
 // Calls body(c, lanes) for each vector of channels, each channel once.
@@ -154,11 +154,11 @@ void forward_rows(const SplitForward<T>& f) {
     shifts[at] = affine.shift;
   }
   chunks.each([&](int64_t i) {
-    const auto& [split, rows] = chunks.chunks[i];
-    with_store(f.output, channels, f.problem.images() * f.problem.pixels * channels, [&, split = split, rows = rows](auto write) {
-      const A *centers = f.mean + split * channels, *scale = scales.data() + split * channels,
-              *shift = shifts.data() + split * channels;
-      for (int64_t r = rows.begin; r < rows.end; ++r) {
+    const Chunks::Chunk& chunk = chunks.chunks[i];
+    with_store(f.output, channels, f.problem.elements(), [&](auto write) {
+      const int64_t at = chunk.split * channels;
+      const A *centers = f.mean + at, *scale = scales.data() + at, *shift = shifts.data() + at;
+      for (int64_t r = chunk.rows.begin; r < chunk.rows.end; ++r) {
         const T* x = f.input + r * channels;
         T* y = f.output + r * channels;
         cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
@@ -229,10 +229,10 @@ void backward_rows(const SplitBackward<T>& b) {
     shifts[at] = of.shift;
   }
   chunks.each([&](int64_t i) {
-    const auto& [split, rows] = chunks.chunks[i];
-    with_store(b.grad_input, channels, b.problem.images() * b.problem.pixels * channels, [&, split = split, rows = rows](auto write) {
-      const int64_t at = split * channels;
-      for (int64_t r = rows.begin; r < rows.end; ++r) {
+    const Chunks::Chunk& chunk = chunks.chunks[i];
+    with_store(b.grad_input, channels, b.problem.elements(), [&](auto write) {
+      const int64_t at = chunk.split * channels;
+      for (int64_t r = chunk.rows.begin; r < chunk.rows.end; ++r) {
         const T *g = b.grad + r * channels, *x = b.input + r * channels;
         T* to = b.grad_input + r * channels;
         cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {

@@ -23,6 +23,7 @@ struct SplitBatchNormProblem {
 
   int64_t splits() const { return static_cast<int64_t>(starts.size()) - 1; }
   int64_t images() const { return starts.back(); }
+  int64_t elements() const { return images() * channels * pixels; }
   int64_t count(int64_t split) const { return (starts[split + 1] - starts[split]) * pixels; }
 };
 

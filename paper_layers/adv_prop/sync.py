@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from paper_layers.adv_prop.norm import SplitBatchNorm
-from paper_layers.ops._autograd import Function
 from paper_layers.ops._split_batch_norm_steps import (
     split_backward_input,
     split_backward_sums,
@@ -63,7 +62,7 @@ class SplitSyncBatchNorm(SplitBatchNorm):
         return output.reshape(input.shape), mean, var, counts
 
 
-class _Synchronised(Function):
+class _Synchronised(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, options: tuple[list[int], float, Any]
