@@ -2,9 +2,6 @@
 
 // Classes that are summed by one thread; fixed, so that results do not depend on the threads.
 constexpr int64_t kClassBlock = 32;
-// Vectors of channels, and rows, that are computed side by side.
-constexpr int64_t kGroup = 4;
-
 // Runs body(first, last) on the blocks of so many classes, each of so many operations.
 template <typename Body>
 void for_each_block(int64_t classes, int64_t work_per_class, Body&& body) {
@@ -13,25 +10,6 @@ void for_each_block(int64_t classes, int64_t work_per_class, Body&& body) {
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) body(b * kClassBlock, std::min(classes, (b + 1) * kClassBlock));
   });
-}
-
-// Products of a row with `count` rows, at most kGroup, that follow one another.
-template <int64_t count, typename A>
-PAPER_LAYERS_INLINE void products(const A* row, const A* others, int64_t channels, A* to) {
-  using V = Vec<A>;
-  V sums[count];
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < count; ++i) sums[i] = V(A(0));
-  const auto add = [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-    const V x = load(row + c, lanes);
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < count; ++i) sums[i] = multiply_add(x, load(others + i * channels + c, lanes), sums[i]);
-  };
-  int64_t c = 0;
-  for (; c + V::size <= channels; c += V::size) add(c, Full{});
-  if (c < channels) add(c, channels - c);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < count; ++i) to[i] = total_of(sums[i].lanes);
 }
 
 // The products of the centers of a class (K, K) below the diagonal and in it, or only in it.

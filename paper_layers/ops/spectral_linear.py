@@ -1,0 +1,192 @@
+"""A linear layer over its weight's spectral norm: the ops and the function that layers call."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paper_layers.ops._autograd import Function
+from paper_layers.ops._library import define
+from paper_layers.ops._vmap import one_by_one
+
+_SHORTEST = 1e-12  # As in torch's spectral norm.
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _iterate(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    left = F.normalize(weight @ v, dim=0, eps=_SHORTEST)
+    right = weight.mT @ left
+    sigma = torch.linalg.vector_norm(right, dtype=_wide(right.dtype))
+    return left, right / sigma.clamp(min=_SHORTEST), sigma
+
+
+def _iterate_fake(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = weight.shape
+    return weight.new_empty(rows), weight.new_empty(columns), weight.new_empty((), dtype=_wide(weight.dtype))
+
+
+def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor) -> Tensor:
+    return F.linear(input / sigma, weight, bias)
+
+
+def _forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor) -> Tensor:
+    return input.new_empty(input.shape[0], weight.shape[0])
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    sigma: Tensor,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scaled = grad / sigma
+    grad_input, grad_weight, grad_bias = (grad.new_empty(0) for _ in range(3))
+    if needs_input:
+        grad_input = scaled @ weight
+    if needs_weight:
+        grad_weight = scaled.mT @ input
+        # The gradient of sigma, from the smaller product that is there.
+        along = -(_dot(grad_input, input) if needs_input else _dot(grad_weight, weight)) / sigma
+        grad_weight = grad_weight.addr((left * along).to(weight.dtype), right.to(weight.dtype))
+    if needs_bias:
+        grad_bias = grad.sum(0)
+    return grad_input, grad_weight, grad_bias
+
+
+def _backward_fake(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    sigma: Tensor,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = ((needs_input, input.shape), (needs_weight, weight.shape), (needs_bias, weight.shape[:1]))
+    grad_input, grad_weight, grad_bias = (grad.new_empty(shape if needed else (0,)) for needed, shape in needs)
+    return grad_input, grad_weight, grad_bias
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of products; in float32 for half types, where it would overflow under a loss scale."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return (a * b).sum(dtype=torch.float32)
+    return a.flatten().dot(b.flatten())
+
+
+# left = W v and right = W^T left over their lengths, and the second length, sigma.
+power_iteration = define(
+    "power_iteration(Tensor weight, Tensor v) -> (Tensor, Tensor, Tensor)", _iterate, _iterate_fake
+)
+linear_forward = define(
+    "spectral_linear(Tensor input, Tensor weight, Tensor? bias, Tensor sigma) -> Tensor", _forward, _forward_fake
+)
+# Gradients of input, weight and bias; of those that are not needed, empty tensors.
+linear_backward = define(
+    "spectral_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor left, Tensor right, Tensor sigma, "
+    "bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _SpectralLinear(Function):
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, sigma: Tensor
+    ) -> Tensor:
+        return linear_forward(input, weight, bias, sigma)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        input, weight, _, left, right, sigma = inputs
+        ctx.save_for_backward(input, weight, left, right, sigma)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        input, weight, left, right, sigma = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # For the second derivative sigma is a function of the weight.
+            sigma = left.dot(weight.to(left.dtype) @ right)
+            grads = _backward(grad, input, weight, left, right, sigma, *needs)
+        else:
+            grads = linear_backward(grad, input, weight, left, right, sigma, *needs)
+        return (*[one if needed else None for one, needed in zip(grads, needs, strict=True)], None, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        (output,), (dim,) = one_by_one(lambda *a: (_SpectralLinear.apply(*a),), info.batch_size, in_dims, arguments)
+        return output, dim
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Off on this type of device."""
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
+
+
+def _autocasts(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, training: bool) -> Tensor:
+    r"""Apply a linear layer whose weight is divided by its spectral norm.
+
+    .. math:: y = x W^T / \sigma + b, \quad \sigma = u^T W v
+
+    Miyato, Kataoka, Koyama, Yoshida, "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, algorithm
+    1. The product is divided, not the weight, and the gradient of :math:`\sigma` is one update of rank 1.
+
+    Args:
+        input: Shape (..., N).
+        weight: Shape (M, N).
+        bias: Shape (M,).
+        u: The left singular vector, of shape (M,).
+        v: The right one, of shape (N,).
+        training: Whether u and v take a step of the power iteration before.
+
+    Returns:
+        Shape (..., M); under autocast in its dtype.
+
+    Raises:
+        ValueError: The input is not of the weight's size.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.ops.spectral_linear import spectral_linear
+        >>> weight, u, v = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.ones(2), torch.tensor([1.0, 0.0])
+        >>> spectral_linear(torch.tensor([6.0, 6.0]), weight, None, u, v, training=True)
+        tensor([6., 4.])
+    """
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input: expected shape (..., {weight.shape[1]}), got {tuple(input.shape)}")
+    kind = input.device.type
+    with torch.no_grad(), without_autocast(kind):
+        if training:
+            left, right, sigma = power_iteration(weight, v)
+            u.copy_(left)
+            v.copy_(right)
+        else:
+            left, right = u.clone(), v.clone()
+            sigma = left.dot(weight @ right)
+    if _autocasts(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if input.dim() == 2:
+        return _SpectralLinear.apply(input, weight, bias, left, right, sigma)
+    output = _SpectralLinear.apply(input.reshape(-1, input.shape[-1]), weight, bias, left, right, sigma)
+    return output.reshape(*input.shape[:-1], weight.shape[0])
