@@ -28,6 +28,6 @@ else
   echo 'compute-sanitizer: missing, or it does not work on this device; memory was not checked'
 fi
 
-for name in lip soft_triple knn graph_conv point_sample uncertain_points point_rend split_batch_norm; do
+for name in lip soft_triple knn graph_conv point_sample uncertain_points point_rend split_batch_norm big_bigan; do
   "$python" -m benchmarks.micro.$name --device cuda --json benchmarks/results/${name}_cuda.json
 done

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paper_layers.big_bigan._checks import rows
 from paper_layers.big_bigan.mlp import ResidualMLP, start
 from paper_layers.ops import _checks
-from paper_layers.ops.spectral_linear import without_autocast
+from paper_layers.ops._autocast import without_autocast
 
 
 class Score(nn.Module):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paper_layers.ops._autocast import autocasts, without_autocast
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._library import define
 from paper_layers.ops._vmap import one_by_one
@@ -133,15 +133,6 @@ class _SpectralLinear(Function):
         return output, dim
 
 
-def without_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Off on this type of device."""
-    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
-
-
-def _autocasts(kind: str) -> bool:
-    return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
 def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, training: bool) -> Tensor:
     r"""Apply a linear layer whose weight is divided by its spectral norm.
 
@@ -182,7 +173,7 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
         else:
             left, right = u.clone(), v.clone()
             sigma = left.dot(weight @ right)
-    if _autocasts(kind):
+    if autocasts(kind):
         dtype = torch.get_autocast_dtype(kind)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
