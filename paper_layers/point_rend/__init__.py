@@ -3,6 +3,7 @@
 from paper_layers.point_rend.checkpoints import load_official
 from paper_layers.point_rend.coarse import CoarseMaskHead
 from paper_layers.point_rend.head import PointRendHead
+from paper_layers.point_rend.implicit import ImplicitPointHead, ImplicitPointRendMask
 from paper_layers.point_rend.mask import PointRendMask
 from paper_layers.point_rend.pictures import draw_steps
 from paper_layers.point_rend.semantic import PointRendSemantic
@@ -10,6 +11,8 @@ from paper_layers.point_rend.subdivision import Step
 
 __all__ = [
     "CoarseMaskHead",
+    "ImplicitPointHead",
+    "ImplicitPointRendMask",
     "PointRendHead",
     "PointRendMask",
     "PointRendSemantic",

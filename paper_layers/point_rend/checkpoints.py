@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from paper_layers._official import StateDict, load
-from paper_layers.point_rend.coarse import CoarseMaskHead
+from paper_layers.point_rend.coarse import BoxHead, CoarseMaskHead
 from paper_layers.point_rend.head import PointRendHead
+from paper_layers.point_rend.implicit import ImplicitPointHead
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 # Where a head's keys stand in a whole model, in old checkpoints as well.
-_PLACE = re.compile(r"(?:^|\.)(?:mask_)?(point|coarse)_head\.(.+)$")
+_PLACE = re.compile(r"(?:^|\.)(?:mask_)?(point|coarse|parameter)_head\.(.+)$")
 # Official names -> ours, by head.
 _RENAMED: dict[str, list[tuple[re.Pattern[str], Any]]] = {
     "point": [(re.compile(r"^fc(\d+)\."), lambda found: f"layers.{int(found[1]) - 1}.")],
@@ -25,16 +26,24 @@ _RENAMED: dict[str, list[tuple[re.Pattern[str], Any]]] = {
         (re.compile(r"^reduce_spatial_dim_conv"), "reduce_size"),
     ],
 }
-_HEADS: dict[str, type[nn.Module]] = {"point": PointRendHead, "coarse": CoarseMaskHead}
+_RENAMED["parameter"] = _RENAMED["coarse"]
+# Of a module's kinds the first counts: a coarse head is a box head too.
+_HEADS: dict[type[nn.Module], str] = {
+    PointRendHead: "point",
+    ImplicitPointHead: "point",
+    CoarseMaskHead: "coarse",
+    BoxHead: "parameter",
+}
 
 
 def load_official(module: _Module, state_dict: StateDict) -> _Module:
     """Load a checkpoint of the official PointRend code (detectron2's project) into a head of this package.
 
     For Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020: `PointRendHead`,
-    `CoarseMaskHead`, `PointRendSemantic` and `PointRendMask`. Of a whole model's checkpoint the keys of
-    ``point_head`` and ``coarse_head`` are taken, also under the names of old ones (``mask_point_head``,
-    ``coarse_mask_fc1``), and the rest is left to the host. Nothing is loaded unless all fits.
+    `CoarseMaskHead`, `PointRendSemantic` and `PointRendMask`; and for Cheng, Parkhi, Kirillov, "Pointly-Supervised
+    Instance Segmentation", CVPR 2022: `ImplicitPointRendMask` and its heads. Of a whole model's checkpoint the keys of
+    ``point_head``, ``coarse_head`` and ``parameter_head`` are taken, also under the names of old ones
+    (``mask_point_head``, ``coarse_mask_fc1``), and the rest is left to the host. Nothing is loaded unless all fits.
 
     Args:
         module: The module to load into.
@@ -59,7 +68,7 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
         >>> bool((head.layers[0].weight == official["sem_seg_head.point_head.fc1.weight"][..., 0]).all())
         True
     """
-    paths = dict(_paths(module))
+    paths, own = dict(_paths(module)), module.state_dict()
 
     def place(key: str) -> tuple[str, str] | None:
         """The head that a key belongs to, if the module has it, and the name there."""
@@ -67,7 +76,7 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
         if found is not None:
             return (found[1], found[2]) if found[1] in paths else None
         root = next((head for head, path in paths.items() if path == ""), None)
-        return (root, key) if root is not None and key.count(".") == 1 else None
+        return (root, key) if root is not None and (key.count(".") == 1 or key in own) else None
 
     def names(key: str) -> Iterator[str]:
         head, name = place(key) or ("", "")
@@ -84,6 +93,6 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
 def _paths(module: nn.Module) -> Iterator[tuple[str, str]]:
     """The heads in a module, and what the names of their parameters start with."""
     for path, part in module.named_modules():
-        for head, kind in _HEADS.items():
-            if isinstance(part, kind):
-                yield head, f"{path}." if path else ""
+        head = next((head for kind, head in _HEADS.items() if isinstance(part, kind)), None)
+        if head is not None:
+            yield head, f"{path}." if path else ""

@@ -1,4 +1,4 @@
-"""The coarse mask head: one small map for each class of a box."""
+"""Heads that have a coarse look at a box: numbers, and one small map for each class."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from paper_layers.ops import _checks
 
 
-class CoarseMaskHead(nn.Module):
-    """Predict a 7x7 mask for each class of a box, from the box's 14x14 features.
+class BoxHead(nn.Module):
+    """Predict a vector for each box, from the box's 14x14 features.
 
-    The light mask head of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, section
+    The light head of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, section
     4.1: a convolution 1x1 where the features are wider than it, one of 2x2 with stride 2, and three linear layers.
 
     Args:
         in_channels: Channels of the features.
-        num_classes: Classes K.
+        out_features: Numbers for each box.
         conv_dim: Channels of the convolutions, at most.
         fc_dim: Channels of the two hidden linear layers.
         device: Where the parameters are.
@@ -31,34 +31,34 @@ class CoarseMaskHead(nn.Module):
 
     Example:
         >>> import torch
-        >>> from paper_layers.point_rend import CoarseMaskHead
-        >>> CoarseMaskHead(256, 80)(torch.randn(3, 256, 14, 14)).shape
-        torch.Size([3, 80, 7, 7])
+        >>> from paper_layers.point_rend.coarse import BoxHead
+        >>> BoxHead(256, 1000)(torch.randn(3, 256, 14, 14)).shape
+        torch.Size([3, 1000])
     """
 
-    side = 7  # Of the map; features have twice as many pixels.
+    side = 7  # After the convolutions; features have twice as many pixels.
 
     def __init__(
         self,
         in_channels: int,
-        num_classes: int,
+        out_features: int,
         conv_dim: int = 256,
         fc_dim: int = 1024,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        numbers = {"in_channels": in_channels, "num_classes": num_classes, "conv_dim": conv_dim, "fc_dim": fc_dim}
+        numbers = {"in_channels": in_channels, "out_features": out_features, "conv_dim": conv_dim, "fc_dim": fc_dim}
         for name, value in numbers.items():
             _checks.integer(name, value, 1)
-        self.in_channels, self.num_classes = in_channels, num_classes
+        self.in_channels, self.out_features = in_channels, out_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = min(in_channels, conv_dim)
         self.reduce_channels = nn.Conv2d(in_channels, width, 1, **factory) if in_channels > conv_dim else None
         self.reduce_size = nn.Conv2d(width, conv_dim, 2, stride=2, **factory)
         self.fc1 = nn.Linear(conv_dim * self.side**2, fc_dim, **factory)
         self.fc2 = nn.Linear(fc_dim, fc_dim, **factory)
-        self.prediction = nn.Linear(fc_dim, num_classes * self.side**2, **factory)
+        self.prediction = nn.Linear(fc_dim, out_features, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -74,14 +74,59 @@ class CoarseMaskHead(nn.Module):
 
     def extra_repr(self) -> str:
         """What the layers do not show."""
-        return f"{self.in_channels}, {self.num_classes}"
+        return f"{self.in_channels}, {self.out_features}"
 
     def forward(self, features: Tensor) -> Tensor:
-        """The logits (R, num_classes, 7, 7) of features (R, in_channels, 14, 14)."""
+        """The vectors (R, out_features) of features (R, in_channels, 14, 14)."""
         if features.dim() != 4 or features.shape[1:] != (self.in_channels, 2 * self.side, 2 * self.side):
             expected = f"(R, {self.in_channels}, {2 * self.side}, {2 * self.side})"
             raise ValueError(f"features: expected shape {expected}, got {tuple(features.shape)}")
         x = features if self.reduce_channels is None else F.relu(self.reduce_channels(features))
         x = F.relu(self.reduce_size(x)).flatten(1)
-        x = F.relu(self.fc2(F.relu(self.fc1(x))))
-        return self.prediction(x).unflatten(1, (self.num_classes, self.side, self.side))
+        return self.prediction(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+
+class CoarseMaskHead(BoxHead):
+    """Predict a 7x7 mask for each class of a box, from the box's 14x14 features, by the layers of `BoxHead`.
+
+    The coarse head of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, section 4.1.
+
+    Args:
+        in_channels: Channels of the features.
+        num_classes: Classes K.
+        conv_dim: As in `BoxHead`.
+        fc_dim: As in `BoxHead`.
+        device: Where the parameters are.
+        dtype: Their dtype.
+
+    Raises:
+        TypeError: A number is no int.
+        ValueError: A number is too small, or the features do not fit.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.point_rend import CoarseMaskHead
+        >>> CoarseMaskHead(256, 80)(torch.randn(3, 256, 14, 14)).shape
+        torch.Size([3, 80, 7, 7])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        conv_dim: int = 256,
+        fc_dim: int = 1024,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        _checks.integer("num_classes", num_classes, 1)
+        super().__init__(in_channels, num_classes * self.side**2, conv_dim, fc_dim, device, dtype)
+        self.num_classes = num_classes
+
+    def extra_repr(self) -> str:
+        """What the layers do not show."""
+        return f"{self.in_channels}, {self.num_classes}"
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The logits (R, num_classes, 7, 7) of features (R, in_channels, 14, 14)."""
+        return super().forward(features).unflatten(1, (self.num_classes, self.side, self.side))

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from paper_layers.ops import _checks
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
+from paper_layers.point_rend.boxes import BoxMasks, Sampler
 from paper_layers.point_rend.coarse import CoarseMaskHead
 from paper_layers.point_rend.head import PointRendHead
-from paper_layers.point_rend.subdivision import Size, Step, grid_sizes, last, regular_grid, subdivide
-from paper_layers.point_rend.targets import Boxes, cell_labels, mask_loss, rows, sample_masks
-
-Sampler = Callable[[Tensor, Tensor], Tensor]  # From points (R, P, 2) in boxes (R, 5).
-
-# Points that are predicted at once in inference. With the usual widths each tensor of them has 3 MB: it stays in the
-# cache, and far below the 32 MB from where glibc maps new pages for each tensor.
-_CHUNK = 4 * 28 * 28
+from paper_layers.point_rend.targets import Boxes, cell_labels, mask_loss
 
 
-class PointRendMask(nn.Module):
+class PointRendMask(BoxMasks):
     """Predict the masks of boxes: a coarse one, refined at its uncertain points; the losses and the inference.
 
     Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, sections 3 and 4. In inference
@@ -32,6 +25,9 @@ class PointRendMask(nn.Module):
     the box's own class is kept and only its logit is computed. Where points outnumber the features' pixels, the first
     layer's product is taken on the features and sampled, and the coarse logits' products always are: these are
     linear, and give the same masks up to rounding.
+
+    The losses are "loss_mask", of the coarse masks, whose pixels belong to the true mask where it covers half of them
+    (of 4x4 samples), and "loss_mask_point".
 
     Args:
         in_channels: Channels of the feature maps, all together.
@@ -86,14 +82,8 @@ class PointRendMask(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        numbers = {"num_points": num_points, "init_resolution": init_resolution}
-        for name, value in {**numbers, "subdivision_num_points": subdivision_num_points}.items():
-            _checks.integer(name, value, 1)
-        self.spatial_scale = spatial_scale
-        self.num_points, self.init_resolution = num_points, init_resolution
+        super().__init__(spatial_scale, num_points, subdivision_num_points, init_resolution)
         self.oversample_ratio, self.importance_sample_ratio = oversample_ratio, importance_sample_ratio
-        self.subdivision_num_points = subdivision_num_points
         self.coarse_head = CoarseMaskHead(
             in_channels, num_classes, coarse_conv_dim, coarse_fc_dim, device=device, dtype=dtype
         )
@@ -114,119 +104,37 @@ class PointRendMask(nn.Module):
             f"init_resolution={self.init_resolution}, subdivision_num_points={self.subdivision_num_points}"
         )
 
-    def forward(
-        self,
-        features: Tensor | Sequence[Tensor],
-        boxes: Boxes,
-        labels: Tensor | Sequence[Tensor],
-        masks: Sequence[Tensor] | None = None,
-        *,
-        matched: Sequence[Tensor] | None = None,
-        size: int = 224,
-        generator: torch.Generator | None = None,
-    ) -> Tensor | dict[str, Tensor]:
-        """Predict the masks of the boxes, or compute the losses where there are true masks.
+    def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
+        """The coarse logits (R, num_classes, 7, 7) of the boxes, from the features on a regular grid in each."""
+        return self._look(self.coarse_head, features, boxes)
 
-        Args:
-            features: Maps of shape (N, C_l, H_l, W_l), one or a list.
-            boxes: Corners (x1, y1, x2, y2) in pixels of the image, a tensor (R_i, 4) for each image; without masks also
-                (R, 5) with the image's number first.
-            labels: The class of each box, int64: a tensor (R_i,) for each image, or one (R,) of all.
-            masks: The true masks of each image, (M_i, H_i, W_i) of any dtype at the size of the image, values from 0
-                to 1; -1 is a pixel that does not count.
-            matched: For each image the number of each box's mask, int64 (R_i,); default the box's own number.
-            size: Side of the masks in pixels; any.
-            generator: What the points to train on are drawn from; default torch's own.
+    @property
+    def _coarse_shape(self) -> tuple[int | str, ...]:
+        return self.coarse_head.num_classes, "h", "w"
 
-        Returns:
-            Logits of the boxes' own classes, of shape (R, 1, size, size); or two losses: "loss_mask", of the coarse
-            masks, whose pixels belong to the true mask where it covers half of them (of 4x4 samples), and
-            "loss_mask_point". They are zero where there are no boxes.
-        """
-        coarse = self.coarse(features, boxes)
-        if masks is None:
-            return self.refine(coarse, features, boxes, labels, size)
-        if isinstance(boxes, Tensor):
-            raise ValueError("boxes: expected a tensor for each image where there are masks, got one for all")
-        rois, classes = rows(boxes, labels, coarse.device)
-        points = sample_uncertain_points(
+    def _draw(self, coarse: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+        return sample_uncertain_points(
             coarse,
             self.num_points,
-            labels=classes,
+            labels=labels,
             oversample_ratio=self.oversample_ratio,
             importance_sample_ratio=self.importance_sample_ratio,
             generator=generator,
         )
-        fine = point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale)
-        logits = self.point_head(fine, point_sample(coarse, points), classes)[:, 0]
-        own = coarse[torch.arange(classes.shape[0], device=classes.device), classes]
-        return {
-            "loss_mask": mask_loss(own, cell_labels(masks, self.coarse_head.side, boxes, matched)),
-            "loss_mask_point": mask_loss(logits, sample_masks(masks, points, boxes, matched)),
-        }
 
-    def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
-        """The coarse logits (R, num_classes, 7, 7) of the boxes, from the features on a regular grid in each."""
-        count = boxes.shape[0] if isinstance(boxes, Tensor) else sum(box.shape[0] for box in boxes)
-        side = 2 * self.coarse_head.side
-        first = features if isinstance(features, Tensor) else features[0]
-        grid = regular_grid(count, (side, side), first.device)
-        return self.coarse_head(point_sample(features, grid, boxes=boxes, spatial_scale=self.spatial_scale))
+    def _logits(self, coarse: Tensor, fine: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+        return self.point_head(fine, point_sample(coarse, points), labels)
 
-    def refine(
+    def _losses(
         self,
         coarse: Tensor,
-        features: Tensor | Sequence[Tensor],
-        boxes: Boxes,
-        labels: Tensor | Sequence[Tensor],
-        size: int = 224,
-    ) -> Tensor:
-        """The masks (R, 1, size, size) from coarse logits (R, num_classes, h, w); a few boxes at a time."""
-        rois, classes, sizes, fine = self._prepare(coarse, features, boxes, labels, size)
-        count = max(1, _CHUNK // max(self._points(sizes)))
-        # A compiler arranges the memory itself, and should not unroll a loop over boxes.
-        if torch.compiler.is_compiling() or rois.shape[0] <= count:
-            return last(self._steps(coarse, rois, classes, sizes, fine))
-        masks = coarse.new_empty(0)
-        for first in range(0, rois.shape[0], count):
-            some = slice(first, first + count)
-            logits = last(self._steps(coarse[some], rois[some], classes[some], sizes, fine))
-            if first == 0:
-                masks = logits.new_empty(rois.shape[0], *logits.shape[1:])
-            masks[some] = logits
-        return masks
-
-    def steps(
-        self,
-        coarse: Tensor,
-        features: Tensor | Sequence[Tensor],
-        boxes: Boxes,
-        labels: Tensor | Sequence[Tensor],
-        size: int = 224,
-    ) -> Iterator[Step]:
-        """The refinement step by step, as `refine` does it, of all boxes at once: first the regular grid's map."""
-        return self._steps(coarse, *self._prepare(coarse, features, boxes, labels, size))
-
-    def _prepare(
-        self,
-        coarse: Tensor,
-        features: Tensor | Sequence[Tensor],
-        boxes: Boxes,
-        labels: Tensor | Sequence[Tensor],
-        size: int,
-    ) -> tuple[Tensor, Tensor, list[Size], Sampler]:
-        _checks.integer("size", size, 1)
-        rois, classes = rows(boxes, labels, coarse.device)
-        if coarse.dim() != 4 or coarse.shape[:2] != (rois.shape[0], self.coarse_head.num_classes):
-            expected = f"({rois.shape[0]}, {self.coarse_head.num_classes}, h, w)"
-            raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
-        sizes = grid_sizes(size, self.init_resolution, self.subdivision_num_points)
-        return rois, classes, sizes, self._fine(features, rois.shape[0] * sum(self._points(sizes)))
-
-    def _points(self, sizes: list[Size]) -> list[int]:
-        """How many points of each map are predicted."""
-        first, *rest = (height * width for height, width in sizes)
-        return [first, *(min(pixels, self.subdivision_num_points) for pixels in rest)]
+        labels: Tensor,
+        masks: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        matched: Sequence[Tensor] | None,
+    ) -> dict[str, Tensor]:
+        own = coarse[torch.arange(labels.shape[0], device=labels.device), labels]
+        return {"loss_mask": mask_loss(own, cell_labels(masks, self.coarse_head.side, boxes, matched))}
 
     def _fine(self, features: Tensor | Sequence[Tensor], count: int) -> Sampler:
         """The features' share of the first layer at points: the product before or after sampling, which is smaller."""
@@ -241,14 +149,7 @@ class PointRendMask(nn.Module):
             torch.add, sample(shares, points, boxes=rois).chunk(len(shares), 1)
         )
 
-    def _steps(self, coarse: Tensor, rois: Tensor, labels: Tensor, sizes: list[Size], fine: Sampler) -> Iterator[Step]:
+    def _predictor(self, coarse: Tensor, rois: Tensor, labels: Tensor, fine: Sampler) -> Callable[[Tensor], Tensor]:
         head = self.point_head
         shares = list(head.coarse_shares(coarse, labels))
-
-        def predict(points: Tensor) -> Tensor:
-            return head.finish(fine(points, rois), (point_sample(share, points) for share in shares), labels)
-
-        points = regular_grid(rois.shape[0], sizes[0], coarse.device).flatten(1, 2)
-        logits = predict(points).unflatten(2, sizes[0])
-        yield Step(logits, points)
-        yield from subdivide(logits, sizes[1:], self.subdivision_num_points, predict)
+        return lambda points: head.finish(fine(points, rois), (point_sample(share, points) for share in shares), labels)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,11 +92,48 @@ class CoarseHead(nn.Module):
         self.fc1, self.fc2 = nn.Linear(conv * 49, width), nn.Linear(width, width)
         self.prediction = nn.Linear(width, classes * 49)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def flat(self, x: Tensor) -> Tensor:
         if hasattr(self, "reduce_channel_dim_conv"):
             x = F.relu(self.reduce_channel_dim_conv(x))
         x = F.relu(self.reduce_spatial_dim_conv(x)).flatten(1)
-        return self.prediction(F.relu(self.fc2(F.relu(self.fc1(x))))).view(len(x), -1, 7, 7)
+        return self.prediction(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flat(x).view(len(x), -1, 7, 7)
+
+
+class ParameterHead(CoarseHead):
+    """The coarse head's layers with a flat prediction."""
+
+    def __init__(self, inputs: int, outputs: int, conv: int = 256, width: int = 1024):
+        super().__init__(inputs, 1, conv, width)
+        self.prediction = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flat(x)
+
+
+class ImplicitHead(nn.Module):
+    """Under the official name of its buffer; the parameters are all weights, layer by layer, then all biases."""
+
+    def __init__(self, inputs: int, outputs: int, width: int = 256, layers: int = 3):
+        super().__init__()
+        self.widths = [256 + inputs, *[width] * layers, outputs]
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, 128))
+
+    def forward(self, parameters: Tensor, fine: Tensor, points: Tensor) -> Tensor:
+        t = 2 * math.pi * ((2 * points - 1).to(fine.dtype) @ self.positional_encoding_gaussian_matrix)
+        x = torch.cat([torch.cat([t.sin(), t.cos()], -1).transpose(1, 2), fine], 1)
+        start, weights = 0, []
+        for c, d in zip(self.widths[:-1], self.widths[1:], strict=True):
+            weights.append(parameters[:, start : start + d * c].reshape(-1, d, c))
+            start += d * c
+        for number, weight in enumerate(weights):
+            x = torch.einsum("nck,ndc->ndk", x, weight) + parameters[:, start : start + weight.shape[1], None]
+            start += weight.shape[1]
+            x = x if number == len(weights) - 1 else F.relu(x)
+        assert start == parameters.shape[1]
+        return x
 
 
 def semantic_inference(coarse: Tensor, features: Sequence[Tensor], head: nn.Module, steps: int, count: int) -> Tensor:
@@ -128,9 +166,16 @@ def mask_points(
     return head(box_sample(features, boxes, points, scale), point_sample(coarse, points))
 
 
+def implicit_points(
+    parameters: Tensor, features: Tensor, boxes: Sequence[Tensor], head: nn.Module, points: Tensor, scale: float
+) -> Tensor:
+    return head(parameters, box_sample(features, boxes, points, scale), points)
+
+
 def mask_inference(
     coarse: Tensor, features: Tensor, boxes: Sequence[Tensor], labels: Tensor, head: nn.Module,
     steps: int = 5, init: int = 7, count: int = 28 * 28, scale: float = 0.25,
+    mask_points: Callable[..., Tensor] = mask_points,
 ) -> Tensor:  # fmt: skip
     """(R, K, S, S), all classes, as the official code keeps them."""
     while 4 * init * init <= count:
@@ -156,12 +201,28 @@ def mask_point_loss(
     points = training_points(of_class(coarse, labels), count, generator)
     logits = mask_points(coarse, features, boxes, head, points, scale)
     own = (logits if logits.shape[1] == 1 else of_class(logits, labels))[:, 0]
+    return F.binary_cross_entropy_with_logits(own, true_masks(boxes, masks, points))
+
+
+def true_masks(boxes: Sequence[Tensor], masks: Sequence[Tensor], points: Tensor) -> Tensor:
     true = []
     for box, mask, some in zip(boxes, masks, points.split([len(b) for b in boxes]), strict=True):
         absolute = box[:, None, :2] + some.to(box.dtype) * (box[:, None, 2:] - box[:, None, :2])
         size = torch.tensor([mask.shape[2], mask.shape[1]], dtype=box.dtype)
         true.append(point_sample(mask[:, None], absolute / size)[:, 0])
-    return F.binary_cross_entropy_with_logits(own, torch.cat(true))
+    return torch.cat(true)
+
+
+def implicit_losses(
+    parameters: Tensor, features: Tensor, boxes: Sequence[Tensor], labels: Tensor, masks: Sequence[Tensor],
+    head: nn.Module, count: int, generator: torch.Generator, scale: float = 0.25,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """That of uniform points, and that of the parameters."""
+    points = torch.rand(len(parameters), count, 2, generator=generator)
+    logits = implicit_points(parameters, features, boxes, head, points, scale)
+    own = (logits if logits.shape[1] == 1 else of_class(logits, labels))[:, 0]
+    loss = F.binary_cross_entropy_with_logits(own, true_masks(boxes, masks, points))
+    return loss, 1e-5 * (parameters**2).mean()
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,0 +1,237 @@
+"""Implicit PointRend: each box's mask is a small perceptron of points, whose parameters a head predicts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from paper_layers.ops import _checks
+from paper_layers.point_rend.boxes import BoxMasks
+from paper_layers.point_rend.coarse import BoxHead
+from paper_layers.point_rend.targets import Boxes
+
+_FREQUENCIES = 128
+_L2 = 1e-5
+
+
+class ImplicitPointHead(nn.Module):
+    r"""Label points by perceptrons that are given with them, one for each box, from where they are and fine features.
+
+    .. math:: h_0 = [\sin t, \cos t, x], \quad t = 2 \pi (2 p - 1) G, \quad
+        h_l = \mathrm{relu}(W_l h_{l-1} + b_l), \quad y = W h_L + b
+
+    Section 5 of Cheng, Parkhi, Kirillov, "Pointly-Supervised Instance Segmentation", CVPR 2022, with points p in the
+    box and their fine features x. The Gaussian matrix G (2, 128) is drawn once, and a buffer; t is computed in float32
+    at least. The module has no parameters: those of a box are a vector of `num_params` numbers, all weights (out, in),
+    layer by layer, then all biases.
+
+    Args:
+        in_channels: Channels of the fine features, of all maps together.
+        num_classes: Classes K.
+        fc_dim: Channels of the hidden layers.
+        num_fc: Hidden layers.
+        class_agnostic: Predict one logit for all classes.
+        device: Where the buffer is.
+        dtype: Its dtype.
+
+    Raises:
+        TypeError: A number is no int.
+        ValueError: A number is too small, or shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.point_rend import ImplicitPointHead
+        >>> head = ImplicitPointHead(256, 80, class_agnostic=True)
+        >>> head.num_params
+        263169
+        >>> head(torch.randn(8, head.num_params), torch.randn(8, 256, 196), torch.rand(8, 196, 2)).shape
+        torch.Size([8, 1, 196])
+    """
+
+    positional_encoding_gaussian_matrix: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        fc_dim: int = 256,
+        num_fc: int = 3,
+        class_agnostic: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        numbers = {"in_channels": in_channels, "num_classes": num_classes, "fc_dim": fc_dim, "num_fc": num_fc}
+        for name, value in numbers.items():
+            _checks.integer(name, value, 1)
+        self.in_channels, self.num_classes, self.fc_dim, self.num_fc = in_channels, num_classes, fc_dim, num_fc
+        self.class_agnostic = class_agnostic
+        widths = [2 * _FREQUENCIES + in_channels, *[fc_dim] * num_fc, 1 if class_agnostic else num_classes]
+        self._shapes = [(outputs, inputs) for inputs, outputs in itertools.pairwise(widths)]
+        self._sizes = [*(math.prod(shape) for shape in self._shapes), *widths[1:]]
+        self.num_params = sum(self._sizes)
+        matrix = torch.empty(2, _FREQUENCIES, device=device, dtype=dtype)
+        self.register_buffer("positional_encoding_gaussian_matrix", matrix)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the Gaussian matrix again."""
+        nn.init.normal_(self.positional_encoding_gaussian_matrix)
+
+    def extra_repr(self) -> str:
+        """All arguments."""
+        return (
+            f"{self.in_channels}, {self.num_classes}, fc_dim={self.fc_dim}, num_fc={self.num_fc}, "
+            f"class_agnostic={self.class_agnostic}"
+        )
+
+    def forward(self, parameters: Tensor, fine: Tensor, points: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Label the points.
+
+        Args:
+            parameters: Of each box's perceptron, (R, num_params).
+            fine: Features of shape (R, in_channels, P), as `paper_layers.point_sample` gives them.
+            points: (x, y) of shape (R, P, 2), 0 to 1 across the box.
+            labels: The class of each row whose logit is wanted, int64 of shape (R,); default all classes.
+
+        Returns:
+            Logits of shape (R, num_classes, P), or (R, 1, P) with `labels` or `class_agnostic`.
+        """
+        if fine.dim() != 3 or fine.shape[1] != self.in_channels:
+            raise ValueError(f"fine: expected shape (R, {self.in_channels}, P), got {tuple(fine.shape)}")
+        rows, _, count = fine.shape
+        for name, value, expected in (
+            ("parameters", parameters, (rows, self.num_params)),
+            ("points", points, (rows, count, 2)),
+        ):
+            if value.shape != expected:
+                raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
+        if labels is not None:
+            _checks.int64("labels", labels, rows)
+        parts = parameters.split(self._sizes, 1)
+        weights = [part.unflatten(1, shape) for part, shape in zip(parts, self._shapes, strict=False)]
+        biases = [part[:, None] for part in parts[len(weights) :]]
+        if labels is not None and not self.class_agnostic:
+            row = labels[:, None, None]
+            weights[-1] = weights[-1].gather(1, row.expand(-1, -1, self.fc_dim))
+            biases[-1] = biases[-1].gather(2, row)
+        x = torch.cat([self._encode(points).to(fine.dtype), fine.mT], 2)
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            x = torch.baddbmm(bias, x, weight.mT).relu_()
+        return torch.baddbmm(biases[-1], x, weights[-1].mT).mT
+
+    def _encode(self, points: Tensor) -> Tensor:
+        """The positional encoding (R, P, 256), in float32 at least: no matrix product, which autocast would round."""
+        matrix = self.positional_encoding_gaussian_matrix
+        x, y = (2 * points.to(torch.promote_types(points.dtype, torch.float32)) - 1).split(1, 2)
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        t = 2 * math.pi * (x * matrix[0] + y * matrix[1])
+        return torch.cat([t.sin(), t.cos()], 2)
+
+
+class ImplicitPointRendMask(BoxMasks):
+    """Predict the masks of boxes: a head predicts each box's own perceptron of points; the losses and the inference.
+
+    Implicit PointRend, section 5 of Cheng, Parkhi, Kirillov, "Pointly-Supervised Instance Segmentation", CVPR 2022:
+    `PointRendMask` without coarse masks. Points to train on are drawn uniformly. In inference the perceptrons label a
+    regular grid of each box, the largest of at most `subdivision_num_points` pixels, and then the least sure points of
+    each map twice as large; published models have 16 * 16 points. The losses are "loss_mask_point", and "loss_l2", the
+    mean square of the predicted parameters times 1e-5.
+
+    The parameter head's last layer is huge: see the example's, of 270 million weights.
+
+    Args:
+        in_channels: Channels of the feature maps, all together.
+        num_classes: Classes K.
+        spatial_scale: Pixels of a map for each pixel of the image: one number or one for each map.
+        class_agnostic: Whether there is one mask for all classes.
+        fc_dim: As in `ImplicitPointHead`.
+        num_fc: As in `ImplicitPointHead`.
+        parameter_conv_dim: Channels of the parameter head's convolutions, at most.
+        parameter_fc_dim: Channels of its hidden linear layers.
+        num_points: Points of each box to train on.
+        subdivision_num_points: Points of each map to predict in inference.
+        device: Where the parameters are.
+        dtype: Their dtype.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or numbers do not fit.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.point_rend import ImplicitPointRendMask
+        >>> ImplicitPointRendMask(256, 80, class_agnostic=True, device="meta").parameter_head.prediction.weight.shape
+        torch.Size([263169, 1024])
+        >>> head = ImplicitPointRendMask(in_channels=64, num_classes=80, fc_dim=16, num_fc=2)
+        >>> features, boxes = torch.randn(1, 64, 50, 76), [torch.tensor([[10.0, 20.0, 200.0, 180.0]])]
+        >>> head(features, boxes, labels=[torch.tensor([17])], size=224).shape
+        torch.Size([1, 1, 224, 224])
+        >>> losses = head(features, boxes, labels=[torch.tensor([17])], masks=[torch.ones(1, 200, 304)])
+        >>> list(losses)
+        ['loss_l2', 'loss_mask_point']
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        spatial_scale: float | Sequence[float] = 0.25,
+        class_agnostic: bool = False,
+        fc_dim: int = 256,
+        num_fc: int = 3,
+        parameter_conv_dim: int = 256,
+        parameter_fc_dim: int = 1024,
+        num_points: int = 14 * 14,
+        subdivision_num_points: int = 28 * 28,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(spatial_scale, num_points, subdivision_num_points)
+        self.point_head = ImplicitPointHead(in_channels, num_classes, fc_dim, num_fc, class_agnostic, device, dtype)
+        self.parameter_head = BoxHead(
+            in_channels, self.point_head.num_params, parameter_conv_dim, parameter_fc_dim, device, dtype
+        )
+
+    def reset_parameters(self) -> None:
+        """Start again, as in the official code."""
+        self.parameter_head.reset_parameters()
+        self.point_head.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """What the heads do not show."""
+        return (
+            f"spatial_scale={self.spatial_scale}, num_points={self.num_points}, "
+            f"subdivision_num_points={self.subdivision_num_points}"
+        )
+
+    def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
+        """The parameters (R, num_params) of the boxes' perceptrons, from the features on a regular grid in each."""
+        return self._look(self.parameter_head, features, boxes)
+
+    @property
+    def _coarse_shape(self) -> tuple[int | str, ...]:
+        return (self.point_head.num_params,)
+
+    def _draw(self, coarse: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+        # As torch.rand does, which knows no symbolic sizes with a generator.
+        points = coarse.new_empty(coarse.shape[0], self.num_points, 2, dtype=torch.float32)
+        return points.uniform_(generator=generator)
+
+    def _logits(self, coarse: Tensor, fine: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+        return self.point_head(coarse, fine, points, labels)
+
+    def _losses(
+        self,
+        coarse: Tensor,
+        labels: Tensor,
+        masks: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        matched: Sequence[Tensor] | None,
+    ) -> dict[str, Tensor]:
+        square = coarse.to(torch.promote_types(coarse.dtype, torch.float32)).square().sum()
+        return {"loss_l2": _L2 * square / max(coarse.numel(), 1)}
