@@ -15,6 +15,9 @@ C10_DEVICE A leaky_relu(A z, A slope) {
   return slope == A(0) && z <= A(0) ? A(0) : slope * z;
 }
 
+// Edges that are looked at for one that is there.
+constexpr int64_t kSample = 256;
+
 // What the kernels of both directions read. The slope stays on the device: reading it on the host would wait.
 template <typename T, typename R>
 struct Graph {
@@ -44,16 +47,21 @@ struct Graph {
     });
   }
 
-  // What deviations are from, so that an offset of all edges does not swallow their variance: one edge's value.
+  // What deviations are from, so that an offset of all edges does not swallow their variance: the value of an edge, the
+  // first one that is there of some. One that is not there may be far from all others.
   C10_DEVICE void find_shift(int64_t pack, double (&shift)[V]) const {
     for (int v = 0; v < V; ++v) shift[v] = 0;
-    if (neighbours.k == 0 || nodes == 0) return;
-    const int64_t first = neighbours.index[0];
-    const int64_t row = first < 0 || first >= neighbours.rows ? 0 : first;
-    const Pack<T, V> own = center[pack], other = neighbor[row * shape.packs + pack];
-    for (int v = 0; v < V; ++v) {
-      const double y = leaky_relu(A(own[v]) + A(other[v]), *slope);
-      if (y - y == 0) shift[v] = y;  // finite
+    const int64_t edges = nodes * neighbours.k, step = edges / kSample + 1;
+    for (int64_t edge = 0; edge < edges; edge += step) {
+      const int64_t row = neighbours.index[edge];
+      if (row < 0 || row >= neighbours.rows) continue;
+      const int64_t node = edge / neighbours.k;
+      const Pack<T, V> own = center[node * shape.packs + pack], other = neighbor[row * shape.packs + pack];
+      for (int v = 0; v < V; ++v) {
+        const double y = leaky_relu(A(own[v]) + A(other[v]), *slope);
+        if (y - y == 0) shift[v] = y;  // finite
+      }
+      return;
     }
   }
 };
