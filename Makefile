@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -type f)
 # One GPU architecture, so that nvcc, where there is one, does not hold development up.
 CMAKE = $(BIN)/cmake -G Ninja -S csrc -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DPAPER_LAYERS_CUDA_ARCHITECTURES=90-real
 
-.PHONY: demo test lint bench claims sanitize compat wheel clean
+.PHONY: demo test lint bench claims sanitize emulate compat wheel clean
 
 demo: $(KERNELS)
 	$(BIN)/python -m demo
@@ -53,6 +53,28 @@ sanitize: $(INSTALLED)
 	$(BIN)/cmake --install build/sanitize --prefix $(STAGE)
 	cd $(STAGE) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PAPER_LAYERS_EXAMPLES=20 \
 		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops -k "not compile and not export"
+
+# The CUDA kernels on the CPU, threads one after the other, for want of a GPU: see tests/cuda_on_cpu. They run the tests
+# of the ops, those of CUDA with tensors of the CPU, except for
+# - what has no kernels in it: compile, export;
+# - what takes a GPU: streams, graphs, several devices, more than 2^31 elements;
+# - the CPU's own ways: threads, large_clouds, searches_itself, and what_they_are_handed, of an op that CUDA has not;
+# - messages about numbers out of range, which fail an assertion on a GPU: bad_inputs, refuses, checks_starts;
+# - float32 distances of zero, which vary with the order of sums: coincident.
+EMULATED := build/emulate/stage
+EMULATED_TESTS := not (compile or export or stream or graph_capture or device or 32_bits \
+	or threads or large_clouds or searches_itself or what_they_are_handed \
+	or bad_inputs or refuses or checks_starts or (coincident and float32))
+emulate: $(INSTALLED)
+	$(CMAKE) -B build/emulate -DPAPER_LAYERS_EMULATE_CUDA=ON
+	$(BIN)/cmake --build build/emulate
+	rm -rf $(EMULATED) && mkdir -p $(EMULATED) && cp -r paper_layers tests pyproject.toml $(EMULATED)
+	rm -f $(EMULATED)/paper_layers/_cuda.so
+	$(BIN)/cmake --install build/emulate --prefix $(EMULATED)
+	sed -i 's/"cuda"/"cpu"/g; s/"CUDA"/"CPU"/g; s/not torch.cuda.is_available()/False/; /^torch.cuda.synchronize()$$/d; \
+		/expected the device": lambda/d; s/^MANY = 40000/MANY = 3200/' $(EMULATED)/tests/ops/test_*_cuda.py
+	cd $(EMULATED) && OMP_NUM_THREADS=1 MALLOC_PERTURB_=1 PAPER_LAYERS_CPU_CAPABILITY=default PAPER_LAYERS_EXAMPLES=20 \
+		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops -k "$(EMULATED_TESTS)"
 
 # One wheel, built with the pinned torch, through the tests of the ops on the oldest torch and the newest (downloads
 # several GB), and a build in isolation.
