@@ -1,7 +1,6 @@
 // The threads of a block as fibers: each runs until it waits for others. No order among threads, warps or blocks is
 // promised, so each round of them draws another; CUDA_ON_CPU_SEED gives other ones.
 #include <algorithm>
-#include <csetjmp>
 #include <cstdlib>
 #include <mutex>
 #include <stdexcept>
@@ -28,8 +27,12 @@ constexpr size_t kStack = (size_t(1) << 18) + 33 * 64;  // apart by no power of 
 
 enum class State { ready, at_warp, at_block, done };
 
+// The compiler's own: libc's would tell AddressSanitizer, at some expense, of stacks that are given up.
+using Context = void*[5];
+[[noreturn, gnu::noinline]] void jump(Context& to) { __builtin_longjmp(to, 1); }
+
 struct Thread {
-  std::jmp_buf resume;
+  Context resume;
   State state;
   Place place;
   int meetings;  // of its warp
@@ -50,12 +53,12 @@ Warp warps[kMostThreads / kWarp];
 Meeting block_meeting;
 int created = 0, alive;
 bool met;  // Whether threads have met in the block.
-std::jmp_buf scheduler;
+Context scheduler;
 const std::function<void()>* running;
 std::string error;
 
-void yield() {
-  if (!_setjmp(all[thread.x].resume)) _longjmp(scheduler, 1);
+[[gnu::noinline]] void yield() {
+  if (!__builtin_setjmp(all[thread.x].resume)) jump(scheduler);
 }
 
 void release(int first, int count) {
@@ -102,13 +105,13 @@ void create(int count) {
     context.uc_stack.ss_sp = stacks + kStack * created;
     context.uc_stack.ss_size = kStack;
     makecontext(&context, live, 0);
-    if (!_setjmp(scheduler)) setcontext(&context);
+    if (!__builtin_setjmp(scheduler)) setcontext(&context);
   }
 }
 
-void resume(int t) {
+[[gnu::noinline]] void resume(int t) {
   thread.x = t;
-  if (!_setjmp(scheduler)) _longjmp(all[t].resume, 1);
+  if (!__builtin_setjmp(scheduler)) jump(all[t].resume);
 }
 
 uint32_t draw() {
@@ -144,8 +147,8 @@ bool run_warp(int first) {
   }
 }
 
-// AddressSanitizer is not to see it, for it has marked what lies between the arrays.
-__attribute__((no_sanitize("address"))) void spoil_shared_memory() {
+// Word by word, past AddressSanitizer, which has marked what lies between the arrays.
+void spoil_shared_memory() {
   for (volatile uint64_t* word = cuda_shared_begin; word < cuda_shared_end; ++word) *word = ~uint64_t(0);
 }
 
@@ -171,7 +174,7 @@ void run_block() {
 
 void fail(const char* what, Place place) {
   error = text(place) + ": " + what;
-  _longjmp(scheduler, 1);
+  jump(scheduler);
 }
 
 void meet_block(Place place) {
