@@ -3,9 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
-#include <stdexcept>
 #include <string>
-#include <vector>
 
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -52,7 +50,7 @@ Thread all[kMostThreads];
 Warp warps[kMostThreads / kWarp];
 Meeting block_meeting;
 int created = 0, alive;
-bool met;  // Whether threads have met in the block.
+bool met = true;  // Whether threads have met in the last block, as they do where they share memory.
 Context scheduler;
 const std::function<void()>* running;
 std::string error;
