@@ -72,10 +72,10 @@ emulate: $(INSTALLED)
 	rm -rf $(EMULATED) && mkdir -p $(EMULATED) && cp -r paper_layers tests pyproject.toml $(EMULATED)
 	rm -f $(EMULATED)/paper_layers/_cuda.so
 	$(BIN)/cmake --install build/emulate --prefix $(EMULATED)
-	sed -i 's/"cuda"/"cpu"/g; s/"CUDA"/"CPU"/g; s/not torch.cuda.is_available()/False/; /^torch.cuda.synchronize()$$/d; \
-		/expected the device": lambda/d; s/^MANY = 40000/MANY = 3200/' $(EMULATED)/tests/ops/test_*_cuda.py
+	sed -i -e 's/"cuda"/"cpu"/g; s/"CUDA"/"CPU"/g; s/not torch.cuda.is_available()/False/; /^torch.cuda.synchronize()$$/d' \
+		-e '/expected the device": lambda/d; s/^MANY = 40000/MANY = 3200/' $(EMULATED)/tests/ops/test_*_cuda.py
 	cd $(EMULATED) && OMP_NUM_THREADS=1 MALLOC_PERTURB_=1 PAPER_LAYERS_CPU_CAPABILITY=default PAPER_LAYERS_EXAMPLES=20 \
-		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops -k "$(EMULATED_TESTS)"
+		$(CURDIR)/$(BIN)/python -m pytest -n 2 -p no:cacheprovider tests/ops -k "$(EMULATED_TESTS)"
 
 # One wheel, built with the pinned torch, through the tests of the ops on the oldest torch and the newest (downloads
 # several GB), and a build in isolation.
