@@ -59,12 +59,13 @@ sanitize: $(INSTALLED)
 # - what has no kernels in it: compile, export;
 # - what takes a GPU: streams, graphs, several devices, more than 2^31 elements;
 # - what takes a minute here and another case of it does not: farther-3;
-# - the CPU's own ways: threads, large_clouds, searches_itself, and what_they_are_handed, of an op that CUDA has not;
+# - what CUDA has no kernel for: spectral_linear, and what_they_are_handed, of the loss as a whole;
+# - the CPU's own ways: threads, large_clouds, searches_itself;
 # - messages about numbers out of range, which fail an assertion on a GPU: bad_inputs, refuses, checks_starts;
 # - float32 distances of zero, which vary with the order of sums: coincident.
 EMULATED := build/emulate/stage
 EMULATED_TESTS := not (compile or export or stream or graph_capture or device or 32_bits \
-	or threads or farther-3 or large_clouds or searches_itself or what_they_are_handed \
+	or threads or farther-3 or large_clouds or searches_itself or what_they_are_handed or spectral_linear \
 	or bad_inputs or refuses or checks_starts or (coincident and float32))
 emulate: $(INSTALLED)
 	$(CMAKE) -B build/emulate -DPAPER_LAYERS_EMULATE_CUDA=ON
