@@ -50,6 +50,7 @@ sanitize: $(INSTALLED)
 	$(CMAKE) -B build/sanitize -DPAPER_LAYERS_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	rm -rf $(STAGE) && mkdir -p $(STAGE) && cp -r paper_layers tests pyproject.toml $(STAGE)
+	rm -f $(STAGE)/paper_layers/*.so
 	$(BIN)/cmake --install build/sanitize --prefix $(STAGE)
 	cd $(STAGE) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PAPER_LAYERS_EXAMPLES=20 \
 		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops -k "not compile and not export"
@@ -71,7 +72,7 @@ emulate: $(INSTALLED)
 	$(CMAKE) -B build/emulate -DPAPER_LAYERS_EMULATE_CUDA=ON
 	$(BIN)/cmake --build build/emulate
 	rm -rf $(EMULATED) && mkdir -p $(EMULATED) && cp -r paper_layers tests pyproject.toml $(EMULATED)
-	rm -f $(EMULATED)/paper_layers/_cuda.so
+	rm -f $(EMULATED)/paper_layers/*.so
 	$(BIN)/cmake --install build/emulate --prefix $(EMULATED)
 	sed -i -e 's/"cuda"/"cpu"/g; s/"CUDA"/"CPU"/g; s/not torch.cuda.is_available()/False/; /^torch.cuda.synchronize()$$/d' \
 		-e '/expected the device": lambda/d; s/^MANY = 40000/MANY = 3200/' $(EMULATED)/tests/ops/test_*_cuda.py
