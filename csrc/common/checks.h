@@ -29,6 +29,11 @@ inline bool equal(IntHeaderOnlyArrayRef a, IntHeaderOnlyArrayRef b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end());
 }
 
+inline void check_shape(const char* name, const Tensor& tensor, IntHeaderOnlyArrayRef shape) {
+  STD_TORCH_CHECK(equal(tensor.sizes(), shape), name, ": expected shape ", to_string(shape), ", got ",
+                  to_string(tensor.sizes()));
+}
+
 inline void check_same_device(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
   STD_TORCH_CHECK(tensor.device() == other.device(), name, ": expected the device of ", other_name, ", type ",
                   static_cast<int>(other.device().type()), " index ", other.get_device_index(), ", got type ",

@@ -145,8 +145,7 @@ inline void check_knn_backward(const Tensor& grad, const Tensor& query, const Te
   STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && equal(index.sizes(), shape),
                   "index: expected int64 of shape ", to_string(shape), ", got ", index.scalar_type(), " of shape ",
                   to_string(index.sizes()));
-  STD_TORCH_CHECK(equal(grad.sizes(), shape), "grad: expected shape ", to_string(shape), ", got ",
-                  to_string(grad.sizes()));
+  check_shape("grad", grad, shape);
   check_same_device("index", index, "query", query);
   check_same_device("grad", grad, "query", query);
 }

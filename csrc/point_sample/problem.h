@@ -121,8 +121,7 @@ inline PointSampleProblem point_sample_problem(const Tensor& points, const std::
 
 inline void check_grad(const Tensor& grad, const PointSampleProblem& problem, const Tensor& map) {
   const std::vector<int64_t> shape = {problem.rows, problem.channels, problem.points};
-  STD_TORCH_CHECK(equal(grad.sizes(), shape), "grad: expected shape ", to_string(shape), ", got ",
-                  to_string(grad.sizes()));
+  check_shape("grad", grad, shape);
   check_same_dtype_and_device("grad", grad, "maps", map);
 }
 

@@ -15,8 +15,7 @@ namespace paper_layers {
 constexpr double kShortestSquared = 1e-24, kRoot = 1e-5;
 
 inline void check_tensor(const char* name, const Tensor& tensor, IntHeaderOnlyArrayRef shape, const Tensor& scores) {
-  STD_TORCH_CHECK(equal(tensor.sizes(), shape), name, ": expected shape ", to_string(shape), ", got ",
-                  to_string(tensor.sizes()));
+  check_shape(name, tensor, shape);
   check_same_dtype_and_device(name, tensor, "the first argument", scores);
 }
 

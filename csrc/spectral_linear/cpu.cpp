@@ -37,7 +37,7 @@ void multiply(const Tensor& to, const std::optional<Tensor>& self, const Tensor&
 }
 
 double value_of(const Tensor& sigma, const Tensor& weight) {
-  check_shape("sigma", sigma, {}, weight);
+  check_beside("sigma", sigma, {}, weight);
   double value = 0;
   with_dtype(sigma.scalar_type(), [&](auto element) { value = *sigma.const_data_ptr<decltype(element)>(); });
   return value;
@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> spectral_linear_backward(const Tensor& any_gr
   const int64_t rows = matrix("input", any_input).rows;
   check_like("input", any_input, {rows, problem.columns}, any_weight);
   check_like("grad", any_grad, {rows, problem.rows}, any_weight);
-  check_shape("left", any_left, {problem.rows}, any_weight);
-  check_shape("right", any_right, {problem.columns}, any_weight);
+  check_beside("left", any_left, {problem.rows}, any_weight);
+  check_beside("right", any_right, {problem.columns}, any_weight);
   const double sigma = value_of(any_sigma, any_weight);
   const Tensor grad = dense(any_grad), input = dense(any_input), weight = dense(any_weight);
   const Tensor left = wide(any_left, weight), right = wide(any_right, weight);

@@ -19,15 +19,14 @@ inline Matrix matrix(const char* name, const Tensor& tensor) {
   return {tensor.size(0), tensor.size(1)};
 }
 
-inline void check_shape(const char* name, const Tensor& tensor, std::vector<int64_t> shape, const Tensor& weight) {
-  STD_TORCH_CHECK(equal(tensor.sizes(), shape), name, ": expected shape ", to_string(shape), ", got ",
-                  to_string(tensor.sizes()));
+inline void check_beside(const char* name, const Tensor& tensor, std::vector<int64_t> shape, const Tensor& weight) {
+  check_shape(name, tensor, shape);
   check_same_device(name, tensor, "weight", weight);
 }
 
 // As above, in the weight's dtype.
 inline void check_like(const char* name, const Tensor& tensor, std::vector<int64_t> shape, const Tensor& weight) {
-  check_shape(name, tensor, shape, weight);
+  check_shape(name, tensor, shape);
   check_same_dtype_and_device(name, tensor, "weight", weight);
 }
 

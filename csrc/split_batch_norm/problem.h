@@ -61,8 +61,7 @@ inline void check_values(const char* name, const MaybeTensor& values, const Tens
 }
 
 inline void check_grad(const Tensor& grad, const Tensor& input) {
-  STD_TORCH_CHECK(equal(grad.sizes(), input.sizes()), "grad: expected shape ", to_string(input.sizes()), ", got ",
-                  to_string(grad.sizes()));
+  check_shape("grad", grad, input.sizes());
   check_same_dtype_and_device("grad", grad, "input", input);
 }
 

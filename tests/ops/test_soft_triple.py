@@ -273,7 +273,8 @@ def test_coincident_centers_and_embeddings_on_them(dtype: torch.dtype) -> None:
     case = Case((x, w), {"labels": torch.arange(4), "tau": 5.0})
     leaves, exact = case.leaves(), case.to(torch.float64).leaves()
     actual, expected = soft_triple_loss(*leaves, **case.options), formula(*exact, **case.options)
-    assert_close(actual, expected, dtype)
+    # The last bit of a cosine of 1 is worth 300 of it in a distance of the root of 1e-5.
+    assert_close(actual, expected, torch.promote_types(dtype, torch.float32), scale=10)
     for got in torch.autograd.grad(actual, leaves):
         assert got.isfinite().all()
 
