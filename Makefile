@@ -42,17 +42,22 @@ claims: $(KERNELS)
 	$(BIN)/python -m benchmarks.claims.point_rend --json benchmarks/results/claims_point_rend.json
 	$(BIN)/python -m benchmarks.claims.big_bigan --json benchmarks/results/claims_big_bigan.json
 
+# Builds with an option, for tests of a copy of the package with these kernels alone: cmake would take libraries that
+# were copied within a second of the build for its own.
+define stage
+	$(CMAKE) -B build/$@ -D$(1)=ON
+	$(BIN)/cmake --build build/$@
+	rm -rf build/$@/stage && mkdir -p build/$@/stage && cp -r paper_layers tests pyproject.toml build/$@/stage
+	rm -f build/$@/stage/paper_layers/*.so
+	$(BIN)/cmake --install build/$@ --prefix build/$@/stage
+endef
+
 # The CPU kernels under AddressSanitizer and UBSan, through the tests of the ops, on a copy of the package. Python is
 # not instrumented, so the runtimes are loaded first, and leaks, which would be Python's, are not looked for.
-STAGE := build/sanitize/stage
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 sanitize: $(INSTALLED)
-	$(CMAKE) -B build/sanitize -DPAPER_LAYERS_SANITIZE=ON
-	$(BIN)/cmake --build build/sanitize
-	rm -rf $(STAGE) && mkdir -p $(STAGE) && cp -r paper_layers tests pyproject.toml $(STAGE)
-	rm -f $(STAGE)/paper_layers/*.so
-	$(BIN)/cmake --install build/sanitize --prefix $(STAGE)
-	cd $(STAGE) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PAPER_LAYERS_EXAMPLES=20 \
+	$(call stage,PAPER_LAYERS_SANITIZE)
+	cd build/$@/stage && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PAPER_LAYERS_EXAMPLES=20 \
 		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops -k "not compile and not export"
 
 # The CUDA kernels on the CPU, threads one after the other, for want of a GPU: see tests/cuda_on_cpu. They run the tests
@@ -63,19 +68,14 @@ sanitize: $(INSTALLED)
 # - what CUDA has no kernel for: spectral_linear, and what_they_are_handed, of the loss as a whole;
 # - the CPU's own ways: threads, large_clouds, searches_itself;
 # - messages about numbers out of range, which fail an assertion on a GPU: bad_inputs, refuses, checks_starts.
-EMULATED := build/emulate/stage
 EMULATED_TESTS := not (compile or export or stream or graph_capture or device or 32_bits \
 	or threads or farther-3 or large_clouds or searches_itself or what_they_are_handed or spectral_linear \
 	or bad_inputs or refuses or checks_starts)
 emulate: $(INSTALLED)
-	$(CMAKE) -B build/emulate -DPAPER_LAYERS_EMULATE_CUDA=ON
-	$(BIN)/cmake --build build/emulate
-	rm -rf $(EMULATED) && mkdir -p $(EMULATED) && cp -r paper_layers tests pyproject.toml $(EMULATED)
-	rm -f $(EMULATED)/paper_layers/*.so
-	$(BIN)/cmake --install build/emulate --prefix $(EMULATED)
+	$(call stage,PAPER_LAYERS_EMULATE_CUDA)
 	sed -i -e 's/"cuda"/"cpu"/g; s/"CUDA"/"CPU"/g; s/not torch.cuda.is_available()/False/; /^torch.cuda.synchronize()$$/d' \
-		-e '/expected the device": lambda/d; s/^MANY = 40000/MANY = 3200/' $(EMULATED)/tests/ops/test_*_cuda.py
-	cd $(EMULATED) && OMP_NUM_THREADS=1 MALLOC_PERTURB_=1 PAPER_LAYERS_CPU_CAPABILITY=default PAPER_LAYERS_EXAMPLES=20 \
+		-e '/expected the device": lambda/d; s/^MANY = 40000/MANY = 3200/' build/$@/stage/tests/ops/test_*_cuda.py
+	cd build/$@/stage && OMP_NUM_THREADS=1 MALLOC_PERTURB_=1 PAPER_LAYERS_CPU_CAPABILITY=default PAPER_LAYERS_EXAMPLES=20 \
 		$(CURDIR)/$(BIN)/python -m pytest -n 2 -p no:cacheprovider tests/ops -k "$(EMULATED_TESTS)"
 
 # One wheel, built with the pinned torch, through the tests of the ops on the oldest torch and the newest (downloads

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paper_layers.ops import _checks
 from paper_layers.ops._autocast import autocasts, without_autocast
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._library import define
@@ -153,7 +154,8 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
         Shape (..., M); under autocast in its dtype.
 
     Raises:
-        ValueError: The input is not of the weight's size.
+        TypeError: The input is no tensor of float32, float64, bfloat16 or float16.
+        ValueError: Sizes do not fit the weight's.
 
     Example:
         >>> import torch
@@ -162,8 +164,15 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
         >>> spectral_linear(torch.tensor([6.0, 6.0]), weight, None, u, v, training=True)
         tensor([6., 4.])
     """
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        raise ValueError(f"input: expected shape (..., {weight.shape[1]}), got {tuple(input.shape)}")
+    _checks.floating("input", input)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape (M, N), got {tuple(weight.shape)}")
+    rows, columns = weight.shape
+    if input.dim() == 0 or input.shape[-1] != columns:
+        raise ValueError(f"input: expected shape (..., {columns}), got {tuple(input.shape)}")
+    for name, value, size in (("bias", bias, rows), ("u", u, rows), ("v", v, columns)):
+        if value is not None and value.shape != (size,):
+            raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
     kind = input.device.type
     with torch.no_grad(), without_autocast(kind):
         if training:
@@ -180,4 +189,4 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
     if input.dim() == 2:
         return _SpectralLinear.apply(input, weight, bias, left, right, sigma)
     output = _SpectralLinear.apply(input.reshape(-1, input.shape[-1]), weight, bias, left, right, sigma)
-    return output.reshape(*input.shape[:-1], weight.shape[0])
+    return output.reshape(*input.shape[:-1], rows)

@@ -75,6 +75,31 @@ class TestSpectralLinear(OpBattery):
             r"input: .*\(\.\.\., 4\)",
         ),
         "size": (lambda: function(numbers(5, 3), numbers(3, 4), numbers(3)), ValueError, r"input: .*4\), got \(5, 3\)"),
+        "integers": (
+            lambda: function(numbers(5, 4).long(), numbers(3, 4), numbers(3)),
+            TypeError,
+            "input: expected one of .*, got torch.int64",
+        ),
+        "bias": (
+            lambda: function(numbers(5, 4), numbers(3, 4), numbers(1)),
+            ValueError,
+            r"bias: expected shape \(3,\), got \(1,\)",
+        ),
+        "weight's rank": (
+            lambda: spectral_linear(numbers(5, 4), numbers(4), None, numbers(3), numbers(4), True),
+            ValueError,
+            r"weight: expected shape \(M, N\), got \(4,\)",
+        ),
+        "u": (
+            lambda: spectral_linear(numbers(5, 4), numbers(3, 4), None, numbers(4), numbers(4), True),
+            ValueError,
+            r"u: expected shape \(3,\), got \(4,\)",
+        ),
+        "v's size": (
+            lambda: spectral_linear(numbers(5, 4), numbers(3, 4), None, numbers(3), numbers(3), True),
+            ValueError,
+            r"v: expected shape \(4,\), got \(3,\)",
+        ),
         "op: input": (call(input=numbers(5, 3)), RuntimeError, r"input: expected shape \(5, 4\)"),
         "op: rank": (call(input=numbers(4)), RuntimeError, r"input: expected shape \(M, N\), got \(4\)"),
         "op: bias": (call(bias=numbers(4)), RuntimeError, r"bias: expected shape \(3\), got \(4\)"),
