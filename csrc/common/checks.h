@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "common/range.h"
+#include "common/sizes.h"
 
 namespace paper_layers {
 
@@ -32,6 +33,13 @@ inline bool equal(IntHeaderOnlyArrayRef a, IntHeaderOnlyArrayRef b) {
 inline void check_shape(const char* name, const Tensor& tensor, IntHeaderOnlyArrayRef shape) {
   STD_TORCH_CHECK(equal(tensor.sizes(), shape), name, ": expected shape ", to_string(shape), ", got ",
                   to_string(tensor.sizes()));
+}
+
+inline void check_floating(const char* name, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  name, ": expected float32, float64, bfloat16 or float16, got ", dtype);
 }
 
 inline void check_same_device(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {

@@ -135,13 +135,13 @@ void write_smallest(int64_t images, int64_t points, int64_t wanted, int64_t cost
   using Found = std::vector<typename P::Packed>;
   constexpr int64_t block = 1 << 16, grain = 1 << 15;
   if (images == 0 || wanted == 0) return;
-  const int64_t threads = torch::stable::get_num_threads(), cost = points * cost_of_point;
+  const int64_t threads = torch::stable::get_num_threads(), cost = product({points, cost_of_point});
   const int64_t parts = std::max<int64_t>(1, std::min((threads + images - 1) / images, cost / grain));
   const auto write = [&](const Found& found, int64_t image) {
     for (int64_t i = 0; i < wanted; ++i) index[image * wanted + i] = P::index(found[i]);
   };
   std::vector<Found> found(parts > 1 ? images * parts : 0);
-  torch::stable::parallel_for(0, images * parts, 1 + grain / (1 + cost / parts), [&](int64_t first, int64_t last) {
+  parallel_for(0, images * parts, 1 + grain / (1 + cost / parts), [&](int64_t first, int64_t last) {
     const int64_t longest = (points + parts - 1) / parts;
     Scratch<A> margins(std::min(block, longest) + Vec<A>::size);
     for (int64_t item = first; item < last; ++item) {
@@ -158,7 +158,7 @@ void write_smallest(int64_t images, int64_t points, int64_t wanted, int64_t cost
     }
   });
   if (parts == 1) return;
-  torch::stable::parallel_for(0, images, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, images, 1, [&](int64_t first, int64_t last) {
     for (int64_t image = first; image < last; ++image) {
       Found merged;
       for (int64_t part = 0; part < parts; ++part) {

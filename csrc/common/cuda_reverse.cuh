@@ -50,8 +50,8 @@ struct WriteKeys {
 
   C10_DEVICE void operator()(int64_t edge) const {
     const int64_t row = row_of(edge);
-    CUDA_KERNEL_ASSERT(row < rows && "index: out of range");
-    keys[edge] = static_cast<Key>(row);
+    CUDA_KERNEL_ASSERT(-1 <= row && row < rows && "index: out of range");
+    keys[edge] = static_cast<Key>(row < 0 || row >= rows ? -1 : row);
   }
 };
 
@@ -68,7 +68,7 @@ struct WriteStarts {
 struct RowOfEdge {
   const int64_t* index;
 
-  C10_DEVICE int64_t operator()(int64_t edge) const { return index[edge] < 0 ? -1 : index[edge]; }
+  C10_DEVICE int64_t operator()(int64_t edge) const { return index[edge]; }
 };
 
 struct ReverseTable {

@@ -14,7 +14,9 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/sizes.h"
 
 namespace paper_layers {
 

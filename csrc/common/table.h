@@ -1,7 +1,6 @@
 // Tables of neighbours: rows of other tensors, -1 where there is none.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -17,10 +16,15 @@ inline void check_table(const Tensor& index) {
                   index.size(1));
 }
 
+inline void check_row(int64_t row, int64_t rows) {
+  STD_TORCH_CHECK(-1 <= row && row < rows, "index: expected -1 or a row below ", rows, ", got ", row);
+}
+
 // `index` is data: read it before what it points to.
 inline void check_index(const int64_t* index, int64_t count, int64_t rows) {
-  const int64_t largest = count > 0 ? *std::max_element(index, index + count) : -1;
-  STD_TORCH_CHECK(largest < rows, "index: expected rows below ", rows, ", got ", largest);
+  bool wrong = false;
+  for (int64_t i = 0; i < count; ++i) wrong |= index[i] < -1 || index[i] >= rows;
+  for (int64_t i = 0; wrong && i < count; ++i) check_row(index[i], rows);
 }
 
 }  // namespace paper_layers

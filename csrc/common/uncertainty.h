@@ -26,11 +26,13 @@ struct LogitMaps {
 };
 
 inline LogitMaps logit_maps(const Tensor& logits) {
+  product({logits.size(2), logits.size(3)});
   return {logits.size(0),   logits.size(1),   logits.size(2),   logits.size(3),
           logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3)};
 }
 
 inline void check_logits(const Tensor& logits, const std::optional<Tensor>& labels) {
+  check_floating("logits", logits);
   STD_TORCH_CHECK(logits.dim() == 4 && logits.size(1) > 0,
                   "logits: expected shape (N, C, H, W) with at least one class, got ", to_string(logits.sizes()));
   if (!labels.has_value()) return;

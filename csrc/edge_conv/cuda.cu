@@ -52,8 +52,7 @@ Graph<T, R> graph(const R& rows, const EdgeConvProblem& problem, const Tensor& c
 std::tuple<Tensor, Tensor, Tensor> edge_conv(const Tensor& any_center, const Tensor& any_neighbor,
                                              const Tensor& any_index, const Tensor& slope,
                                              std::optional<Tensor> any_smallest, bool statistics) {
-  const EdgeConvProblem problem = edge_conv_problem(any_center, any_neighbor, any_index, slope);
-  if (any_smallest) check_vector("smallest", *any_smallest, problem.channels, ScalarType::Bool);
+  const EdgeConvProblem problem = edge_conv_problem(any_center, any_neighbor, any_index, slope, any_smallest);
   const int32_t device = any_center.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor center = torch::stable::contiguous(any_center), neighbor = torch::stable::contiguous(any_neighbor);
@@ -62,6 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv(const Tensor& any_center, const Ten
   const int64_t workers = worker_count(problem), wanted = statistics ? problem.channels : 0;
   const Tensor output = empty(center, {problem.nodes, problem.channels}, center.scalar_type());
   const Tensor mean = empty(slope, {wanted}, slope.scalar_type()), var = empty(slope, {wanted}, slope.scalar_type());
+  if (output.numel() == 0) return {output, torch::stable::fill_(mean, 0), torch::stable::fill_(var, 0)};
   const Tensor sums = empty(center, {statistics ? workers : 0, 2, wanted}, ScalarType::Double);
   const Tensor counts = empty(center, {statistics ? workers : 0}, ScalarType::Double);
   with_dtype(center.scalar_type(), [&](auto element) {
@@ -93,18 +93,22 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv(const Tensor& any_center, const Ten
 std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, const Tensor& any_grad_mean,
                                                       const Tensor& any_grad_var, const Tensor& any_center,
                                                       const Tensor& any_neighbor, const Tensor& any_index,
-                                                      const Tensor& slope, const Tensor& any_output,
+                                                      const Tensor& slope, std::optional<Tensor> any_smallest,
                                                       const Tensor& any_mean) {
   const EdgeConvProblem problem = edge_conv_backward_problem(any_grad, any_grad_mean, any_grad_var, any_center,
-                                                             any_neighbor, any_index, slope, any_output, any_mean);
+                                                             any_neighbor, any_index, slope, any_smallest, any_mean);
   const int32_t device = any_center.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const auto dense = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
   const Tensor grad = dense(any_grad), grad_mean = dense(any_grad_mean), grad_var = dense(any_grad_var);
   const Tensor center = dense(any_center), neighbor = dense(any_neighbor), index = dense(any_index);
-  const Tensor output = dense(any_output), mean = dense(any_mean);
+  const Tensor mean = dense(any_mean), smallest = any_smallest ? dense(*any_smallest) : index;
   const int64_t workers = worker_count(problem);
   const Tensor grad_center = torch::stable::empty_like(center), grad_neighbor = torch::stable::empty_like(neighbor);
+  if (center.numel() == 0) {
+    const Tensor none = empty(slope, {}, slope.scalar_type());
+    return {grad_center, torch::stable::fill_(grad_neighbor, 0), torch::stable::fill_(none, 0)};
+  }
   const Tensor arg = empty(center, {problem.nodes, problem.channels}, ScalarType::Int);
   const Tensor counts = empty(center, {workers}, ScalarType::Double);
   const CountEdges count_edges{index.const_data_ptr<int64_t>(), index.numel(), workers,
@@ -118,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, co
     using T = decltype(element);
     using A = Accumulator<T>;
     const int64_t largest = std::max({workers * problem.channels, problem.rows * problem.channels, index.numel()});
-    const std::initializer_list<Tensor> tensors = {grad, center, neighbor, output, arg, grad_center, grad_neighbor};
+    const std::initializer_list<Tensor> tensors = {grad, center, neighbor, arg, grad_center, grad_neighbor};
     with_rows<T>(largest, problem.channels, tensors, [&](auto rows) {
       using R = decltype(rows);
       constexpr int V = R::V;
@@ -129,7 +133,8 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, co
       const Tensor slopes = empty(center, {workers * rows.packs}, ScalarType::Double);
       for_each_index<typename R::Index>(
           workers * rows.packs, device,
-          EdgeBackwardCenter<T, R>{edges, gradients, workers, packs<T, V>(grad), packs<T, V>(output),
+          EdgeBackwardCenter<T, R>{edges, gradients, workers,
+                                   any_smallest ? smallest.const_data_ptr<bool>() : nullptr, packs<T, V>(grad),
                                    mutable_packs<T, V>(grad_center), mutable_packs<int32_t, V>(arg),
                                    slopes.mutable_data_ptr<double>()});
       for_each_index<typename R::Index>(

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <utility>
 
 #include "common/accumulator.h"
@@ -21,39 +22,43 @@ inline double count_edges(const EdgeConvProblem& problem, const int64_t* index) 
   return std::max<int64_t>(1, std::count_if(index, end, [](int64_t row) { return row >= 0; }));
 }
 
-inline void check_vector(const char* name, const Tensor& tensor, int64_t length, ScalarType dtype) {
+inline void check_vector(const char* name, const Tensor& tensor, int64_t length, ScalarType dtype,
+                         const Tensor& center) {
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == length && tensor.scalar_type() == dtype, name, ": expected ",
                   length, " elements of ", dtype, ", got ", tensor.scalar_type(), " of shape ",
                   to_string(tensor.sizes()));
+  check_same_device(name, tensor, "center", center);
 }
 
 inline EdgeConvProblem edge_conv_problem(const Tensor& center, const Tensor& neighbor, const Tensor& index,
-                                         const Tensor& slope) {
+                                         const Tensor& slope, const std::optional<Tensor>& smallest) {
+  check_floating("center", center);
   STD_TORCH_CHECK(center.dim() == 2, "center: expected shape (M, C), got ", to_string(center.sizes()));
   STD_TORCH_CHECK(neighbor.dim() == 2 && neighbor.size(1) == center.size(1), "neighbor: expected shape (N, ",
                   center.size(1), "), got ", to_string(neighbor.sizes()));
   check_same_dtype_and_device("neighbor", neighbor, "center", center);
   check_table(index);
+  check_same_device("index", index, "center", center);
   STD_TORCH_CHECK(index.size(0) == center.size(0), "index: expected the rows of center, ", center.size(0), ", got ",
                   index.size(0));
   STD_TORCH_CHECK(slope.numel() == 1 && slope.scalar_type() == accumulation_dtype(center.scalar_type()),
                   "slope: expected one element of ", accumulation_dtype(center.scalar_type()), ", got ",
                   slope.scalar_type(), " of shape ", to_string(slope.sizes()));
+  check_same_device("slope", slope, "center", center);
+  if (smallest) check_vector("smallest", *smallest, center.size(1), ScalarType::Bool, center);
   return {center.size(0), neighbor.size(0), index.size(1), center.size(1)};
 }
 
 inline EdgeConvProblem edge_conv_backward_problem(const Tensor& grad, const Tensor& grad_mean, const Tensor& grad_var,
                                                   const Tensor& center, const Tensor& neighbor, const Tensor& index,
-                                                  const Tensor& slope, const Tensor& output, const Tensor& mean) {
-  const EdgeConvProblem problem = edge_conv_problem(center, neighbor, index, slope);
-  for (const auto& [name, tensor] : {std::pair("grad", grad), std::pair("output", output)}) {
-    STD_TORCH_CHECK(equal(tensor.sizes(), center.sizes()), name, ": expected the shape of center, ",
-                    to_string(center.sizes()), ", got ", to_string(tensor.sizes()));
-    check_same_dtype_and_device(name, tensor, "center", center);
-  }
+                                                  const Tensor& slope, const std::optional<Tensor>& smallest,
+                                                  const Tensor& mean) {
+  const EdgeConvProblem problem = edge_conv_problem(center, neighbor, index, slope, smallest);
+  check_shape("grad", grad, center.sizes());
+  check_same_dtype_and_device("grad", grad, "center", center);
   for (const auto& [name, tensor] :
        {std::pair("grad_mean", grad_mean), std::pair("grad_var", grad_var), std::pair("mean", mean)}) {
-    check_vector(name, tensor, mean.numel() > 0 ? problem.channels : 0, slope.scalar_type());
+    check_vector(name, tensor, mean.numel() > 0 ? problem.channels : 0, slope.scalar_type(), center);
   }
   return problem;
 }

@@ -32,6 +32,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::o
   shape.back() = k;
   Tensor index = torch::stable::new_empty(q, shape, ScalarType::Long);
   Tensor distance = torch::stable::new_empty(q, shape, dtype);
+  if (index.numel() == 0) return {index, distance};
   use_huge_pages(index);
   use_huge_pages(distance);
   THO_DISPATCH_V2(dtype, "knn", AT_WRAP([&] {
@@ -52,6 +53,11 @@ std::tuple<Tensor, Tensor> knn_backward(const Tensor& grad, const Tensor& query,
   Tensor grad_query = torch::stable::empty_like(q), grad_points = torch::stable::empty_like(p);
   const int64_t channels = query.size(query.dim() - 1);
   const NeighbourTable table = neighbour_table(i, query, points);
+  if (i.numel() == 0 || channels == 0 || table.points == 0) {
+    check_index(table.index, i.numel(), table.limit());
+    return {torch::stable::to(torch::stable::zero_(grad_query), query.scalar_type()),
+            torch::stable::to(torch::stable::zero_(grad_points), query.scalar_type())};
+  }
   THO_DISPATCH_V2(dtype, "knn_backward", AT_WRAP([&] {
                     PAPER_LAYERS_DISPATCH(knn_backward(table, channels, inner, g.const_data_ptr<scalar_t>(),
                                                        q.const_data_ptr<scalar_t>(), p.const_data_ptr<scalar_t>(),

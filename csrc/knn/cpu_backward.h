@@ -14,8 +14,8 @@ void knn_backward(const NeighbourTable& table, int64_t channels, bool inner, con
   const int64_t edges = table.queries * table.k;
   std::vector<int64_t> start(table.points + 2), edge_of(edges);
   for (int64_t e = 0; e < edges; ++e) {
+    check_row(table.index[e], table.limit());
     const int64_t row = table.row(e);
-    STD_TORCH_CHECK(row < table.points, "index: expected rows of points, below ", table.points, ", got ", row);
     if (row >= 0) ++start[row + 2];
   }
   std::partial_sum(start.begin(), start.end(), start.begin());
@@ -23,8 +23,8 @@ void knn_backward(const NeighbourTable& table, int64_t channels, bool inner, con
     const int64_t row = table.row(e);
     if (row >= 0) edge_of[start[row + 1]++] = e;
   }
-  const int64_t grain = 1 + 32768 / (1 + channels * table.k);
-  torch::stable::parallel_for(0, table.queries, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = grain_size(32768, {channels, table.k});
+  parallel_for(0, table.queries, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* sum = grad_query + i * channels;
       std::fill_n(sum, channels, T(0));
@@ -36,7 +36,7 @@ void knn_backward(const NeighbourTable& table, int64_t channels, bool inner, con
       }
     }
   });
-  torch::stable::parallel_for(0, table.points, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, table.points, grain, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       T* sum = grad_points + j * channels;
       std::fill_n(sum, channels, T(0));

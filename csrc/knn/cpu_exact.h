@@ -137,7 +137,7 @@ void search_all(const Search<T>& search, int64_t query, const int32_t* all, Foun
 template <typename T>
 void search_pairs(const Search<T>& search) {
   const int64_t grain = std::max<int64_t>(1, 16384 / (search.points + 1));
-  torch::stable::parallel_for(0, search.queries, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, search.queries, grain, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> all(search.points);
     std::iota(all.begin(), all.end(), 0);
     std::vector<Found> found(search.points);

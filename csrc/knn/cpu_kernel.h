@@ -21,10 +21,11 @@ bool squares_are_finite(const T* values, int64_t count) {
 template <typename T>
 void knn(const KnnProblem& problem, const T* query, const T* points, int64_t* index, T* distance) {
   for (const Cloud& cloud : problem.clouds) {
-    const int64_t q = cloud.queries.begin, p = cloud.points.begin;
+    const int64_t q = cloud.queries.begin, p = cloud.points.begin, most = problem.ranks() + !problem.include_self;
     const Search<T> search{problem,
                            cloud.queries.size(),
-                           cloud.points.size(),
+                           // Points without channels are equally far: the first ones are the nearest.
+                           problem.channels > 0 ? cloud.points.size() : std::min(cloud.points.size(), most),
                            query + q * problem.channels,
                            points + p * problem.channels,
                            index + q * problem.k,

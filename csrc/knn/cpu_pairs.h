@@ -43,7 +43,7 @@ class SymmetricSearch {
 
   template <typename Body>
   void each(int64_t count, const Body& body) {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       PanelSearch<T> search(exact_, candidates_);
       for (int64_t i = begin; i < end; ++i) body(search, i);
       finish_streaming();
@@ -80,7 +80,7 @@ void search_panels(const Search<T>& search) {
   }
   const Panels<T> queries(search, frame, search.query, search.queries);
   PanelDistances<T> exact(search, frame, queries, points);
-  torch::stable::parallel_for(0, queries.count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, queries.count, 1, [&](int64_t begin, int64_t end) {
     Candidates<T> candidates(width, search.wanted(), width);
     PanelSearch<T> panels(exact, candidates);
     for (int64_t q = begin; q < end; ++q) {

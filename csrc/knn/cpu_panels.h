@@ -73,7 +73,7 @@ struct Panels {
         lengths(count * width),
         errors(count * width),
         offsets(count * width) {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * width; i < end * width; ++i) {
         pack(frame, i < number ? rows + i * channels : nullptr, i, search.problem.inner);
       }

@@ -101,7 +101,7 @@ class Tree {
       level.push_back(1);
     }
     while (!level.empty()) {  // a level at a time, its nodes in parallel
-      torch::stable::parallel_for(0, level.size(), 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, level.size(), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           if (nodes_[level[i]].leaves.size() <= kSubtreeLeaves) build_all(level[i]);
           else build(level[i]);
@@ -338,7 +338,7 @@ template <typename T>
 std::vector<int64_t> group(const Tree<T>& tree, std::vector<TreePoint<T>>& queries) {
   const int64_t count = queries.size();
   std::vector<int64_t> leaf(count), start(tree.leaves() + 2), groups;
-  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) leaf[i] = tree.leaves() > 0 ? tree.leaf_of(queries[i].x) : 0;
   });
   for (int64_t i = 0; i < count; ++i) ++start[leaf[i] + 1];
@@ -370,7 +370,7 @@ void search_tree(const Search<T>& search) {
     std::fill_n(search.index, search.queries * search.problem.k, -1);
     std::fill_n(search.distance, search.queries * search.problem.k, std::numeric_limits<T>::infinity());
   }
-  torch::stable::parallel_for(0, groups.size() - 1, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups.size() - 1, 8, [&](int64_t begin, int64_t end) {
     TreeWalk<T> walk(search, tree);
     for (int64_t g = begin; g < end; ++g) walk.run(queries.data() + groups[g], groups[g + 1] - groups[g]);
     finish_streaming();

@@ -202,7 +202,7 @@ struct WriteNobody {
 
 // The starts of the clouds, or nothing for those of equal sizes. Their contents are not known here.
 CloudRows cloud_rows(const char* name, const Tensor& rows, const std::optional<Tensor>& starts) {
-  if (!starts.has_value()) return {nullptr, rows.size(0), rows.size(1), rows.size(0) * rows.size(1)};
+  if (!starts.has_value()) return {nullptr, rows.size(0), rows.size(1), product({rows.size(0), rows.size(1)})};
   STD_TORCH_CHECK(starts->scalar_type() == ScalarType::Long && starts->dim() == 1 && starts->numel() > 0, name,
                   ": expected int64 of shape (B + 1,), got ", starts->scalar_type(), " of shape ",
                   to_string(starts->sizes()));
@@ -241,6 +241,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points
   shape.back() = k;
   const Tensor index = torch::stable::new_empty(query, shape, ScalarType::Long);
   const Tensor distance = torch::stable::new_empty(query, shape, dtype);
+  if (index.numel() == 0) return {index, distance};
   const auto run = [&](auto element) {
     using T = decltype(element);
     const Wanted<T> wanted{k,
@@ -273,7 +274,9 @@ std::tuple<Tensor, Tensor> knn_backward(const Tensor& any_grad, const Tensor& an
       torch::stable::contiguous(torch::stable::to(any_grad, accumulation_dtype(query.scalar_type())));
   const Tensor grad_query = torch::stable::new_empty(query, query.sizes());
   const Tensor grad_points = torch::stable::new_empty(points, points.sizes());
-  if (query.numel() == 0 && points.numel() == 0) return {grad_query, grad_points};
+  if (index.numel() == 0 || query.numel() == 0 || points.numel() == 0) {
+    return {torch::stable::fill_(grad_query, 0), torch::stable::fill_(grad_points, 0)};
+  }
   const int64_t channels = query.size(query.dim() - 1);
   const NeighbourTable table = neighbour_table(index, query, points);
   const ReverseTable reverse = reverse_table(points, index.numel(), table.points, RowOfNeighbour{table});

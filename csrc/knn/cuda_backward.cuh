@@ -27,7 +27,10 @@ C10_DEVICE Pack<T, V> rounded(const Accumulator<T>* sum) {
 struct RowOfNeighbour {
   NeighbourTable table;
 
-  C10_DEVICE int64_t operator()(int64_t edge) const { return table.row(edge); }
+  C10_DEVICE int64_t operator()(int64_t edge) const {
+    CUDA_KERNEL_ASSERT(table.in_range(edge) && "index: out of range");
+    return table.row(edge);
+  }
 };
 
 // Of a query, from its neighbours.
@@ -53,7 +56,7 @@ struct QueryGradient {
 #pragma unroll 4
     for (int64_t edge = first; edge < first + table.k; ++edge) {
       const int64_t neighbour = table.row(edge);
-      CUDA_KERNEL_ASSERT(neighbour < table.points && "index: out of range");
+      CUDA_KERNEL_ASSERT(table.in_range(edge) && "index: out of range");
       if (neighbour < 0) continue;
       const Pack<T, V> point = points[neighbour * shape.packs + pack];
       if (inner) accumulate<T, V>(-grad[edge], true, point, point, sum);

@@ -13,6 +13,7 @@
 #include <torch/headeronly/macros/Macros.h>
 
 #include "common/checks.h"
+#include "common/table.h"
 
 namespace paper_layers {
 
@@ -36,15 +37,19 @@ struct KnnProblem {
 };
 
 // The starts of the clouds: from 0 to the number of rows, never descending.
-inline std::vector<int64_t> read_starts(const char* name, const Tensor& starts, int64_t rows) {
+inline std::vector<int64_t> read_starts(const char* name, const Tensor& starts, const Tensor& query, int64_t rows) {
   STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && starts.dim() == 1 && starts.numel() > 0, name,
                   ": expected int64 of shape (B + 1,), got ", starts.scalar_type(), " of shape ",
                   to_string(starts.sizes()));
+  check_same_device(name, starts, "query", query);
   const Tensor dense = torch::stable::contiguous(starts);
   const int64_t* data = dense.const_data_ptr<int64_t>();
   const std::vector<int64_t> result(data, data + dense.numel());
-  STD_TORCH_CHECK(result.front() == 0 && result.back() == rows && std::is_sorted(result.begin(), result.end()), name,
-                  ": expected numbers from 0 to ", rows, " that never descend");
+  STD_TORCH_CHECK(result.front() == 0 && result.back() == rows, name, ": expected numbers from 0 to ", rows, ", got ",
+                  result.front(), " to ", result.back());
+  const auto descent = std::is_sorted_until(result.begin(), result.end());
+  STD_TORCH_CHECK(descent == result.end(), name, ": expected numbers that never descend, got ", *descent,
+                  " at position ", descent - result.begin(), " after ", *(descent - 1));
   return result;
 }
 
@@ -64,6 +69,7 @@ inline void check_knn(const Tensor& query, const Tensor& points, const std::opti
   STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
                   to_string(query.sizes()));
   const int64_t last = query.dim() - 1;
+  check_floating("query", query);
   check_points("points", points, query);
   STD_TORCH_CHECK(query_ptr.has_value() == (last == 1) && points_ptr.has_value() == (last == 1),
                   "query_ptr and points_ptr: expected with shape (M, C), and only there");
@@ -95,11 +101,12 @@ inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const s
                     to_string(problem.listed));
   }
   if (last == 2) {
-    const int64_t m = query.size(1), n = points.size(1);
-    for (int64_t b = 0; b < query.size(0); ++b) problem.clouds.push_back({{b * m, b * m + m}, {b * n, b * n + n}, 0});
+    const int64_t m = query.size(1), n = points.size(1), count = m > 0 ? query.size(0) : 0;
+    STD_TORCH_CHECK(n <= limit, "points: expected at most ", limit, " in a cloud, got ", n);
+    for (int64_t b = 0; b < count; ++b) problem.clouds.push_back({{b * m, b * m + m}, {b * n, b * n + n}, 0});
   } else {
-    const auto q = read_starts("query_ptr", *query_ptr, query.size(0));
-    const auto p = read_starts("points_ptr", *points_ptr, points.size(0));
+    const auto q = read_starts("query_ptr", *query_ptr, query, query.size(0));
+    const auto p = read_starts("points_ptr", *points_ptr, query, points.size(0));
     STD_TORCH_CHECK(q.size() == p.size(), "points_ptr: expected as many clouds as query_ptr has, ", q.size() - 1,
                     ", got ", p.size() - 1);
     for (size_t b = 0; b + 1 < q.size(); ++b) problem.clouds.push_back({{q[b], q[b + 1]}, {p[b], p[b + 1]}, p[b]});
@@ -119,9 +126,13 @@ struct NeighbourTable {
   int64_t queries, k, points;
   int64_t cloud_queries, cloud_points;
 
-  // -1 where there is no neighbour.
+  // Indices are below it.
+  C10_HOST_DEVICE int64_t limit() const { return cloud_points > 0 ? cloud_points : points; }
+  C10_HOST_DEVICE bool in_range(int64_t edge) const { return -1 <= index[edge] && index[edge] < limit(); }
+  // -1 where there is no neighbour, or an index is out of range: it must not be taken for the next cloud's.
   C10_HOST_DEVICE int64_t row(int64_t edge) const {
-    return index[edge] < 0 ? -1 : index[edge] + edge / k / cloud_queries * cloud_points;
+    const int64_t own = index[edge];
+    return own < 0 || own >= limit() ? -1 : own + edge / k / cloud_queries * cloud_points;
   }
 };
 
@@ -131,7 +142,7 @@ inline NeighbourTable neighbour_table(const Tensor& index, const Tensor& query, 
   return {index.const_data_ptr<int64_t>(),
           index.numel() / std::max<int64_t>(k, 1),
           k,
-          last == 2 ? points.size(0) * points.size(1) : points.size(0),
+          last == 2 ? product({points.size(0), points.size(1)}) : points.size(0),
           std::max<int64_t>(1, query.size(last - 1)),
           last == 2 ? points.size(1) : 0};
 }
@@ -139,6 +150,8 @@ inline NeighbourTable neighbour_table(const Tensor& index, const Tensor& query, 
 inline void check_knn_backward(const Tensor& grad, const Tensor& query, const Tensor& points, const Tensor& index) {
   STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
                   to_string(query.sizes()));
+  check_floating("query", query);
+  check_floating("grad", grad);
   check_points("points", points, query);
   std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end());
   shape.back() = index.dim() > 0 ? index.size(index.dim() - 1) : 0;

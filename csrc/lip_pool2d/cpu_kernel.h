@@ -99,7 +99,7 @@ struct Tasks {
   // Calls work(columns, rows), which makes a function of the plane's number, in parallel.
   template <typename Work>
   void run(const Work& work) const {
-    torch::stable::parallel_for(0, planes * tiles * bands, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, planes * tiles * bands, 1, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t stop = std::min(end, (begin / planes + 1) * planes);
         auto piece = work(tile_at(begin), band_at(begin));

@@ -42,6 +42,7 @@ inline Side make_side(int64_t length, int64_t kernel, int64_t stride, int64_t pa
 inline LipPool2dProblem lip_pool2d_problem(const Tensor& input, const Tensor& logit,
                                            const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                                            const std::vector<int64_t>& padding, bool ceil_mode) {
+  check_floating("input", input);
   STD_TORCH_CHECK(input.dim() == 4, "input: expected shape (N, C, H, W), got ", to_string(input.sizes()));
   const Sizes full = {input.size(0), input.size(1), input.size(2), input.size(3)};
   const Sizes shared = {full[0], 1, full[2], full[3]};
@@ -51,6 +52,9 @@ inline LipPool2dProblem lip_pool2d_problem(const Tensor& input, const Tensor& lo
   check_pair("kernel_size", kernel_size, 1);
   check_pair("stride", stride, 1);
   check_pair("padding", padding, 0);
+  constexpr int64_t longest = int64_t(1) << 62;
+  STD_TORCH_CHECK(full[2] <= longest && full[3] <= longest, "input: expected height and width up to 2^62, got ",
+                  to_string(full));
 
   LipPool2dProblem problem;
   problem.height = make_side(full[2], kernel_size[0], stride[0], padding[0], ceil_mode);

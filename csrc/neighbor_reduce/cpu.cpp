@@ -22,6 +22,7 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& input, const Tensor& in
   const std::vector<int64_t> shape = {problem.nodes, problem.channels}, none = {0};
   Tensor output = torch::stable::new_empty(x, shape);
   Tensor arg = torch::stable::new_empty(x, problem.has_arg() ? shape : none, ScalarType::Int);
+  if (output.numel() == 0) return {output, arg};
   THO_DISPATCH_V2(x.scalar_type(), "neighbor_reduce", AT_WRAP([&] {
                     PAPER_LAYERS_DISPATCH(neighbor_reduce(problem, x.const_data_ptr<scalar_t>(),
                                                           i.const_data_ptr<int64_t>(),
@@ -41,6 +42,9 @@ Tensor neighbor_reduce_backward(const Tensor& grad, const Tensor& index, const T
   check_index(i.const_data_ptr<int64_t>(), i.numel(), rows);
   const std::vector<int64_t> shape = {rows, problem.channels};
   Tensor grad_input = torch::stable::new_empty(g, shape);
+  if (grad_input.numel() == 0 || g.numel() == 0) {
+    return torch::stable::to(torch::stable::zero_(grad_input), grad.scalar_type());
+  }
   THO_DISPATCH_V2(dtype, "neighbor_reduce_backward", AT_WRAP([&] {
                     PAPER_LAYERS_DISPATCH(neighbor_reduce_backward(
                         problem, g.const_data_ptr<scalar_t>(), i.const_data_ptr<int64_t>(), a.const_data_ptr<int32_t>(),

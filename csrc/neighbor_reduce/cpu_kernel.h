@@ -64,7 +64,7 @@ void total(const Neighbours<T>& from, int64_t channels, const T* own, bool mean,
 template <typename T>
 void neighbor_reduce(const NeighborReduceProblem& problem, const T* input, const int64_t* index, T* output, int32_t* arg) {
   const int64_t channels = problem.channels, k = problem.k;
-  torch::stable::parallel_for(0, problem.nodes, 1 + 32768 / (1 + channels * k), [&](int64_t begin, int64_t end) {
+  parallel_for(0, problem.nodes, grain_size(32768, {channels, k}), [&](int64_t begin, int64_t end) {
     Neighbours<T> from;
     for (int64_t i = begin; i < end; ++i) {
       from.select(input, channels, index + i * k, k);
@@ -90,7 +90,7 @@ void neighbor_reduce_backward(const NeighborReduceProblem& problem, const T* gra
                               const int32_t* arg, T* grad_input) {
   constexpr int64_t line = 64 / sizeof(T);
   const int64_t channels = problem.channels, k = problem.k;
-  torch::stable::parallel_for(0, (channels + line - 1) / line, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (channels + line - 1) / line, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * line, last = std::min(channels, end * line), size = last - first;
     for (int64_t row = 0; row < problem.rows; ++row) std::fill_n(grad_input + row * channels + first, size, T(0));
     // Where each column's gradient goes; that of a neighbour that is missing goes nowhere.

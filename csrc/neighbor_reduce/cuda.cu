@@ -29,6 +29,7 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor
   const std::vector<int64_t> shape = {problem.nodes, problem.channels}, none = {0};
   const Tensor output = torch::stable::new_empty(input, shape);
   const Tensor arg = torch::stable::new_empty(input, problem.has_arg() ? shape : none, ScalarType::Int);
+  if (output.numel() == 0) return {output, arg};
   // Without rows nobody has neighbours.
   const NeighbourRows neighbours{index.const_data_ptr<int64_t>(), problem.rows > 0 ? problem.k : 0, problem.rows};
   with_dtype(input.scalar_type(), [&](auto element) {
@@ -62,7 +63,7 @@ Tensor neighbor_reduce_backward(const Tensor& any_grad, const Tensor& any_index,
                arg = torch::stable::contiguous(any_arg);
   const std::vector<int64_t> shape = {rows, problem.channels}, nodes = {problem.nodes};
   const Tensor grad_input = torch::stable::new_empty(grad, shape);
-  if (grad_input.numel() == 0) return grad_input;
+  if (grad_input.numel() == 0 || grad.numel() == 0) return torch::stable::fill_(grad_input, 0);
   const RowOfEdge row_of{index.const_data_ptr<int64_t>()};
   const ReverseTable reverse = reverse_table(grad, index.numel(), rows, row_of);
   const bool counted = problem.reduce == Reduce::mean || (relative && !problem.has_arg());

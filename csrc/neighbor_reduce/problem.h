@@ -25,6 +25,7 @@ inline NeighborReduceProblem neighbor_reduce_problem(const char* name, const Ten
   constexpr const char* names[] = {"max", "min", "sum", "mean"};
   const auto found = std::find(std::begin(names), std::end(names), reduce);
   STD_TORCH_CHECK(found != std::end(names), "reduce: expected max, min, sum or mean, got ", reduce);
+  check_floating(name, features);
   STD_TORCH_CHECK(features.dim() == 2, name, ": expected two dimensions, got ", to_string(features.sizes()));
   check_table(index);
   check_same_device("index", index, name, features);

@@ -60,7 +60,7 @@ Tensor point_sample(const Tensor& points, const MaybeTensor& image, const std::v
                     const MaybeNumbers& spatial_scale, std::string mode, std::string padding) {
   const Arguments arguments(points, image, maps, spatial_scale, mode, padding);
   const PointSampleProblem& problem = arguments.problem;
-  Tensor output = torch::stable::new_empty(maps[0], problem.output_shape());
+  Tensor output = new_output(maps[0], problem);
   if (output.numel() > 0) {
     arguments.dispatch([&](auto element) {
       using T = decltype(element);
@@ -68,7 +68,7 @@ Tensor point_sample(const Tensor& points, const MaybeTensor& image, const std::v
                                     output.mutable_data_ptr<T>()));
     });
   }
-  return problem.channels_last ? torch::stable::transpose(output, 1, 2) : output;
+  return output;
 }
 
 // As the output is.

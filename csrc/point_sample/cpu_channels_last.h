@@ -89,7 +89,9 @@ void backward_channels_last(const PointSampleProblem& problem, const Plans<Accum
                             const std::vector<T*>& grad_maps, bool streaming) {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  const auto height = [&](int64_t, int64_t level) { return int64_t(problem.levels[level].height); };
+  const auto height = [&](int64_t, int64_t level) {
+    return problem.levels[level].channels > 0 ? int64_t(problem.levels[level].height) : 0;
+  };
   const auto band = [&](int64_t, int64_t level) {
     const Level& l = problem.levels[level];
     return std::max<int64_t>(1, kBandBytes / (sizeof(A) * l.width * std::max<int64_t>(l.channels, 1)));

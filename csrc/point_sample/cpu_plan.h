@@ -24,17 +24,23 @@ struct Plan {
   static constexpr int64_t kLine = 64;
 
   std::vector<PlannedPoint<A>> points;
-  std::vector<int64_t> starts;  // of the points whose taps begin in a row of the map; the last are outside
+  std::vector<int64_t> starts;  // of the points whose taps begin in a group of the map's rows; the last are outside
+  int shift = 0;                // a group has 2^shift rows: more than one where a map has very many
   std::vector<int32_t> lines;   // pixels in ascending order, one of each cache line of a plane that is read
 
-  // Those with taps in a range of the map's rows.
-  Range touching(Range rows) const { return {starts[std::max<int64_t>(rows.begin - 1, 0)], starts[rows.end]}; }
+  // Those with taps in a range of the map's rows, and maybe some more.
+  Range touching(Range rows) const {
+    return {starts[std::max<int64_t>(rows.begin - 1, 0) >> shift], starts[((rows.end - 1) >> shift) + 1]};
+  }
 
   template <typename C>
   void build(const PointSampleProblem& problem, const Level& level, const C* coordinates, const int64_t* rows,
              int64_t row_count, int64_t element_size, bool lines_wanted) {
     points.resize(row_count * problem.points);
-    starts.assign(level.height + 2, 0);
+    constexpr int64_t kGroups = 1 << 20;
+    for (shift = 0; (level.height - 1) >> shift >= kGroups;) ++shift;
+    const int64_t outside = ((level.height - 1) >> shift) + 1;
+    starts.assign(outside + 2, 0);
     const C scale_x = static_cast<C>(level.scale_x), scale_y = static_cast<C>(level.scale_y);
     const auto each = [&](auto&& body) {
       for (int64_t i = 0; i < row_count; ++i) {
@@ -42,16 +48,16 @@ struct Plan {
           const auto x = axis_taps(coordinates[2 * n], scale_x, level.width, problem.how);
           const auto y = axis_taps(coordinates[2 * n + 1], scale_y, level.height, problem.how);
           const bool there = (x.has_first || x.has_second) && (y.has_first || y.has_second);
-          body(n, there ? std::max(y.first, 0) : level.height, x, y);
+          body(n, there ? int64_t(std::max(y.first, 0)) >> shift : outside, x, y);
         }
       }
     };
-    each([&](int64_t, int32_t row, auto, auto) { ++starts[row + 1]; });
-    for (int32_t row = 0; row <= level.height; ++row) starts[row + 1] += starts[row];
+    each([&](int64_t, int64_t group, auto, auto) { ++starts[group + 1]; });
+    for (int64_t group = 0; group <= outside; ++group) starts[group + 1] += starts[group];
     std::vector<int64_t> next(starts.begin(), starts.end() - 1);
     std::vector<bool> read(lines_wanted ? level.pixels() * element_size / kLine + 1 : 0);
-    each([&](int64_t n, int32_t row, auto x, auto y) {
-      PlannedPoint<A>& point = points[next[row]++];
+    each([&](int64_t n, int64_t group, auto x, auto y) {
+      PlannedPoint<A>& point = points[next[group]++];
       const auto taps = make_taps(x, y, level.width);
       point.place = problem.place(n);
       for (int i = 0; i < 4; ++i) {
@@ -88,9 +94,10 @@ struct Plans {
     for (int64_t i = 0; i < problem.images; ++i) starts[i + 1] += starts[i];
     std::vector<int64_t> next(starts.begin(), starts.end() - 1);
     for (int64_t row = 0; row < problem.rows; ++row) rows[next[image_of(row)]++] = row;
-    torch::stable::parallel_for(0, plans.size(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, plans.size(), 1, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) {
         const int64_t i = begin / levels;
+        if (problem.levels[begin % levels].channels == 0) continue;
         points.visit([&](const auto* coordinates) {
           plans[begin].build(problem, problem.levels[begin % levels], coordinates, rows.data() + starts[i],
                              starts[i + 1] - starts[i], element_size, lines_wanted);
@@ -135,7 +142,7 @@ std::vector<Piece> cut_points(const PointSampleProblem& problem, const Plans<A>&
 // Calls make()(piece) for all pieces, make() once for many.
 template <typename Make>
 void run(const std::vector<Piece>& pieces, const Make& make) {
-  torch::stable::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
     auto work = make();
     for (; begin < end; ++begin) work(pieces[begin], begin + 1 < end ? &pieces[begin + 1] : nullptr);
   });

@@ -64,7 +64,7 @@ Tensor point_sample(const Tensor& points, const MaybeTensor& image, const std::v
                     const MaybeNumbers& spatial_scale, std::string mode, std::string padding) {
   const Arguments arguments(points, image, maps, spatial_scale, mode, padding);
   const PointSampleProblem& problem = arguments.problem;
-  const Tensor output = torch::stable::new_empty(maps[0], problem.output_shape());
+  const Tensor output = new_output(maps[0], problem);
   for (size_t l = 0; l < maps.size(); ++l) {
     const Level& level = problem.levels[l];
     const Tensor map = torch::stable::contiguous(maps[l], arguments.format());
@@ -81,7 +81,7 @@ Tensor point_sample(const Tensor& points, const MaybeTensor& image, const std::v
       for_each_index<int64_t>(arguments.count() * level.channels, arguments.device, body);
     });
   }
-  return problem.channels_last ? torch::stable::transpose(output, 1, 2) : output;
+  return output;
 }
 
 // As the output is.

@@ -1,6 +1,7 @@
 // The argument checks of point_sample and the problem that follows from them, for the CPU and the CUDA kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -36,9 +37,6 @@ struct PointSampleProblem {
   }
   int64_t channel_step() const { return channels_last ? 1 : points; }
 
-  std::vector<int64_t> output_shape() const {
-    return channels_last ? std::vector<int64_t>{rows, points, channels} : std::vector<int64_t>{rows, channels, points};
-  }
 };
 
 // Adds the gradient of one point from one level. dots: for each tap the sum over channels of gradient times value, 0
@@ -97,10 +95,12 @@ inline PointSampleProblem point_sample_problem(const Tensor& points, const std::
   problem.how = {one_of("mode", mode, "bilinear", "nearest"), one_of("padding", padding, "zeros", "border")};
   for (size_t level = 0; level < maps.size(); ++level) {
     const Tensor& map = maps[level];
+    check_floating("maps", map);
     check_same_dtype_and_device("maps", map, "the first", maps[0]);
     problem.levels.push_back(make_level(
         map, problem.channels, spatial_scale ? std::optional<double>((*spatial_scale)[level]) : std::nullopt));
-    problem.channels += map.size(1);
+    STD_TORCH_CHECK(!__builtin_add_overflow(problem.channels, map.size(1), &problem.channels),
+                    "maps: expected fewer than 2^63 channels, got more");
     STD_TORCH_CHECK(map.size(0) == maps[0].size(0), "maps: expected ", maps[0].size(0), " images, got ", map.size(0));
   }
   problem.images = maps[0].size(0);
@@ -117,6 +117,21 @@ inline PointSampleProblem point_sample_problem(const Tensor& points, const std::
     STD_TORCH_CHECK(problem.rows == problem.images, "points: expected ", problem.images, " rows, got ", problem.rows);
   }
   return problem;
+}
+
+// Points or channels are next to one another. No view: those that a custom Function returns must not be changed in
+// place, as an activation does.
+inline Tensor new_output(const Tensor& map, const PointSampleProblem& problem) {
+  const int64_t channels = std::max<int64_t>(1, problem.channels), points = std::max<int64_t>(1, problem.points);
+  const bool last = problem.channels_last;
+  const int64_t sizes[] = {problem.rows, problem.channels, problem.points};
+  const int64_t strides[] = {product({channels, points}), last ? 1 : points, last ? channels : 1};
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(map.get(), &dtype));
+  AtenTensorHandle output = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(3, sizes, strides, dtype, static_cast<int32_t>(map.device().type()),
+                                                  map.get_device_index(), &output));
+  return Tensor(output);
 }
 
 inline void check_grad(const Tensor& grad, const PointSampleProblem& problem, const Tensor& map) {

@@ -33,6 +33,7 @@ void soft_triple_add_centers(Tensor grad, const Tensor& any_centers, const Tenso
                              const Tensor& any_projection, const Tensor& any_pull, const Tensor& grad_distance) {
   const SoftTripleCenters problem =
       soft_triple_add_centers_problem(grad, any_centers, any_inverse, any_projection, any_pull, grad_distance);
+  if (grad.numel() == 0) return;
   const Tensor centers = dense(any_centers), inverse = dense(any_inverse),
                projection = dense(any_projection), pull = dense(any_pull);
   with_dtype(centers.scalar_type(), [&](auto element) {

@@ -6,8 +6,8 @@ constexpr int64_t kClassBlock = 32;
 template <typename Body>
 void for_each_block(int64_t classes, int64_t work_per_class, Body&& body) {
   const int64_t blocks = (classes + kClassBlock - 1) / kClassBlock;
-  const int64_t grain = 1 + 32768 / (1 + kClassBlock * work_per_class);
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = grain_size(32768, {kClassBlock, work_per_class});
+  parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) body(b * kClassBlock, std::min(classes, (b + 1) * kClassBlock));
   });
 }

@@ -93,13 +93,14 @@ struct Unit {
 template <typename A, typename Body>
 std::map<int64_t, int64_t> for_each_part(const SoftTripleLoss& loss, const Parts& parts, const Tensor& centers,
                                          const Unit<A>& unit, const Body& body) {
-  const int64_t size = parts.size, all_scores = size * loss.centers * loss.rows;
-  const int64_t grain = 1 + (1 << 20) / (1 + all_scores * loss.channels);
+  if (parts.count == 0) return {};
+  const int64_t size = parts.size, all_scores = product({size, loss.centers, loss.rows});
+  const int64_t grain = grain_size(1 << 20, {all_scores, loss.channels});
   const Tensor buffer = memory(loss, unit.rows, {parts.threads, all_scores});
   A* const buffers = buffer.mutable_data_ptr<A>();
   std::mutex mutex;
   std::map<int64_t, int64_t> workers;
-  torch::stable::parallel_for(0, parts.count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts.count, grain, [&](int64_t begin, int64_t end) {
     int64_t worker;
     {
       const std::lock_guard<std::mutex> lock(mutex);
@@ -170,6 +171,7 @@ std::tuple<Tensor, Tensor> soft_triple_backward(const Tensor& any_grad_logsumexp
   const int64_t K = loss.centers, B = loss.rows, d = loss.channels;
   Tensor grad_embeddings = torch::stable::new_zeros(embeddings, embeddings.sizes(), loss.dtype);
   Tensor grad_centers = empty(centers, {loss.classes, K, d});
+  if (parts.count == 0) return {torch::stable::to(grad_embeddings, embeddings.scalar_type()), grad_centers};
   use_huge_pages(grad_centers);
   with_dtype(loss.dtype, [&](auto element) {
     using A = decltype(element);

@@ -34,8 +34,8 @@ template <typename A>
 Scratch<Label<A>> labels_of_chunk(const SoftTripleChunk& chunk, const int64_t* labels, int64_t first) {
   Scratch<Label<A>> result(padded<A>(chunk.rows), -1);
   for (int64_t i = 0; i < chunk.rows; ++i) {
-    const bool here = labels[i] >= first && labels[i] - first < chunk.classes;
-    if (here) result[i] = static_cast<Label<A>>(labels[i] - first);
+    const uint64_t label = within(labels[i], first);
+    if (label < static_cast<uint64_t>(chunk.classes)) result[i] = static_cast<Label<A>>(label);
   }
   return result;
 }

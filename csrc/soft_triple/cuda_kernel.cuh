@@ -138,12 +138,13 @@ struct PartialLogSumExp {
 
   C10_DEVICE void operator()(int64_t index) const {
     const int64_t part = index / chunk.rows, row = index % chunk.rows;
-    const int64_t begin = part * kClassesPerThread, label = labels[row] - first;
+    const int64_t begin = part * kClassesPerThread;
+    const uint64_t label = within(labels[row], first);
     const int64_t end = begin + kClassesPerThread < chunk.classes ? begin + kClassesPerThread : chunk.classes;
     A largest = -INFINITY, sum = 0;
     for (int64_t c = begin; c < end; ++c) {
       A logit = factors.la * Relaxed<A>(chunk, factors.per_gamma, scores, inverse, c, row).similarity;
-      if (c == label) target[row] = logit -= factors.la_margin;
+      if (static_cast<uint64_t>(c) == label) target[row] = logit -= factors.la_margin;
       if (logit > largest) {
         sum *= std::exp(largest - logit);
         largest = logit;
@@ -196,7 +197,7 @@ struct LossGradient {
   const A *logsumexp, *grad_logsumexp, *grad_target;
 
   C10_DEVICE A operator()(int64_t c, int64_t row, A similarity) const {
-    const bool own = labels[row] - first == c;
+    const bool own = within(labels[row], first) == static_cast<uint64_t>(c);
     const A logit = factors.la * similarity - (own ? factors.la_margin : A(0));
     const A share = grad_logsumexp[row] * std::exp(logit - logsumexp[row]);
     return factors.la * (own ? share + grad_target[row] : share);

@@ -51,6 +51,11 @@ inline void check_chunk_backward(const Tensor& labels, const Tensor& logsumexp, 
   check_tensor("grad_target", grad_target, batch, scores);
 }
 
+// A label counted from `first` on, beyond all classes where it is less. Unsigned: no label overflows.
+C10_HOST_DEVICE inline uint64_t within(int64_t label, int64_t first) {
+  return static_cast<uint64_t>(label) - static_cast<uint64_t>(first);
+}
+
 // The loss's numbers, as the kernels take them.
 template <typename A>
 struct SoftTripleFactors {
@@ -130,6 +135,8 @@ inline SoftTripleLoss soft_triple_loss_problem(const Tensor& embeddings, const T
   STD_TORCH_CHECK(centers.dim() == 3 && centers.size(1) > 0 && centers.size(2) == embeddings.size(1),
                   "centers: expected shape (C, K, ", embeddings.size(1), ") with K at least 1, got ",
                   to_string(centers.sizes()));
+  check_floating("embeddings", embeddings);
+  check_floating("centers", centers);
   check_same_device("centers", centers, "embeddings", embeddings);
   const bool wide = embeddings.scalar_type() == ScalarType::Double || centers.scalar_type() == ScalarType::Double;
   check_labels(labels, {centers.size(0), centers.size(1), embeddings.size(0)}, embeddings);

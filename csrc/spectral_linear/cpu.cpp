@@ -92,6 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> spectral_linear_backward(const Tensor& any_gr
                grad_bias = empty_if(needs_bias, {problem.rows});
   if (needs_input) multiply(grad_input, std::nullopt, grad, weight, sigma);
   if (needs_weight) multiply(grad_weight, std::nullopt, torch::stable::transpose(grad, 0, 1), input, sigma);
+  if (weight.numel() == 0) return {grad_input, grad_weight, grad_bias};
   with_dtype(weight.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;

@@ -30,8 +30,8 @@ Scratch<Accumulator<T>> sum_of_rows(Matrix matrix, const T* from, const Weigh& w
   using A = Accumulator<T>;
   const int64_t columns = matrix.columns, per_part = (matrix.rows + kParts * kGroup - 1) / (kParts * kGroup) * kGroup;
   Scratch<A> sums(kParts * columns);
-  const int64_t grain = 1 + kElementsPerThread / (1 + per_part * columns);
-  torch::stable::parallel_for(0, kParts, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = grain_size(kElementsPerThread, {per_part, columns});
+  parallel_for(0, kParts, grain, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       A* const sum = sums.data() + part * columns;
       int64_t row = part * per_part;
@@ -99,7 +99,7 @@ void dot(Matrix matrix, const T* a, const T* b, double* result) {
   using A = Accumulator<T>;
   std::vector<double> sums(matrix.rows);
   const int64_t columns = matrix.columns;
-  torch::stable::parallel_for(0, matrix.rows, 1 + kElementsPerThread / (1 + columns), [&](int64_t begin, int64_t end) {
+  parallel_for(0, matrix.rows, grain_size(kElementsPerThread, {columns}), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       using V = Vec<A>;
       const T *x = a + row * columns, *y = b + row * columns;
@@ -122,7 +122,7 @@ template <typename T, typename A>
 void add_outer(Matrix matrix, A scale, const A* left, const A* right, T* to) {
   using V = Vec<A>;
   const int64_t columns = matrix.columns;
-  torch::stable::parallel_for(0, matrix.rows, 1 + kElementsPerThread / (1 + columns), [&](int64_t begin, int64_t end) {
+  parallel_for(0, matrix.rows, grain_size(kElementsPerThread, {columns}), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       T* const row = to + r * columns;
       const V by(scale * left[r]);

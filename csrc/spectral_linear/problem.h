@@ -20,6 +20,7 @@ inline Matrix matrix(const char* name, const Tensor& tensor) {
 }
 
 inline void check_beside(const char* name, const Tensor& tensor, std::vector<int64_t> shape, const Tensor& weight) {
+  check_floating(name, tensor);
   check_shape(name, tensor, shape);
   check_same_device(name, tensor, "weight", weight);
 }

@@ -42,7 +42,7 @@ void run_forward(const Tensor& input, const SplitBatchNormProblem& problem, cons
                  bool has_statistics, double eps) {
   check_values("weight", weight, input, problem);
   check_values("bias", bias, input, problem);
-  if (problem.channels == 0) return;
+  if (mean.numel() == 0) return;
   const Tensor x = in_order(input, problem.transposed);
   dispatch(x, [&](auto element) {
     using T = decltype(element);
@@ -54,7 +54,7 @@ void run_forward(const Tensor& input, const SplitBatchNormProblem& problem, cons
                                     b.data(),
                                     mean.mutable_data_ptr<A>(),
                                     var.mutable_data_ptr<A>(),
-                                    output ? output->mutable_data_ptr<T>() : nullptr,
+                                    output && output->numel() > 0 ? output->mutable_data_ptr<T>() : nullptr,
                                     has_statistics,
                                     static_cast<A>(eps)};
     PAPER_LAYERS_DISPATCH(forward(arguments));
@@ -69,7 +69,7 @@ void run_backward(const Tensor& grad, const Tensor& input, const SplitBatchNormP
   check_values("weight", weight, input, problem);
   check_values("mean", mean, input, problem);
   check_values("var", var, input, problem);
-  if (problem.channels == 0) return;
+  if (mean.numel() == 0) return;
   const Tensor g = in_order(grad, problem.transposed), x = in_order(input, problem.transposed);
   dispatch(x, [&](auto element) {
     using T = decltype(element);
@@ -83,7 +83,7 @@ void run_backward(const Tensor& grad, const Tensor& input, const SplitBatchNormP
                                      v.data(),
                                      products.mutable_data_ptr<A>(),
                                      sums.mutable_data_ptr<A>(),
-                                     grad_input ? grad_input->mutable_data_ptr<T>() : nullptr,
+                                     grad_input && grad_input->numel() > 0 ? grad_input->mutable_data_ptr<T>() : nullptr,
                                      has_means,
                                      static_cast<A>(eps)};
     PAPER_LAYERS_DISPATCH(backward(arguments));

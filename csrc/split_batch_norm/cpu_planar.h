@@ -150,7 +150,7 @@ void normalize_planes(const SplitForward<T>& f, int64_t split, int64_t channel, 
 template <typename Body>
 void each_channel(const SplitBatchNormProblem& problem, const Body& body) {
   const int64_t values = 1 + problem.images() * problem.pixels / std::max<int64_t>(1, problem.splits());
-  torch::stable::parallel_for(0, problem.splits() * problem.channels, 1 + 32768 / values,
+  parallel_for(0, problem.splits() * problem.channels, 1 + 32768 / values,
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t at = begin; at < end; ++at) {
                                   body(at / problem.channels, at % problem.channels, at);

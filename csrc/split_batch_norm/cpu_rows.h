@@ -45,7 +45,7 @@ struct Chunks {
 
   template <typename Body>
   void each(const Body& body) const {
-    torch::stable::parallel_for(0, size(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body(i);
     });
   }
@@ -53,7 +53,7 @@ struct Chunks {
   // Calls body(chunk, its index, channels) for each chunk in turn, ranges of channels in parallel.
   template <typename Body>
   void each_in_turn(int64_t channels, const Body& body) const {
-    torch::stable::parallel_for(0, channels, 1 + 65536 / (1 + size()), [&](int64_t begin, int64_t end) {
+    parallel_for(0, channels, 1 + 65536 / (1 + size()), [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < size(); ++i) body(chunks[i], i, Range{begin, end});
     });
   }

@@ -33,6 +33,7 @@ inline bool is_transposed(const Tensor& tensor) {
 }
 
 inline SplitBatchNormProblem split_batch_norm_problem(const Tensor& input, const std::vector<int64_t>& split_sizes) {
+  check_floating("input", input);
   STD_TORCH_CHECK(input.dim() == 3, "input: expected shape (N, C, P), got ", to_string(input.sizes()));
   SplitBatchNormProblem problem{input.size(1), input.size(2), {0}, is_transposed(input)};
   for (const int64_t size : split_sizes) {

@@ -36,7 +36,7 @@ def branch(model: nn.Module, index: int, *, update_statistics: bool = True) -> I
         >>> with branch(model, 1):
         ...     logits = model(torch.randn(5, 3, 8, 8))
     """
-    _checks.integer("index", index, 0)
+    index = _checks.integer("index", index, 0)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, SplitBatchNorm)}
     if not norms:
         raise ValueError(f"model: expected at least one split batch norm, got none in {type(model).__name__}")

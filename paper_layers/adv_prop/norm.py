@@ -63,8 +63,8 @@ class SplitBatchNorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        _checks.integer("num_features", num_features, 0)
-        _checks.integer("num_splits", num_splits, 2)
+        num_features = _checks.integer("num_features", num_features, 0)
+        num_splits = _checks.integer("num_splits", num_splits, 2)
         if split_sizes is not None:
             _check_setting(split_sizes, num_splits)
         settings: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -138,7 +138,7 @@ class SplitBatchNorm(_BatchNorm):
         self, input: Tensor, weight: list[Tensor] | None, bias: list[Tensor] | None, sizes: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
         """Output, means, biased variances and numbers of values of the splits: synchronised norms override it."""
-        check_split_sizes(input, sizes)
+        sizes = check_split_sizes(input, sizes)
         output, mean, var = normalize_splits(input, weight, bias, sizes, self.eps)
         return output, mean, var, [size * input.shape[2:].numel() for size in sizes]
 

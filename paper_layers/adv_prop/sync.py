@@ -54,7 +54,7 @@ class SplitSyncBatchNorm(SplitBatchNorm):
         group = self.process_group
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1):
             return super()._normalize(input, weight, bias, sizes)
-        check_split_sizes(input, sizes, values=1)  # Of this process: others have some as well.
+        sizes = check_split_sizes(input, sizes, values=1)  # Of this process: others have some as well.
         splits = len(sizes)
         stacked = [parameters(name, values, splits, input) for name, values in (("weight", weight), ("bias", bias))]
         flat = input.flatten(2) if input.dim() > 2 else input[..., None]

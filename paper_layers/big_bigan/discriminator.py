@@ -67,8 +67,8 @@ class BigBiGANHeads(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _checks.integer("feature_dim", feature_dim, 1)
-        _checks.integer("latent_dim", latent_dim, 1)
+        feature_dim = _checks.integer("feature_dim", feature_dim, 1)
+        latent_dim = _checks.integer("latent_dim", latent_dim, 1)
         self.feature_dim, self.latent_dim, self.terms = feature_dim, latent_dim, chosen_terms(terms)
         self.num_classes = num_classes
         layers: dict[str, Any] = {"width": width, "activation": activation, "spectral_norm": spectral_norm}

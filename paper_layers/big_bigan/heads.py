@@ -48,9 +48,9 @@ class Score(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _checks.integer("in_features", in_features, 1)
+        in_features = _checks.integer("in_features", in_features, 1)
         if num_classes is not None:
-            _checks.integer("num_classes", num_classes, 1)
+            num_classes = _checks.integer("num_classes", num_classes, 1)
         self.in_features, self.num_classes, self.spectral_norm = in_features, num_classes, spectral_norm
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.projection = nn.Linear(in_features, 1, bias=bias, **factory)
@@ -79,7 +79,7 @@ class Score(nn.Module):
             features = features.to(weight.dtype)
             score = F.linear(features, weight, self.projection.bias).squeeze(1)
             if self.classes is not None and labels is not None:
-                _checks.int64("labels", labels, features.shape[0])
+                labels = _checks.int64("labels", labels, features.shape[0])
                 score = score + (self.classes(labels) * features).sum(1)
             return score.float() if score.dtype in (torch.bfloat16, torch.float16) else score
 
@@ -185,8 +185,8 @@ class JointHead(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _checks.integer("feature_dim", feature_dim, 1)
-        _checks.integer("hidden_dim", hidden_dim, 1)
+        feature_dim = _checks.integer("feature_dim", feature_dim, 1)
+        hidden_dim = _checks.integer("hidden_dim", hidden_dim, 1)
         self.feature_dim, self.hidden_dim = feature_dim, hidden_dim
         self.mlp = ResidualMLP(feature_dim + hidden_dim, width, depth, activation, spectral_norm, device, dtype)
         projection = (num_classes, projection_bias, projection_spectral_norm, device, dtype)

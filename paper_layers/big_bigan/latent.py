@@ -72,7 +72,7 @@ class LatentHead(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _checks.integer("latent_dim", latent_dim, 1)
+        latent_dim = _checks.integer("latent_dim", latent_dim, 1)
         choice("pool", pool, POOLS)
         self.latent_dim, self.spectral_norm, self.pool = latent_dim, spectral_norm, pool
         self.mlp = ResidualMLP(in_features, width, depth, activation, spectral_norm, device, dtype)

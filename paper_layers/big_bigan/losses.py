@@ -93,8 +93,7 @@ def _combine(
             raise ValueError(f"real, fake: expected at least one pair each, got scores of shape {tuple(score.shape)}")
         value = loss(score, 1).mean() + loss(others[name], -1).mean()
         if weights is not None and name in weights:
-            _checks.number(f"weights[{name!r}]", weights[name])
-            value = value * weights[name]
+            value = value * _checks.number(f"weights[{name!r}]", weights[name])
         total = value if total is None else total + value
     assert total is not None
     return total / len(terms) if reduction == "mean" else total

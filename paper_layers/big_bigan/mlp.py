@@ -90,9 +90,9 @@ class ResidualMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _checks.integer("in_features", in_features, 1)
-        _checks.integer("width", width, 1)
-        _checks.integer("depth", depth, 0)
+        in_features = _checks.integer("in_features", in_features, 1)
+        width = _checks.integer("width", width, 1)
+        depth = _checks.integer("depth", depth, 0)
         if depth % _LAYERS:
             raise ValueError(f"depth: expected an even number, as blocks have two layers, got {depth}")
         choice("activation", activation, ACTIVATIONS)

@@ -49,8 +49,8 @@ class DilatedKNN(nn.Module):
         include_self: bool = True,
     ):
         super().__init__()
-        _checks.integer("k", k, 1)
-        _checks.integer("dilation", dilation, 1)
+        k = _checks.integer("k", k, 1)
+        dilation = _checks.integer("dilation", dilation, 1)
         if not 0 <= epsilon <= 1:
             raise ValueError(f"epsilon: expected a probability, got {epsilon}")
         if metric not in METRICS:

@@ -149,8 +149,7 @@ class DeepGCN(nn.Module):
         super().__init__()
         if block not in ("res", "dense", "plain"):
             raise ValueError(f"block: expected res, dense or plain, got {block!r}")
-        for name, value in (("in_channels", in_channels), ("channels", channels), ("blocks", blocks)):
-            _checks.integer(name, value, 1)
+        in_channels, channels, blocks = _checks.positive(in_channels=in_channels, channels=channels, blocks=blocks)
         if growth is not None and block != "dense":
             raise ValueError(f"growth: expected None with block={block!r}, got {growth}")
         if block == "plain":

@@ -55,8 +55,8 @@ class Perceptron(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _checks.integer("in_channels", in_channels, 1)
-        _checks.integer("out_channels", out_channels, 1)
+        in_channels = _checks.integer("in_channels", in_channels, 1)
+        out_channels = _checks.integer("out_channels", out_channels, 1)
         if act not in ("relu", "leakyrelu", "prelu", None):
             raise ValueError(f"act: expected relu, leakyrelu, prelu or None, got {act!r}")
         if norm not in ("batch", "instance", None):

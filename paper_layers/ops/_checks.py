@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import numbers as kinds
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> list[int]:
-    """An integer or a pair of integers, each at least `minimum`, as a list of two."""
+def is_integer(value: Any) -> bool:
+    """Return whether a value is a whole number as torch's functions take it: also one of NumPy's, but no bool."""
+    if isinstance(value, bool | Tensor):
+        return False
+    if isinstance(value, int | torch.SymInt):
+        return True
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def pair(name: str, value: Any, minimum: int) -> list[int]:
+    """Return an integer or a pair of integers, each at least `minimum`, as a list of two."""
     both = list(value) if isinstance(value, tuple | list) else [value, value]
-    if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in both):
+    if len(both) != 2 or not all(is_integer(v) for v in both):
         raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
+    both = [_plain(v) for v in both]
     if min(both) < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value!r}")
     return both
 
 
 def floating(name: str, value: Tensor) -> None:
-    """A tensor of one of the dtypes that the kernels compute in."""
+    """Check for a tensor of one of the dtypes that the kernels compute in."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
@@ -28,42 +46,61 @@ def floating(name: str, value: Tensor) -> None:
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Two tensors on one device."""
+    """Check for two tensors on one device."""
     if value.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")
 
 
-def integer(name: str, value: int, minimum: int) -> None:
-    """An integer of at least `minimum`."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def _plain(value: Any) -> Any:
+    # A symbolic size stays as it is: reading it would fix it.
+    return value if isinstance(value, int | torch.SymInt) else operator.index(value)
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """Return an integer of at least `minimum` as an int."""
+    if not is_integer(value):
         raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < minimum:
+    plain: int = _plain(value)
+    if plain < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value!r}")
+    return plain
 
 
-def number(name: str, value: float) -> None:
-    """A number, whole or not."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+def positive(**values: Any) -> tuple[int, ...]:
+    """Return integers of at least 1, by the names of their arguments, as ints."""
+    return tuple(integer(name, value, 1) for name, value in values.items())
+
+
+def number(name: str, value: Any) -> float:
+    """Return a number, whole or not, as an int or a float."""
+    if isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, bool):
+        return value
+    if is_integer(value):
+        return operator.index(value)
+    if not isinstance(value, kinds.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+    return float(value)
 
 
-def int64(name: str, value: Tensor, *sizes: int | str) -> None:
-    """An int64 tensor of these sizes, where names stand for any."""
-    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+def int64(name: str, value: Tensor, *sizes: int | str) -> Tensor:
+    """Return an int64 or int32 tensor of these sizes, where names stand for any, as int64."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected an int64 Tensor, got {getattr(value, 'dtype', type(value).__name__)}")
     fits = zip(value.shape, sizes, strict=False)
     if value.dim() != len(sizes) or any(isinstance(want, int) and got != want for got, want in fits):
         expected = ", ".join(map(str, sizes)) + ("," if len(sizes) == 1 else "")
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(value.shape)}")
+    return value.long()
 
 
-def neighbors(name: str, value: Tensor, *sizes: int | str) -> None:
-    """A table of neighbours: int64 of these sizes, where names stand for any, and k columns."""
-    int64(name, value, *sizes, "k")
+def neighbors(name: str, value: Tensor, *sizes: int | str) -> Tensor:
+    """Return a table of neighbours as int64: of these sizes, where names stand for any, and k columns."""
+    return int64(name, value, *sizes, "k")
 
 
-def numbers(name: str, value: Tensor) -> None:
-    """An int64 tensor of one dimension."""
-    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
+def numbers(name: str, value: Tensor) -> Tensor:
+    """Return an int64 or int32 tensor of one dimension as int64."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32) or value.dim() != 1:
         got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: expected an int64 Tensor of one dimension, got {got}")
+    return value.long()

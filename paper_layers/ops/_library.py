@@ -21,7 +21,25 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"paper_layers::{name}", fake, lib=library)
-    return getattr(torch.ops.paper_layers, name).default
+    op = getattr(torch.ops.paper_layers, name).default
+    if op._schema.is_mutable:
+        library.impl(name, _without_negative_bits(op), "Negative")
+    return op
+
+
+def _without_negative_bits(op: Any) -> Callable[..., Any]:
+    """An op that writes to its arguments, where torch negates one of them lazily: what torch does itself fails then."""
+    written = [argument.is_write for argument in op._schema.arguments]
+
+    def call(*arguments: Any) -> Any:
+        plain = [a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in arguments]
+        result = op(*plain)
+        for before, after, changed in zip(arguments, plain, written, strict=False):
+            if changed and before is not after:
+                before.copy_(after)
+        return result
+
+    return call
 
 
 def _load(name: str, unusable: str | None) -> None:

@@ -78,11 +78,11 @@ def check(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_si
         raise ValueError(
             f"embeddings: expected shape (B, {centers.shape[2]}), as centers says, got {tuple(embeddings.shape)}"
         )
-    _checks.number("la", la)
-    _checks.number("gamma", gamma)
+    la = _checks.number("la", la)
+    gamma = _checks.number("gamma", gamma)
     if not gamma > 0:
         raise ValueError(f"gamma: expected more than 0, got {gamma!r}")
     if chunk_size is None:
         return 0
-    _checks.integer("chunk_size", chunk_size, 1)
+    chunk_size = _checks.integer("chunk_size", chunk_size, 1)
     return chunk_size

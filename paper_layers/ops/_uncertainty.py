@@ -48,7 +48,7 @@ def check_logits(logits: Tensor, labels: Tensor | None) -> Tensor | None:
         raise ValueError(f"logits: expected shape (N, C, H, W) with at least one class, got {tuple(logits.shape)}")
     if labels is None:
         return None
-    _checks.numbers("labels", labels)
+    labels = _checks.numbers("labels", labels)
     _checks.same_device("labels", labels, "logits", logits)
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(

@@ -12,10 +12,19 @@ from torch import Tensor
 def one_by_one(
     function: Callable[..., tuple[Tensor, ...]], batch_size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """A call for each element, for ops that have no batch of independent calls."""
+    """Call the function once for each element, for ops without a batch dimension."""
+
+    def element(argument: Any, dim: Any, i: int) -> Any:
+        if not isinstance(dim, int):
+            return argument
+        if batch_size == 0:
+            return argument.new_zeros(argument.movedim(dim, 0).shape[1:])
+        return argument.select(dim, i)
+
+    # Without elements, one of zeros tells the shapes of the results.
     results = [
-        function(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=False)))
-        for i in range(batch_size)
+        function(*(element(a, d, i) for a, d in zip(arguments, in_dims, strict=False)))
+        for i in range(max(1, batch_size))
     ]
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    stacked = tuple(torch.stack(parts)[:batch_size] for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)

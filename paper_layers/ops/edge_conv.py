@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core.aliases import distinct
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
-from paper_layers.ops._index import flat_index
+from paper_layers.ops._index import check_rows, flat_index
 from paper_layers.ops._library import define
 from paper_layers.ops._vmap import one_by_one
 
@@ -27,24 +28,42 @@ def _edges(center: Tensor, neighbor: Tensor, index: Tensor, column: int, dtype: 
 def _reference(
     center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = slope.dtype
-    best = torch.zeros_like(center, dtype=dtype)
+    check_rows(index, len(neighbor))
+    best = _kept(center, neighbor, index, slope, smallest)
+    mean, var = (center.new_zeros(center.shape[1] if statistics else 0, dtype=slope.dtype) for _ in range(2))
+    if statistics:
+        mean = _mean(center, neighbor, index, slope)
+        count = (index >= 0).sum().clamp(min=1)
+        for column in _columns(index, neighbor):
+            z, there = _edges(center, neighbor, index, column, slope.dtype)
+            var = var + (_activate(z, slope) - mean).square().where(there, 0).sum(0) / count
+    return best, mean, var
+
+
+def _columns(index: Tensor, neighbor: Tensor) -> range:
+    return range(index.shape[1] if len(neighbor) else 0)
+
+
+def _kept(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None) -> Tensor:
+    """Each node's largest edge, or smallest."""
+    best = torch.zeros_like(center, dtype=slope.dtype)
     found = index.new_zeros(index.shape[0], 1, dtype=torch.bool)
-    mean, var = (center.new_zeros(center.shape[1] if statistics else 0, dtype=dtype) for _ in range(2))
-    columns = range(index.shape[1] if len(neighbor) else 0)
-    count = (index >= 0).sum().clamp(min=1)
-    for column in columns:
-        z, there = _edges(center, neighbor, index, column, dtype)
+    for column in _columns(index, neighbor):
+        z, there = _edges(center, neighbor, index, column, slope.dtype)
         y = _activate(z, slope)
         better = y > best if smallest is None else torch.where(smallest, y < best, y > best)
         best = torch.where(there & (~found | better | (y.isnan() & ~best.isnan())), y, best)
         found = found | there
-        if statistics:
-            mean = mean + y.where(there, 0).sum(0) / count
-    for column in columns if statistics else ():
-        z, there = _edges(center, neighbor, index, column, dtype)
-        var = var + (_activate(z, slope) - mean).square().where(there, 0).sum(0) / count
-    return best.to(center.dtype), mean, var
+    return best.to(center.dtype)
+
+
+def _mean(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor) -> Tensor:
+    mean = center.new_zeros(center.shape[1], dtype=slope.dtype)
+    count = (index >= 0).sum().clamp(min=1)
+    for column in _columns(index, neighbor):
+        z, there = _edges(center, neighbor, index, column, slope.dtype)
+        mean = mean + _activate(z, slope).where(there, 0).sum(0) / count
+    return mean
 
 
 def _fake(
@@ -62,16 +81,18 @@ def _backward_reference(
     neighbor: Tensor,
     index: Tensor,
     slope: Tensor,
-    output: Tensor,
+    smallest: Tensor | None,
     mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = slope.dtype
+    # Found again: what the forward returned may have been written to since.
+    output = _kept(center, neighbor, index, slope, smallest)
     grad_center = torch.zeros_like(center, dtype=dtype)
     grad_neighbor = torch.zeros_like(neighbor, dtype=dtype)
     grad_slope = torch.zeros_like(slope)
     found = torch.zeros_like(center, dtype=torch.bool)
     count = (index >= 0).sum().clamp(min=1)
-    for column in range(index.shape[1] if len(neighbor) else 0):
+    for column in _columns(index, neighbor):
         z, there = _edges(center, neighbor, index, column, dtype)
         y = _activate(z, slope)
         rounded = y.to(center.dtype)
@@ -79,12 +100,18 @@ def _backward_reference(
         found = found | chosen
         part = grad.to(dtype).where(chosen, 0)
         if len(mean):
-            part = part + ((grad_mean + 2 * grad_var * (y - mean)) / count).where(there, 0)
+            # An infinite mean leaves no edge a gradient.
+            part = part + ((grad_mean + 2 * grad_var * (y - mean + (mean - mean))) / count).where(there, 0)
         slanted = part * torch.where(z > 0, 1, slope)
         grad_center = grad_center + slanted
         grad_neighbor = grad_neighbor.index_add(0, index[:, column].clamp(min=0), slanted)
         grad_slope = grad_slope + (part * z).where(there & ~(z > 0), 0).sum()
     return grad_center.to(center.dtype), grad_neighbor.to(neighbor.dtype), grad_slope
+
+
+def _checked_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows(arguments[5], len(arguments[4]))
+    return _backward_reference(*arguments)
 
 
 def _backward_fake(
@@ -95,7 +122,7 @@ def _backward_fake(
     neighbor: Tensor,
     index: Tensor,
     slope: Tensor,
-    output: Tensor,
+    smallest: Tensor | None,
     mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return center.new_empty(center.shape), neighbor.new_empty(neighbor.shape), slope.new_empty(())
@@ -109,8 +136,8 @@ _edge_conv_op = define(
 )
 _backward_op = define(
     "edge_conv_backward(Tensor grad, Tensor grad_mean, Tensor grad_var, Tensor center, Tensor neighbor, Tensor index, "
-    "Tensor slope, Tensor output, Tensor mean) -> (Tensor, Tensor, Tensor)",
-    _backward_reference,
+    "Tensor slope, Tensor? smallest, Tensor mean) -> (Tensor, Tensor, Tensor)",
+    _checked_backward,
     _backward_fake,
 )
 
@@ -124,12 +151,12 @@ class _EdgeConv(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        center, neighbor, index, slope, _, _ = inputs
-        ctx.save_for_backward(center, neighbor, index, slope, *output[:2])
+        # The mean is copied, as it is what users may write to.
+        ctx.save_for_backward(*inputs[:5], output[1].clone())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        center, neighbor, slope = _EdgeConvBackward.apply(*grads, *ctx.saved_tensors)
+        center, neighbor, slope = _EdgeConvBackward.apply(*distinct(*grads, *ctx.saved_tensors))
         return center, neighbor, None, slope, None, None
 
     @staticmethod
@@ -147,10 +174,10 @@ class _EdgeConvBackward(Function):
         neighbor: Tensor,
         index: Tensor,
         slope: Tensor,
-        output: Tensor,
+        smallest: Tensor | None,
         mean: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward_op(grad, grad_mean, grad_var, center, neighbor, index, slope, output, mean)
+        return _backward_op(grad, grad_mean, grad_var, center, neighbor, index, slope, smallest, mean)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -158,21 +185,17 @@ class _EdgeConvBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *others, index, slope, output, mean = ctx.saved_tensors
+        *others, index, slope, smallest, mean = ctx.saved_tensors
 
         def first_order(
-            grad: Tensor,
-            grad_mean: Tensor,
-            grad_var: Tensor,
-            center: Tensor,
-            neighbor: Tensor,
-            slope: Tensor,
-            mean: Tensor,
+            grad: Tensor, grad_mean: Tensor, grad_var: Tensor, center: Tensor, neighbor: Tensor, slope: Tensor
         ) -> tuple[Tensor, Tensor, Tensor]:
-            return _backward_reference(grad, grad_mean, grad_var, center, neighbor, index, slope, output, mean)
+            # The mean is a function of the others.
+            means = _mean(center, neighbor, index, slope) if len(mean) else mean
+            return _backward_reference(grad, grad_mean, grad_var, center, neighbor, index, slope, smallest, means)
 
-        *others, slope, mean = torch.func.vjp(first_order, *others, slope, mean)[1](grads)
-        return *others, None, slope, None, mean
+        *others, slope = torch.func.vjp(first_order, *others, slope)[1](grads)
+        return *others, None, slope, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
@@ -202,7 +225,7 @@ def edge_conv(
         center: Centre terms a, of shape (M, C) or (B, M, C); float32, float64, bfloat16 or float16.
         neighbor: Neighbour terms b, of shape (N, C) or (B, N, C).
         index: Neighbours, int64 of shape (M, k) or (B, M, k), the rows of `neighbor` (in (B, N, C), of its own cloud);
-            -1 is no neighbour.
+            -1 is no neighbour, and any other number an error.
         negative_slope: The activation is :math:`\sigma(z) = \max(z, 0) + s \min(z, 0)`: 0 is ReLU, 1 none. A Tensor of
             one element is differentiable, as in PReLU.
         smallest: Bool of shape (C,): where true, the smallest edge is kept in place of the largest.
@@ -211,11 +234,14 @@ def edge_conv(
     Returns:
         The kept edges, of the shape and dtype of `center` and 0 where a node has no neighbours; the mean and the biased
         variance of all edges, of shape (C,), float32 (float64 for float64) and 0 where there are no edges. Of equal
-        edges the first takes the gradient.
+        edges the first takes the gradient. A channel with an infinite edge has a mean that is not finite and a variance
+        of NaN, and the statistics' gradient is NaN in all of its edges.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes or devices do not fit.
+        RuntimeError: An index is out of range (on CUDA, as in torch's own indexing, that stops the device's work with
+            an assertion).
 
     Example:
         >>> import torch, paper_layers
@@ -235,7 +261,7 @@ def edge_conv(
     if neighbor.dim() != center.dim() or neighbor.shape[:-2] != clouds or neighbor.shape[-1] != channels:
         expected = ", ".join(str(size) for size in (*clouds, "N", channels))
         raise ValueError(f"neighbor: expected shape ({expected}), got {tuple(neighbor.shape)}")
-    _checks.neighbors("index", index, *center.shape[:-1])
+    index = _checks.neighbors("index", index, *center.shape[:-1])
     _checks.same_device("index", index, "center", center)
     if smallest is not None:
         if not isinstance(smallest, Tensor) or smallest.dtype != torch.bool:
@@ -254,11 +280,11 @@ def edge_conv(
         _checks.same_device("negative_slope", negative_slope, "center", center)
         slope = negative_slope.to(wide).reshape(())
     else:
-        slope = torch.full((), negative_slope, dtype=wide, device=center.device)
+        number = _checks.number("negative_slope", negative_slope)
+        slope = torch.full((), number, dtype=wide, device=center.device)
     if center.dim() == 2:
-        return _EdgeConv.apply(center, neighbor, index, slope, smallest, bool(statistics))
+        return _EdgeConv.apply(*distinct(center, neighbor, index, slope, smallest), bool(statistics))
     flat = flat_index(index, neighbor.shape[1])
-    output, mean, var = _EdgeConv.apply(
-        center.flatten(0, 1), neighbor.flatten(0, 1), flat, slope, smallest, bool(statistics)
-    )
+    tensors = distinct(center.flatten(0, 1), neighbor.flatten(0, 1), flat, slope, smallest)
+    output, mean, var = _EdgeConv.apply(*tensors, bool(statistics))
     return output.view(center.shape), mean, var

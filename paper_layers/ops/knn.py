@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paper_layers._core.aliases import distinct
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
-from paper_layers.ops._index import batch_starts, cloud_count, flat_index
+from paper_layers.ops._index import batch_starts, check_rows, check_starts, cloud_count, flat_index
 from paper_layers.ops._library import define
 from paper_layers.ops._vmap import one_by_one
 
@@ -31,9 +32,11 @@ def _clouds(query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr:
     """The clouds of flattened rows: indices count from the cloud's start in (B, N, C), from 0 in ragged rows."""
     if query_ptr is None or points_ptr is None:
         m, n = query.shape[1], points.shape[1]
-        for b in range(query.shape[0]):
+        for b in range(query.shape[0] if m else 0):
             yield _Cloud(slice(b * m, b * m + m), slice(b * n, b * n + n), 0)
         return
+    check_starts("ptr", query_ptr, query.shape[0])
+    check_starts("points_ptr", points_ptr, points.shape[0])
     q, p = query_ptr.tolist(), points_ptr.tolist()
     for b in range(len(q) - 1):
         yield _Cloud(slice(q[b], q[b + 1]), slice(p[b], p[b + 1]), p[b])
@@ -116,6 +119,11 @@ def _backward_reference(
     return grad_rows.to(query.dtype).view(query.shape), grad_targets.to(points.dtype).view(points.shape)
 
 
+def _checked_backward(grad: Tensor, query: Tensor, points: Tensor, index: Tensor, inner: bool) -> tuple[Tensor, Tensor]:
+    check_rows(index, points.shape[-2])
+    return _backward_reference(grad, query, points, index, inner)
+
+
 def _backward_fake(grad: Tensor, query: Tensor, points: Tensor, index: Tensor, inner: bool) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), points.new_empty(points.shape)
 
@@ -128,7 +136,7 @@ _knn_op = define(
 )
 _backward_op = define(
     "knn_backward(Tensor grad, Tensor query, Tensor points, Tensor index, bool inner) -> (Tensor, Tensor)",
-    _backward_reference,
+    _checked_backward,
     _backward_fake,
 )
 
@@ -156,7 +164,7 @@ class _KNN(Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_KNNBackward.apply(grad, *ctx.saved_tensors, ctx.inner), None, None, None, None
+        return *_KNNBackward.apply(*distinct(grad, *ctx.saved_tensors), ctx.inner), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
@@ -254,10 +262,10 @@ def knn(
         expected = "(N, C)" if query.dim() == 2 else f"({query.shape[0]}, N, C)"
         expected = expected.replace("C", str(query.shape[-1]))
         raise ValueError(f"points: expected shape {expected}, got {tuple(targets.shape)}")
-    _checks.integer("k", k, 1)
-    _checks.integer("dilation", dilation, 1)
+    k = _checks.integer("k", k, 1)
+    dilation = _checks.integer("dilation", dilation, 1)
     if ranks is not None:
-        _checks.int64("ranks", ranks, k)
+        ranks = _checks.int64("ranks", ranks, k)
         _checks.same_device("ranks", ranks, "query", query)
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
@@ -272,12 +280,12 @@ def knn(
         targets = query if points is None else F.normalize(targets.to(dtype), dim=-1)
     query, targets = query.to(dtype), targets.to(dtype)
     if points is None:
-        targets = query.view_as(query)  # Dynamo refuses the same tensor twice.
+        targets = query
     single = query.dim() == 2 and starts[0] is None
     if single:
         query, targets = query[None], targets[None]
     settings = (k, dilation, metric == "inner", bool(include_self))
-    index, distance = _KNN.apply(query, targets, *starts, ranks, settings)
+    index, distance = _KNN.apply(*distinct(query, targets, *starts, ranks), settings)
     if metric == "cosine":
         distance = distance / 2  # |x - y|^2 / 2 = 1 - x.y for vectors of length one
     return (index[0], distance[0]) if single else (index, distance)
@@ -296,7 +304,7 @@ def _starts(
     named = {"batch": batch, "points_batch": points_batch, "ptr": ptr, "points_ptr": points_ptr}
     given = {name: value for name, value in named.items() if value is not None}
     for name, value in given.items():
-        _checks.numbers(name, value)
+        given[name] = _checks.numbers(name, value)
         _checks.same_device(name, value, "query", query)
         if query.dim() != 2:
             raise ValueError(f"{name}: expected None for query of shape (B, M, C), got a Tensor")

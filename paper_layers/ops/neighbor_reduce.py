@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core.aliases import distinct
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
-from paper_layers.ops._index import flat_index
+from paper_layers.ops._index import check_rows, flat_index
 from paper_layers.ops._library import define
 
 REDUCTIONS = ("max", "min", "sum", "mean")
@@ -21,6 +22,7 @@ def _gathered(input: Tensor, index: Tensor, column: int) -> tuple[Tensor, Tensor
 
 
 def _reference(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
+    check_rows(index, len(input))
     dtype = torch.promote_types(input.dtype, torch.float32)
     shape = (index.shape[0], input.shape[1])
     output = input.new_zeros(shape, dtype=dtype)
@@ -68,6 +70,11 @@ def _backward_reference(grad: Tensor, index: Tensor, arg: Tensor, rows: int, red
     return result.to(grad.dtype)
 
 
+def _checked_backward(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool) -> Tensor:
+    check_rows(index, rows)
+    return _backward_reference(grad, index, arg, rows, reduce, relative)
+
+
 def _backward_fake(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool) -> Tensor:
     return grad.new_empty(rows, grad.shape[1])
 
@@ -77,7 +84,7 @@ _reduce_op = define(
 )
 _backward_op = define(
     "neighbor_reduce_backward(Tensor grad, Tensor index, Tensor arg, SymInt rows, str reduce, bool relative) -> Tensor",
-    _backward_reference,
+    _checked_backward,
     _backward_fake,
 )
 
@@ -96,7 +103,7 @@ class _NeighborReduce(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_input = _NeighborReduceBackward.apply(grad, *ctx.saved_tensors, ctx.rows, *ctx.settings)
+        grad_input = _NeighborReduceBackward.apply(*distinct(grad, *ctx.saved_tensors), ctx.rows, *ctx.settings)
         return grad_input, None, None, None
 
     @staticmethod
@@ -169,7 +176,7 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relati
     Args:
         input: Features of shape (N, C) or (B, N, C); float32, float64, bfloat16 or float16.
         index: Neighbours, int64 of shape (M, k) or (B, M, k), the rows of `input` (in (B, N, C), of its own cloud);
-            -1 is no neighbour.
+            -1 is no neighbour, and any other number an error.
         reduce: "max", "min", "sum" or "mean". Of equal values the first takes the gradient; half types are summed in
             float32.
         relative: Reduce the differences to the node's own row; M is N.
@@ -180,6 +187,8 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relati
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes, devices or `reduce` do not fit.
+        RuntimeError: An index is out of range (on CUDA, as in torch's own indexing, that stops the device's work with
+            an assertion).
 
     Example:
         >>> import torch, paper_layers
@@ -191,7 +200,7 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relati
     _checks.floating("input", input)
     if input.dim() not in (2, 3):
         raise ValueError(f"input: expected shape (N, C) or (B, N, C), got {tuple(input.shape)}")
-    _checks.neighbors("index", index, *input.shape[:-2], "M")
+    index = _checks.neighbors("index", index, *input.shape[:-2], "M")
     _checks.same_device("index", index, "input", input)
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce: expected one of {', '.join(REDUCTIONS)}, got {reduce!r}")

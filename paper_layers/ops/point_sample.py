@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from paper_layers._core.aliases import distinct
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._layout import memory_format
-from paper_layers.ops._library import define
+from paper_layers.ops._library import define, library
 
 MODES = ("bilinear", "nearest")
 PADDINGS = ("zeros", "border")
@@ -68,8 +69,23 @@ def _sample(
 
 
 def _reference(points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any) -> Tensor:
+    _check_images(image, maps[0].shape[0])
     output = _sample(points, image, maps, *options).contiguous().mT
-    return output if memory_format(maps[0]) == torch.channels_last else output.contiguous()
+    # No view: those that a custom Function returns must not be changed in place, as an activation does.
+    last = memory_format(maps[0]) == torch.channels_last
+    return output.clone(memory_format=torch.preserve_format if last else torch.contiguous_format)
+
+
+def _decomposition(points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any) -> Tensor:
+    return _sample(points, image, maps, *options).mT
+
+
+def _check_images(image: Tensor | None, images: int) -> None:
+    """Refuse numbers of images that do not exist, as the kernels do; reads the data."""
+    if image is not None:
+        wrong = (image < 0) | (image >= images)
+        if wrong.any():
+            raise RuntimeError(f"boxes: expected numbers of {images} images, got {int(image[wrong][0])}")
 
 
 def _fake(points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any) -> Tensor:
@@ -89,6 +105,7 @@ def _pullback(
 def _backward_maps_reference(
     grad: Tensor, points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any
 ) -> list[Tensor]:
+    _check_images(image, maps[0].shape[0])
     grads = _pullback(grad, points, image, maps, options)[1:]
     return [g.contiguous(memory_format=memory_format(maps[0])) for g in grads]
 
@@ -102,6 +119,7 @@ def _backward_maps_fake(
 def _backward_points_reference(
     grad: Tensor, points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any
 ) -> Tensor:
+    _check_images(image, maps[0].shape[0])
     return _pullback(grad, points, image, maps, options)[0].contiguous()
 
 
@@ -121,7 +139,7 @@ _backward_points_op = define(
     _backward_points_fake,
 )
 # ONNX export knows no op of ours, only what it is made of.
-torch._decomp.register_decomposition(_forward_op)(_reference)
+torch._decomp.register_decomposition(_forward_op)(_decomposition)
 
 # Dynamo tells whether forward takes a ctx by counting arguments, so it takes no *maps but so many, the last of them
 # None, and a longer pyramid is sampled in parts.
@@ -183,7 +201,8 @@ class _PointSample(Function):
         image, points, *maps = ctx.saved_tensors
         levels = sum(map is not None for map in maps)
         wanted = (ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:]))
-        grads = _PointSampleBackward.apply((*ctx.options, wanted), image, grad, points, *maps)
+        tensors = distinct(image, grad, points, *maps)
+        grads = _PointSampleBackward.apply((*ctx.options, wanted), *tensors)
         of_points, of_maps = grads[:1] if wanted[0] else (None,), grads[-levels:] if wanted[1] else ()
         return None, None, *of_points, *_padded(of_maps)
 
@@ -246,6 +265,29 @@ class _PointSampleBackward(Function):
         return tuple(g.unflatten(0, (info.batch_size, -1)) for g in grads), (0,) * len(grads)
 
 
+def _image_reference(numbers: Tensor, images: int) -> Tensor:
+    image = _whole(numbers)
+    wrong = (image < 0) | (image >= images)
+    if wrong.any():
+        raise ValueError(f"boxes: expected numbers of {images} images, got {numbers[wrong][0].item():g}")
+    return image
+
+
+def _whole(numbers: Tensor, images: int = 0) -> Tensor:
+    """Whole numbers as int64, and -1 for all others: a cast of NaN could give anything."""
+    return torch.where((numbers == numbers.floor()) & (numbers.abs() < 2**31), numbers, -1).long()
+
+
+def _image_fake(numbers: Tensor, images: int) -> Tensor:
+    return numbers.new_empty(numbers.shape, dtype=torch.int64)
+
+
+_image_op = define("image_numbers(Tensor numbers, SymInt images) -> Tensor", _image_reference, _image_fake)
+# On CUDA reading the numbers would wait: the kernels check them.
+library.impl("image_numbers", _whole, "CUDA")
+torch._decomp.register_decomposition(_image_op)(_whole)
+
+
 def _named(name: str, value: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
     """One tensor or several, and what errors call each."""
     if isinstance(value, list | tuple):
@@ -281,7 +323,7 @@ def _check_boxes(boxes: Tensor | Sequence[Tensor], images: int, device: torch.de
             raise ValueError(f"{name}: expected the device of input, {device}, got {part.device}")
     if not several:
         corners = parts["boxes"].detach()
-        return corners[:, 1:], corners[:, 0].long()
+        return corners[:, 1:], _image_op(corners[:, 0], images)
     if len(parts) != images:
         raise ValueError(f"boxes: expected a tensor for each of {images} images, got {len(parts)}")
     numbers = [torch.full((part.shape[0],), i, device=device) for i, part in enumerate(parts.values())]
@@ -292,8 +334,7 @@ def _check_boxes(boxes: Tensor | Sequence[Tensor], images: int, device: torch.de
 
 def _check_scales(spatial_scale: float | Sequence[float], levels: int) -> list[float]:
     scales = [*spatial_scale] if isinstance(spatial_scale, list | tuple) else [cast(float, spatial_scale)] * levels
-    if not all(isinstance(scale, int | float) and not isinstance(scale, bool) for scale in scales):
-        raise TypeError(f"spatial_scale: expected a float or a float for each map, got {spatial_scale!r}")
+    scales = [_checks.number("spatial_scale", scale) for scale in scales]
     if len(scales) != levels or not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"spatial_scale: expected positive numbers, one or {levels}, got {spatial_scale!r}")
     return [float(scale) for scale in scales]
@@ -378,6 +419,6 @@ def point_sample(
     for first in range(0, len(maps), _LEVELS):
         some = slice(first, first + _LEVELS)
         options = (scales[some] if image is not None else None, mode, padding)
-        parts.append(_PointSample.apply(options, image, points, *_padded(maps[some])))
+        parts.append(_PointSample.apply(options, *distinct(image, points, *_padded(maps[some]))))
     output = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return output if len(grid) == 1 else output.unflatten(2, grid)

@@ -97,11 +97,11 @@ def sample_uncertain_points(
         torch.Size([2, 100, 2])
     """
     labels = check_logits(logits, labels)
-    _checks.integer("num_points", num_points, 0)
-    _checks.number("oversample_ratio", oversample_ratio)
+    num_points = _checks.integer("num_points", num_points, 0)
+    oversample_ratio = _checks.number("oversample_ratio", oversample_ratio)
     if not 1 <= oversample_ratio < math.inf:
         raise ValueError(f"oversample_ratio: expected at least 1, got {oversample_ratio}")
-    _checks.number("importance_sample_ratio", importance_sample_ratio)
+    importance_sample_ratio = _checks.number("importance_sample_ratio", importance_sample_ratio)
     if not 0 <= importance_sample_ratio <= 1:
         raise ValueError(f"importance_sample_ratio: expected from 0 to 1, got {importance_sample_ratio}")
     if generator is not None and not isinstance(generator, torch.Generator):

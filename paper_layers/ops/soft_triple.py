@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core.aliases import distinct
 from paper_layers.ops import _checks
 from paper_layers.ops import _soft_triple as kernels
 from paper_layers.ops._autograd import Function
@@ -154,7 +155,7 @@ class _SoftTriple(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_SoftTripleBackward.apply(*grads[:3], *ctx.saved_tensors, ctx.options), None, None
+        return *_SoftTripleBackward.apply(*distinct(*grads[:3], *ctx.saved_tensors), ctx.options), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
@@ -253,11 +254,11 @@ def soft_triple(
         >>> cross_entropy = (logsumexp - target).mean()
     """
     size = check(embeddings, centers, la, gamma, chunk_size)
-    _checks.int64("labels", labels, embeddings.shape[0])
+    labels = _checks.int64("labels", labels, embeddings.shape[0])
     _checks.same_device("labels", labels, "embeddings", embeddings)
-    _checks.number("margin", margin)
+    margin = _checks.number("margin", margin)
     options = (float(la), float(gamma), float(margin), bool(regularized), size)
-    logsumexp, target, distance, *_ = _SoftTriple.apply(embeddings, centers, labels, options)
+    logsumexp, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)
     return logsumexp, target, distance
 
 
@@ -316,22 +317,22 @@ def soft_triple_loss(
         >>> loss.backward()
     """
     size = check(embeddings, centers, la, gamma, chunk_size)
-    _checks.number("margin", margin)
-    _checks.number("tau", tau)
+    margin = _checks.number("margin", margin)
+    tau = _checks.number("tau", tau)
     if not tau >= 0:
         raise ValueError(f"tau: expected at least 0, got {tau!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    _checks.integer("ignore_index", ignore_index, -(2**63))
+    ignore_index = _checks.integer("ignore_index", ignore_index, -(2**63))
     if isinstance(labels, Tensor) and labels.dtype == torch.int32:
         labels = labels.long()
-    _checks.int64("labels", labels, embeddings.shape[0])
+    labels = _checks.int64("labels", labels, embeddings.shape[0])
     _checks.same_device("labels", labels, "embeddings", embeddings)
     classes, count, _ = centers.shape
     labels = kernels.known_labels(labels, classes, ignore_index)
     regularized = tau > 0 and count > 1
     options = (float(la), float(gamma), float(margin), regularized, size)
-    logsumexp, target, distance, *_ = _SoftTriple.apply(embeddings, centers, labels, options)
+    logsumexp, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)
 
     regulariser = tau / (classes * count * (count - 1)) * distance if regularized else distance
     return reduced(logsumexp - target, labels >= 0, regulariser, reduction)

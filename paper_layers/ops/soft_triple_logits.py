@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core.aliases import distinct
 from paper_layers.ops import _soft_triple as kernels
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._library import define
@@ -77,7 +78,7 @@ class _Logits(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *_LogitsBackward.apply(grad, *ctx.saved_tensors, ctx.options), None
+        return *_LogitsBackward.apply(*distinct(grad, *ctx.saved_tensors), ctx.options), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
@@ -147,5 +148,5 @@ def soft_triple_logits(
         torch.Size([8, 100])
     """
     size = check(embeddings, centers, la, gamma, chunk_size)
-    logits, _ = _Logits.apply(embeddings, centers, (float(la), float(gamma), size))
+    logits, _ = _Logits.apply(*distinct(embeddings, centers), (float(la), float(gamma), size))
     return logits

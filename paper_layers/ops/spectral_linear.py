@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paper_layers._core.aliases import distinct
 from paper_layers.ops import _checks
 from paper_layers.ops._autocast import autocasts, without_autocast
 from paper_layers.ops._autograd import Function
@@ -187,6 +188,6 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if input.dim() == 2:
-        return _SpectralLinear.apply(input, weight, bias, left, right, sigma)
-    output = _SpectralLinear.apply(input.reshape(-1, input.shape[-1]), weight, bias, left, right, sigma)
+        return _SpectralLinear.apply(*distinct(input, weight, bias, left, right, sigma))
+    output = _SpectralLinear.apply(*distinct(input.reshape(-1, input.shape[-1]), weight, bias, left, right, sigma))
     return output.reshape(*input.shape[:-1], rows)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core.aliases import distinct
 from paper_layers.ops import _checks
 from paper_layers.ops import _split_batch_norm as formulas
 from paper_layers.ops._autograd import Function
@@ -116,7 +117,7 @@ class _SplitBatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         input, weight, mean, var = ctx.saved_tensors
-        grads = _SplitBatchNormBackward.apply(grad, input, weight, mean, var, ctx.options)
+        grads = _SplitBatchNormBackward.apply(*distinct(grad, input, weight, mean, var), ctx.options)
         return grads[0], grads[1] if weight is not None else None, grads[2] if ctx.has_bias else None, None
 
     @staticmethod
@@ -199,10 +200,11 @@ def _check_splits(name: str, values: Tensor | Sequence[Tensor], splits: int, inp
         _checks.same_device(name, value, "input", input)
 
 
-def check_split_sizes(input: Tensor, split_sizes: Sequence[int], values: int = 2) -> None:
-    """Sizes that make up the batch, of so many values per channel or more each."""
-    if not split_sizes or not all(isinstance(size, int | torch.SymInt) for size in split_sizes):
+def check_split_sizes(input: Tensor, split_sizes: Sequence[int], values: int = 2) -> list[int]:
+    """Return the sizes that make up the batch, of so many values per channel or more each, as ints."""
+    if len(split_sizes) == 0 or not all(_checks.is_integer(size) for size in split_sizes):
         raise TypeError(f"split_sizes: expected at least one int, got {split_sizes!r}")
+    split_sizes = [_checks.integer("split_sizes", size, 0) for size in split_sizes]
     if sum(split_sizes) != input.shape[0]:
         raise ValueError(f"split_sizes: expected sizes that sum to the batch, {input.shape[0]}, got {split_sizes!r}")
     pixels = input.shape[2:].numel()
@@ -211,6 +213,7 @@ def check_split_sizes(input: Tensor, split_sizes: Sequence[int], values: int = 2
             f"split_sizes: expected at least {values} values per channel in each split, got {split_sizes!r} "
             f"for an input of shape {tuple(input.shape)}"
         )
+    return split_sizes
 
 
 def normalize_splits(
@@ -224,7 +227,7 @@ def normalize_splits(
     splits = len(split_sizes)
     stacked = [parameters(name, values, splits, input) for name, values in (("weight", weight), ("bias", bias))]
     flat = input.flatten(2) if input.dim() > 2 else input[..., None]
-    output, mean, var = _SplitBatchNorm.apply(flat, *stacked, (list(split_sizes), float(eps)))
+    output, mean, var = _SplitBatchNorm.apply(*distinct(flat, *stacked), (list(split_sizes), float(eps)))
     return output.reshape(input.shape), mean, var
 
 
@@ -286,11 +289,11 @@ def split_batch_norm(
         torch.Size([16, 16, 32, 32])
     """
     _checks.floating("input", input)
-    _checks.number("momentum", momentum)
-    _checks.number("eps", eps)
+    momentum = _checks.number("momentum", momentum)
+    eps = _checks.number("eps", eps)
     if input.dim() < 2:
         raise ValueError(f"input: expected shape (N, C, ...), got {tuple(input.shape)}")
-    check_split_sizes(input, split_sizes)
+    split_sizes = check_split_sizes(input, split_sizes)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_var: expected to be given with running_mean, got only one of them")
     if running_mean is not None and running_var is not None:

@@ -79,7 +79,7 @@ def uncertain_points(logits: Tensor, num_points: int, *, labels: Tensor | None =
         (torch.Size([2, 100]), torch.Size([2, 100, 2]))
     """
     labels = check_logits(logits, labels)
-    _checks.integer("num_points", num_points, 0)
+    num_points = _checks.integer("num_points", num_points, 0)
     index = _op(logits.detach(), labels, num_points)
     height, width = logits.shape[2:]
     columns = max(width, 1)  # Of no pixels there are no points, but torch refuses to divide them by zero.

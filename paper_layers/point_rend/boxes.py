@@ -32,9 +32,9 @@ class BoxMasks(nn.Module, abc.ABC):
         init_resolution: int = 1,
     ):
         super().__init__()
-        numbers = {"num_points": num_points, "init_resolution": init_resolution}
-        for name, value in {**numbers, "subdivision_num_points": subdivision_num_points}.items():
-            _checks.integer(name, value, 1)
+        num_points, init_resolution, subdivision_num_points = _checks.positive(
+            num_points=num_points, init_resolution=init_resolution, subdivision_num_points=subdivision_num_points
+        )
         self.spatial_scale = spatial_scale
         self.num_points, self.init_resolution = num_points, init_resolution
         self.subdivision_num_points = subdivision_num_points
@@ -159,7 +159,7 @@ class BoxMasks(nn.Module, abc.ABC):
         labels: Tensor | Sequence[Tensor],
         size: int,
     ) -> tuple[Tensor, Tensor, list[Size], Sampler]:
-        _checks.integer("size", size, 1)
+        size = _checks.integer("size", size, 1)
         rois, classes = rows(boxes, labels, coarse.device)
         expected = (rois.shape[0], *self._coarse_shape)
         if coarse.dim() != len(expected) or coarse.shape[:2] != expected[:2]:

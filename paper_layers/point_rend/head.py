@@ -64,9 +64,9 @@ class PointRendHead(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        numbers = {"in_channels": in_channels, "num_classes": num_classes, "fc_dim": fc_dim, "num_fc": num_fc}
-        for name, value in numbers.items():
-            _checks.integer(name, value, 1)
+        in_channels, num_classes, fc_dim, num_fc = _checks.positive(
+            in_channels=in_channels, num_classes=num_classes, fc_dim=fc_dim, num_fc=num_fc
+        )
         self.in_channels, self.num_classes, self.fc_dim, self.num_fc = in_channels, num_classes, fc_dim, num_fc
         self.coarse_pred_each_layer, self.class_agnostic = coarse_pred_each_layer, class_agnostic
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -113,7 +113,7 @@ class PointRendHead(nn.Module):
         if coarse.shape != expected:
             raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
         if labels is not None:
-            _checks.int64("labels", labels, fine.shape[0])
+            labels = _checks.int64("labels", labels, fine.shape[0])
         return self.finish(self.fine_shares([fine])[0], self.coarse_shares(coarse, labels), labels)
 
     def fine_shares(self, fine: Sequence[Tensor]) -> list[Tensor]:

@@ -65,9 +65,9 @@ class ImplicitPointHead(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        numbers = {"in_channels": in_channels, "num_classes": num_classes, "fc_dim": fc_dim, "num_fc": num_fc}
-        for name, value in numbers.items():
-            _checks.integer(name, value, 1)
+        in_channels, num_classes, fc_dim, num_fc = _checks.positive(
+            in_channels=in_channels, num_classes=num_classes, fc_dim=fc_dim, num_fc=num_fc
+        )
         self.in_channels, self.num_classes, self.fc_dim, self.num_fc = in_channels, num_classes, fc_dim, num_fc
         self.class_agnostic = class_agnostic
         widths = [2 * _FREQUENCIES + in_channels, *[fc_dim] * num_fc, 1 if class_agnostic else num_classes]
@@ -111,7 +111,7 @@ class ImplicitPointHead(nn.Module):
             if value.shape != expected:
                 raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
         if labels is not None:
-            _checks.int64("labels", labels, rows)
+            labels = _checks.int64("labels", labels, rows)
         parts = parameters.split(self._sizes, 1)
         weights = [part.unflatten(1, shape) for part, shape in zip(parts, self._shapes, strict=False)]
         biases = [part[:, None] for part in parts[len(weights) :]]

@@ -82,8 +82,8 @@ class PointRendSemantic(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _checks.integer("num_points", num_points, 1)
-        _checks.integer("subdivision_num_points", subdivision_num_points, 1)
+        num_points = _checks.integer("num_points", num_points, 1)
+        subdivision_num_points = _checks.integer("subdivision_num_points", subdivision_num_points, 1)
         self.num_points, self.subdivision_num_points = num_points, subdivision_num_points
         self.oversample_ratio, self.importance_sample_ratio = oversample_ratio, importance_sample_ratio
         self.ignore_index = ignore_index
@@ -159,7 +159,7 @@ class PointRendSemantic(nn.Module):
     ) -> Tensor:
         """The loss at the points alone, for a host that computes the coarse one; arguments as in `forward`."""
         self._check(coarse)
-        _checks.int64("target", target, coarse.shape[0], "H", "W")
+        target = _checks.int64("target", target, coarse.shape[0], "H", "W")
         points = self.draw(coarse, generator=generator)
         labels = point_sample(target[:, None].to(torch.float32), points, mode="nearest")[:, 0].long()
         return segmentation_loss(self.predict(coarse, features, points), labels, self.ignore_index)

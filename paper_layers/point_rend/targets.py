@@ -29,7 +29,7 @@ def rows(boxes: Boxes, labels: Tensor | Sequence[Tensor], device: torch.device) 
     rois = torch.cat(parts) if parts else torch.empty(0, 5, device=device)
     if not isinstance(labels, Tensor):
         labels = torch.cat(list(labels)) if labels else torch.empty(0, dtype=torch.int64, device=device)
-    _checks.int64("labels", labels, rois.shape[0])
+    labels = _checks.int64("labels", labels, rois.shape[0])
     return rois, labels
 
 

@@ -77,20 +77,20 @@ class SoftTripleLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        sizes = {"num_classes": num_classes, "embedding_dim": embedding_dim, "centers_per_class": centers_per_class}
-        for name, size in sizes.items():
-            _checks.integer(name, size, 1)
-        for name, value in {"la": la, "gamma": gamma, "tau": tau, "margin": margin}.items():
-            _checks.number(name, value)
+        num_classes, embedding_dim, centers_per_class = _checks.positive(
+            num_classes=num_classes, embedding_dim=embedding_dim, centers_per_class=centers_per_class
+        )
+        factors = {"la": la, "gamma": gamma, "tau": tau, "margin": margin}
+        la, gamma, tau, margin = (_checks.number(name, value) for name, value in factors.items())
         if not gamma > 0:
             raise ValueError(f"gamma: expected more than 0, got {gamma!r}")
         if not tau >= 0:
             raise ValueError(f"tau: expected at least 0, got {tau!r}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        _checks.integer("ignore_index", ignore_index, -(2**63))
+        ignore_index = _checks.integer("ignore_index", ignore_index, -(2**63))
         if chunk_size is not None:
-            _checks.integer("chunk_size", chunk_size, 1)
+            chunk_size = _checks.integer("chunk_size", chunk_size, 1)
         self.num_classes, self.embedding_dim, self.centers_per_class = num_classes, embedding_dim, centers_per_class
         self.la, self.gamma, self.tau, self.margin = la, gamma, tau, margin
         self.ignore_index, self.reduction, self.chunk_size = ignore_index, reduction, chunk_size

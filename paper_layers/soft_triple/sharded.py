@@ -171,7 +171,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
             check(embeddings, own, self.la, self.gamma, self.chunk_size)
             if isinstance(labels, Tensor) and labels.dtype == torch.int32:
                 labels = labels.long()
-            _checks.int64("labels", labels, len(embeddings))
+            labels = _checks.int64("labels", labels, len(embeddings))
             _checks.same_device("labels", labels, "embeddings", embeddings)
             mine = [len(embeddings), _checks.FLOATING.index(embeddings.dtype)]
         except (TypeError, ValueError) as wrong:

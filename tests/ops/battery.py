@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tests.ops import raw_ops
 
 # Relative and absolute tolerance by dtype, for values of about one. Half types round once at the end, and
 # their gradients once more for the saved output.
@@ -31,6 +35,13 @@ drawn = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
 )
+
+
+# What a user may do to an output, in place and not.
+WRITES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "mul_": (lambda t: t.mul_(2), lambda t: t * 2),
+    "relu_": (lambda t: t.relu_(), lambda t: t.relu()),
+}
 
 
 @dataclass
@@ -61,6 +72,7 @@ class Battery:
     function: Callable[..., Tensor]
     ops: dict[str, Any]  # the op and its backward, by name
     bad_inputs: dict[str, tuple[Callable[[], Any], type[Exception], str]]
+    taken: frozenset[tuple[str, str]] = frozenset()  # what a raw op takes of what `raw_ops.wrong_arguments` names
 
     @staticmethod
     def fixed_cases() -> list[Case]:
@@ -101,6 +113,36 @@ class Battery:
         for name, (call, error, message) in self.bad_inputs.items():
             with subtests.test(name), pytest.raises(error, match=message):
                 call()
+
+    def test_raw_op_with_bad_arguments(self, subtests: Any) -> None:
+        for case in self.fixed_cases():
+            for name, arguments in self.op_arguments(case).items():
+                for what, wrong in raw_ops.wrong_arguments(arguments):
+                    if (name, what) not in self.taken:
+                        with subtests.test(f"{name}: {what}"):
+                            assert raw_ops.attempt(self.ops[name], wrong) is not None
+
+    def test_raw_op_survives_or_refuses(self) -> None:
+        """Sizes and numbers that do not fit. Where they happen to, a result is as well."""
+        for case in self.fixed_cases():
+            for name, arguments in self.op_arguments(case).items():
+                for odd in raw_ops.odd_arguments(arguments):
+                    raw_ops.attempt(self.ops[name], odd)
+
+    def test_sizes_without_elements(self) -> None:
+        for case in self.fixed_cases():
+            for name, arguments in self.op_arguments(case).items():
+                sizes = list(raw_ops.sizes_without_elements(arguments))
+
+                def calls(name: str = name, sizes: list[Any] = sizes) -> None:
+                    for some in sizes:
+                        raw_ops.attempt(self.ops[name], some)
+
+                if raw_ops.survives(calls):
+                    continue
+                for some in sizes:
+                    shapes = [a.shape if isinstance(a, Tensor) else a for a in some]
+                    assert raw_ops.survives(lambda n=name, s=some: raw_ops.attempt(self.ops[n], s), 10), (name, shapes)
 
     def test_lesser_instruction_set(self) -> None:
         """The baseline kernels, in a process of their own: the set is chosen when the library is loaded."""
@@ -186,6 +228,92 @@ class OpBattery(Battery):
         case = self.fixed_cases()[0]
         with pytest.raises(NotImplementedError):
             torch.func.jvp(lambda *t: self.function(*t, **case.options), case.tensors, case.tensors)
+
+    def outputs(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        """All that a user may write to."""
+        return (self.function(*tensors, **options),)
+
+    @pytest.mark.parametrize("write", list(WRITES))
+    def test_writes_on_outputs(self, write: str) -> None:
+        in_place, out_of_place = WRITES[write]
+
+        def loss(change: Callable[[Tensor], Tensor], case: Case, leaves: tuple[Tensor, ...]) -> Tensor:
+            outputs = self.outputs(*(t * 1 for t in leaves), **case.options)
+            return torch.stack([change(output).square().sum() for output in outputs]).sum()
+
+        def gradients(value: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor | None]:
+            value.backward()
+            return [leaf.grad for leaf in leaves]
+
+        for fixed in self.fixed_cases():
+            case = fixed.to(torch.float64)
+            leaves = case.leaves()
+            want = gradients(loss(out_of_place, case, leaves), leaves)
+            leaves = case.leaves()
+            torch.testing.assert_close(gradients(loss(in_place, case, leaves), leaves), want)
+            for reentrant in (False, True):
+                leaves = case.leaves()
+                value = checkpoint(lambda *t, c=case: loss(in_place, c, t), *leaves, use_reentrant=reentrant)
+                torch.testing.assert_close(gradients(value, leaves), want)
+            leaves = case.leaves()
+            with torch.autograd.graph.save_on_cpu():
+                value = loss(in_place, case, leaves)
+            torch.testing.assert_close(gradients(value, leaves), want)
+            seconds = []
+            for change in (in_place, out_of_place):
+                leaves = case.leaves()
+                first = torch.autograd.grad(loss(change, case, leaves), leaves, create_graph=True)
+                seconds.append(gradients(torch.stack([g.square().sum() for g in first]).sum(), leaves))
+            torch.testing.assert_close(*seconds)
+
+    def test_writes_on_inputs(self) -> None:
+        """They are torch's error, unless the backward does not need what was written to."""
+        for fixed in self.fixed_cases():
+            case = fixed.to(torch.float64)
+            leaves = case.leaves()
+            want = torch.autograd.grad(self.function(*leaves, **case.options).square().sum(), leaves)
+            for i in range(len(leaves)):
+                leaves = case.leaves()
+                tensors = [leaf * 1 for leaf in leaves]
+                value = self.function(*tensors, **case.options).square().sum()
+                with torch.no_grad():
+                    tensors[i].mul_(3)
+                try:
+                    got = torch.autograd.grad(value, leaves)
+                except RuntimeError as error:
+                    assert "modified by an inplace operation" in str(error)
+                else:
+                    torch.testing.assert_close(got, want)
+
+    def test_one_tensor_as_two_arguments(self) -> None:
+        """Every pair of arguments of one shape and dtype, compiled as a whole."""
+        for fixed in self.alias_cases():
+            options = {n: v for n, v in fixed.options.items() if isinstance(v, Tensor)}
+            named = {**dict(enumerate(fixed.tensors)), **options}
+            for first, second in itertools.combinations(named, 2):
+                one, other = named[first], named[second]
+                if (one.shape, one.dtype) != (other.shape, other.dtype):
+                    continue
+                torch._dynamo.reset()
+                results = []
+                for compiled in (False, True):
+                    leaves = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in named.items()}
+                    leaves[second] = leaves[first]
+
+                    def step(leaves: dict[Any, Tensor], case: Case = fixed) -> Tensor:
+                        tensors = [leaves[i] for i in range(len(case.tensors))]
+                        changed = {n: leaves[n] if n in leaves else v for n, v in case.options.items()}
+                        return self.function(*tensors, **changed)
+
+                    call = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
+                    output = call(leaves)
+                    output.square().sum().backward()
+                    results.append([output.detach(), *(t.grad for t in leaves.values() if t.grad is not None)])
+                torch.testing.assert_close(*results)
+
+    def alias_cases(self) -> list[Case]:
+        """Cases whose arguments have equal shapes where they can."""
+        return self.fixed_cases()
 
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_compile(self, backend: str) -> None:

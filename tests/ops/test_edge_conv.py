@@ -98,6 +98,9 @@ class TestEdgeConv(OpBattery):
         "edge_conv": torch.ops.paper_layers.edge_conv.default,
         "edge_conv_backward": torch.ops.paper_layers.edge_conv_backward.default,
     }
+    taken = frozenset(
+        [("edge_conv", "a dimension more of tensor 3"), ("edge_conv_backward", "a dimension more of tensor 6")]  # slopes
+    )
     bad_inputs = {  # noqa: RUF012
         "rank": (call(center=features(3)), ValueError, r"center: expected shape .*got \(3,\)"),
         "integers": (call(neighbor=torch.ones(10, 3, dtype=torch.int64)), TypeError, "neighbor: .*torch.int64"),
@@ -112,7 +115,7 @@ class TestEdgeConv(OpBattery):
             ValueError,
             r"smallest: expected shape \(3,\), got \(4,\)",
         ),
-        "out of bounds": (call(index=torch.full((8, 4), 10)), RuntimeError, "index: expected rows below 10, got 10"),
+        "out of bounds": (call(index=torch.full((8, 4), 10)), RuntimeError, "index: expected -1 or a row below 10, got 10"),
     }
 
     @staticmethod
@@ -130,6 +133,12 @@ class TestEdgeConv(OpBattery):
             ),
         ]
 
+    def outputs(self, center: Tensor, neighbor: Tensor, slope: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return edge_conv(center, neighbor, negative_slope=slope, **options)
+
+    def alias_cases(self) -> list[Case]:
+        return [Case((features(7, 5), features(7, 5, seed=1), torch.tensor(0.3)), {"index": table(7, 4, rows=7)})]
+
     @staticmethod
     def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
         (center, neighbor, slope), index = case.tensors, case.options["index"]
@@ -140,7 +149,7 @@ class TestEdgeConv(OpBattery):
         grads = (torch.ones_like(output), torch.ones_like(mean), torch.ones_like(var))
         return {
             "edge_conv": (center, neighbor, index, slope, smallest, True),
-            "edge_conv_backward": (*grads, center, neighbor, index, slope, output, mean),
+            "edge_conv_backward": (*grads, center, neighbor, index, slope, smallest, mean),
         }
 
 
