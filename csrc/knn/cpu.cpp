@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
 
+#include <atomic>
 #include <memory>
 #include <numeric>
 #include <optional>

@@ -73,6 +73,15 @@ struct Box {
     }
     return total;
   }
+  // At most the exact distance of any point in the box: rounding is monotone.
+  double exact_distance(const T* x) const {
+    double total = 0;
+    for (int64_t d = 0; d < kDimensions; ++d) {
+      const double gap = std::max({double(low[d]) - x[d], double(x[d]) - high[d], 0.0});
+      total += rounded(gap * gap);
+    }
+    return total;
+  }
 };
 
 template <typename T>
@@ -184,8 +193,14 @@ template <typename T>
 struct TreeDistances {
   const Tree<T>& tree;
   const TreePoint<T>* queries;
-  // Where all the wanted points coincide with the query, only lower indices than the last one's count.
-  int32_t last_coincident[kLeaf];
+  // Of each query, where exact distances had to decide: what is not before it, by distance and index, is not wanted.
+  Found limits[kLeaf];
+
+  static constexpr int32_t kUndecided = std::numeric_limits<int32_t>::max();
+  bool is_decided(int64_t q) const { return limits[q].index != kUndecided; }
+  bool may_hold(const typename Tree<T>::Node& node, int64_t q) const {
+    return !is_decided(q) || Found{node.box.exact_distance(queries[q].x), node.first_index} < limits[q];
+  }
 
   int64_t index(int32_t position) const { return tree.indices(0)[position]; }
 
@@ -200,18 +215,18 @@ struct TreeDistances {
       const T* at = tree.coordinates(positions[i] / kLeaf) + positions[i] % kLeaf;
       double total = 0;
       for (int64_t d = 0; d < kDimensions; ++d) {
-        const double difference = double(queries[q].x[d]) - at[d * kLeaf];
-        total += difference * difference;
+        total += term<false>(double(queries[q].x[d]), double(at[d * kLeaf]));
       }
       found[i] = {total, tree.indices(0)[positions[i]]};
     }
   }
 
   T decided(int64_t q, const Found& found) {
-    if (found.distance == 0) last_coincident[q] = found.index;
+    limits[q] = found;
     const T score = -static_cast<T>(found.distance);
     return score - most_uncertain(q, score);
   }
+  void spend(int64_t) const {}
 };
 
 // The neighbours of some queries that lie together.
@@ -229,11 +244,12 @@ class TreeWalk {
   // At most kLeaf queries.
   void run(const TreePoint<T>* queries, int64_t count) {
     exact_.queries = queries;
+    count_ = count;
     group_ = Box<T>::empty();
     for (int64_t q = 0; q < kLeaf; ++q) {
       const bool there = q < count;  // the others look for nothing
       candidates_.clear(q, there ? -std::numeric_limits<T>::infinity() : std::numeric_limits<T>::infinity());
-      exact_.last_coincident[q] = there ? std::numeric_limits<int32_t>::max() : -1;
+      exact_.limits[q] = {0, there ? exact_.kUndecided : -1};
       for (int64_t d = 0; d < kDimensions; ++d) x_[d][q] = queries[there ? q : 0].x[d];
       if (there) group_.add(queries[q].x);
     }
@@ -251,17 +267,26 @@ class TreeWalk {
       least = V(limit.lanes < least.lanes ? limit.lanes : least.lanes);
     }
     farthest_ = largest_of(V(-least.lanes));
-    last_coincident_ = *std::max_element(exact_.last_coincident, exact_.last_coincident + kLeaf);
+    all_decided_ = true;
+    for (int64_t q = 0; q < count_; ++q) all_decided_ &= exact_.is_decided(q);
+  }
+
+  bool may_hold(const typename Tree<T>::Node& node) const {
+    bool may = !all_decided_;
+    for (int64_t q = 0; q < count_ && !may; ++q) may = exact_.may_hold(node, q);
+    return may;
   }
 
   void visit(int64_t i, T distance) {
     const auto& node = tree_.node(i);
-    if (distance > farthest_ || node.first_index > last_coincident_) return;
+    if (distance > farthest_ || !may_hold(node)) return;
     if (node.leaves.size() == 1) return scan(node);
     const T left = tree_.node(2 * i).box.distance(group_), right = tree_.node(2 * i + 1).box.distance(group_);
-    // Equally near, as where the group straddles both: its middle tells.
+    // Where the group straddles both its middle tells; of points that are equally far the first ones count.
     const int64_t d = node.dimension;
-    const bool right_first = left != right ? right < left : group_.low[d] / 2 + group_.high[d] / 2 > node.split;
+    const bool right_first = left != right ? right < left
+                             : left > 0    ? tree_.node(2 * i + 1).first_index < tree_.node(2 * i).first_index
+                                           : group_.low[d] / 2 + group_.high[d] / 2 > node.split;
     visit(2 * i + right_first, right_first ? right : left);
     visit(2 * i + !right_first, right_first ? left : right);
   }
@@ -279,7 +304,7 @@ class TreeWalk {
       uint32_t near = lanes_not_below(score, load(&candidates_.limit(first)));
       for (; near != 0; near &= near - 1) {
         const int64_t q = first + __builtin_ctz(near);
-        if (leaf.first_index <= exact_.last_coincident[q]) shrunk |= scan(leaf.leaves.begin, q);
+        if (exact_.may_hold(leaf, q)) shrunk |= scan(leaf.leaves.begin, q);
       }
     }
     if (shrunk) find_reach();
@@ -316,7 +341,8 @@ class TreeWalk {
   Selection<T, TreeDistances<T>> selection_;
   alignas(64) T x_[kDimensions][kLeaf];
   T farthest_;
-  int32_t last_coincident_;
+  int64_t count_;
+  bool all_decided_;
   Box<T> group_;
 };
 
