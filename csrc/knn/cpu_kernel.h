@@ -2,6 +2,8 @@
 #include "knn/cpu_exact.h"
 #include "knn/cpu_candidates.h"
 #include "knn/cpu_tree.h"
+#include "knn/cpu_walk.h"
+#include "knn/cpu_scores.h"
 #include "knn/cpu_panels.h"
 #include "knn/cpu_pairs.h"
 #include "knn/cpu_subset.h"
@@ -45,6 +47,12 @@ void search_exactly(const Search<T>& search) {
     search_rows<double>(search, all_rows(search.queries), all_rows(search.points), {},
                         [](const Search<double>& in_double) { search_panels(in_double, Scores::exact); });
   }
+}
+
+// Up to three channels, without infinities.
+template <typename T>
+void search_space(const Search<T>& search) {
+  if (!search_tree(search)) search_exactly(search);
 }
 
 // Many channels, without infinities.
@@ -103,9 +111,9 @@ void search_cloud(const Search<T>& search) {
     if (overflows) search_exactly(search);
     else search_channels(search);
   } else if (std::is_same_v<T, float> && (extremes.large || 16 * extremes.tiny > search.points * channels)) {
-    search_rows<double>(search, all_rows(search.queries), all_rows(search.points), {}, search_tree<double>);
+    search_rows<double>(search, all_rows(search.queries), all_rows(search.points), {}, search_space<double>);
   } else {
-    search_tree(search);
+    search_space(search);
   }
 }
 

@@ -242,10 +242,12 @@ def knn(
 
     The dilated k-NN of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019, section 3.3:
     ranks 0, dilation, 2 dilation, ... of the neighbours, ordered by distance, then by index. Exact, whatever the
-    distance of the cloud from the origin: candidates are compared by differences in float64. Whatever the metric, an
-    infinite distance, be it that coordinates are infinite or that float64 overflows, is the farthest (minus infinity the
-    nearest), and two points whose distance is NaN, as that of any point with a NaN or inf - inf, are no neighbours. The
-    distances are differentiable, the indices are not.
+    distance of the cloud from the origin: candidates are compared by differences in float64. The distances are
+    differentiable, the indices are not.
+
+    Infinite coordinates, and sums beyond float64, make infinite distances, which are the farthest (minus infinity, of
+    "inner", the nearest). Points whose distance is NaN, as of inf - inf or of any coordinate that is NaN, are no
+    neighbours. This holds for every metric.
 
     Args:
         query: Features of shape (B, M, C), or (M, C) of one cloud or, with `batch` or `ptr`, of several; float32,
