@@ -35,6 +35,10 @@ struct Vec {
   friend PAPER_LAYERS_INLINE Vec operator/(Vec a, Vec b) { return a.lanes / b.lanes; }
 };
 
+// Completes the types here: the compiler keeps them in memory if it first meets them where templates are instantiated,
+// at the end of the file, with another set.
+static_assert(sizeof(Vec<float>) == PAPER_LAYERS_VECTOR_BYTES && sizeof(Vec<double>) == PAPER_LAYERS_VECTOR_BYTES);
+
 // a * b + c, fused where the set can
 template <typename V>
 PAPER_LAYERS_INLINE V multiply_add(V a, V b, V c) {

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
 
+#include <atomic>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -25,9 +26,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::o
       knn_problem(query, points, query_ptr, points_ptr, k, dilation, inner, include_self, ranks);
   const ScalarType dtype = accumulation_dtype(query.scalar_type());
   const Tensor q = torch::stable::contiguous(torch::stable::to(query, dtype));
-  const bool same = points.const_data_ptr() == query.const_data_ptr() && equal(points.sizes(), query.sizes()) &&
-                    equal(points.strides(), query.strides());
-  const Tensor p = same ? q : torch::stable::contiguous(torch::stable::to(points, dtype));
+  const Tensor p = same_data(points, query) ? q : torch::stable::contiguous(torch::stable::to(points, dtype));
   std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end());
   shape.back() = k;
   Tensor index = torch::stable::new_empty(q, shape, ScalarType::Long);

@@ -258,6 +258,7 @@ class RoundedSort {
 //   most_uncertain(q, least)                       the same of any points' scores
 //   find(q, indices, count, found)                 exact distances
 //   decided(q, found)                              a limit that no nearer point's score is below
+//   spend(count)                                   that so many exact distances are found because scores do not decide
 template <typename T, typename Exact>
 class Selection {
  public:
@@ -284,6 +285,7 @@ class Selection {
     count = keep_above(candidates_.limit(q), scores, indices, count);
     if (!candidates_.full(q)) return;
     // Too many are equally near: their exact distances and indices decide.
+    exact_.spend(count);
     exact_.find(q, indices, count, found_.data());
     std::vector<int64_t> order(count);
     std::iota(order.begin(), order.end(), 0);
@@ -336,6 +338,7 @@ class Selection {
   }
 
   void finish_with_all(int64_t row) {
+    exact_.spend(search_.points);
     all_.resize(search_.points);
     std::iota(all_.begin(), all_.end(), 0);
     if (found_.size() < all_.size()) found_.resize(all_.size());

@@ -57,36 +57,69 @@ struct Search {
   bool searches_itself() const { return query == point && queries == points; }
 };
 
-PAPER_LAYERS_INLINE Vec<double> load_double(const double* p) { return load(p); }
-PAPER_LAYERS_INLINE Vec<double> load_double(const float* p) {
-  typedef float Floats __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES / 2)));
-  Floats half;
-  std::memcpy(&half, p, sizeof(half));
-  return Vec<double>(__builtin_convertvector(half, Vec<double>::Lanes));
+// The same number, as a product that is rounded by itself: fused into a sum it would differ between instruction sets.
+template <typename Number>
+PAPER_LAYERS_INLINE Number rounded(Number x) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  __asm__("" : "+v"(x));
+#elif PAPER_LAYERS_VECTOR_BYTES == 32
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#elif !defined(PAPER_LAYERS_X86)  // which only fuses in the other sets
+  __asm__("" : "+m"(x));
+#endif
+  return x;
+}
+
+// An exact distance is the sum of four sums, over channels 0, 4, 8 ..., over 1, 5, 9 ... and so on, after which come the
+// channels beyond a multiple of four. All searches sum in this order, or equal distances would not be equal.
+constexpr int64_t kSums = 4;
+constexpr int64_t kPartBytes = PAPER_LAYERS_VECTOR_BYTES < 32 ? PAPER_LAYERS_VECTOR_BYTES : 32;
+constexpr int64_t kPart = kPartBytes / sizeof(double), kParts = kSums / kPart;
+typedef double Part __attribute__((vector_size(kPartBytes)));
+
+PAPER_LAYERS_INLINE Part load_part(const double* p) {
+  Part part;
+  std::memcpy(&part, p, sizeof(part));
+  return part;
+}
+PAPER_LAYERS_INLINE Part load_part(const float* p) {
+  typedef float Floats __attribute__((vector_size(kPartBytes / 2)));
+  Floats part;
+  std::memcpy(&part, p, sizeof(part));
+  return __builtin_convertvector(part, Part);
+}
+
+// What a channel adds to a distance, or to an inner product.
+template <bool inner, typename Number>
+PAPER_LAYERS_INLINE Number term(Number x, Number y) {
+  if (inner) return rounded(x * y);
+  const Number difference = x - y;
+  return rounded(difference * difference);
 }
 
 // In float64, by differences: what decides which neighbour is nearer. Several at once, since each is a chain of sums.
 template <int64_t many, bool inner, typename T>
 PAPER_LAYERS_INLINE void exact_distances(const T* a, const T* const* b, int64_t channels, double* result) {
-  using V = Vec<double>;
-  V lanes[many];
-  for (int64_t m = 0; m < many; ++m) lanes[m] = V(0.0);
+  Part sums[many][kParts];
+  for (int64_t m = 0; m < many; ++m) {
+    for (int64_t part = 0; part < kParts; ++part) sums[m][part] = Part{};
+  }
   int64_t c = 0;
-  for (; c + V::size <= channels; c += V::size) {
-    const V x = load_double(a + c);
+  for (; c + kSums <= channels; c += kSums) {
+#pragma GCC unroll 2
+    for (int64_t part = 0; part < kParts; ++part) {
+      const Part x = load_part(a + c + part * kPart);
 #pragma GCC unroll 4
-    for (int64_t m = 0; m < many; ++m) {
-      const V y = load_double(b[m] + c), difference = x - y;
-      lanes[m] = inner ? multiply_add(x, y, lanes[m]) : multiply_add(difference, difference, lanes[m]);
+      for (int64_t m = 0; m < many; ++m) sums[m][part] += term<inner>(x, load_part(b[m] + c + part * kPart));
     }
   }
 #pragma GCC unroll 4
   for (int64_t m = 0; m < many; ++m) {
-    double total = total_of(lanes[m].lanes);
-    for (int64_t i = c; i < channels; ++i) {
-      const double x = a[i], y = b[m][i];
-      total += inner ? x * y : (x - y) * (x - y);
-    }
+    double total = 0;
+    for (int64_t i = c; i < channels; ++i) total += term<inner>(double(a[i]), double(b[m][i]));
+    for (int64_t s = 0; s < kSums; ++s) total += sums[m][s / kPart][s % kPart];
     result[m] = inner ? -total : total;
   }
 }
@@ -133,7 +166,7 @@ void search_all(const Search<T>& search, int64_t query, const int32_t* all, Foun
   }
 }
 
-// Every pair, for clouds that are small or not finite.
+// Every pair, for clouds that are small.
 template <typename T>
 void search_pairs(const Search<T>& search) {
   const int64_t grain = std::max<int64_t>(1, 16384 / (search.points + 1));

@@ -2,27 +2,126 @@
 #include "knn/cpu_exact.h"
 #include "knn/cpu_candidates.h"
 #include "knn/cpu_tree.h"
+#include "knn/cpu_walk.h"
+#include "knn/cpu_scores.h"
 #include "knn/cpu_panels.h"
 #include "knn/cpu_pairs.h"
+#include "knn/cpu_subset.h"
 #include "knn/cpu_backward.h"
 
 // So few pairs are not worth a tree or panels.
 constexpr int64_t kFewPairs = 4096;
 
-// Whether squared distances are finite, or NaN, in float64.
+// What coordinates there are besides NaN.
+struct Extremes {
+  bool infinite = false;
+  bool large = false;  // their squares overflow in T
+  int64_t tiny = 0;    // squares of the differences of so many underflow in float32
+
+  template <typename T>
+  void add(const T* values, int64_t count) {
+    constexpr bool single = std::is_same_v<T, float>;
+    constexpr T most = std::numeric_limits<T>::max(), limit = single ? T(1e18) : T(1e150), little = T(1e-14);
+    constexpr int64_t block = 1 << 16;
+    for (int64_t first = 0; first < count; first += block) {
+      int32_t infinities = 0, larges = 0, tinies = 0;
+      for (int64_t i = first; i < std::min(count, first + block); ++i) {
+        const T x = std::abs(values[i]);
+        infinities += x > most;
+        larges += (x > limit) & (x <= most);
+        if (single) tinies += (x < little) & (x > 0);
+      }
+      infinite |= infinities > 0;
+      large |= larges > 0;
+      tiny += tinies;
+    }
+  }
+};
+
+// Whatever the rows.
 template <typename T>
-bool squares_are_finite(const T* values, int64_t count) {
-  constexpr T limit = std::is_same_v<T, float> ? std::numeric_limits<T>::max() : T(1e150);
-  int32_t larger = 0;
-  for (int64_t i = 0; i < count; ++i) larger |= std::abs(values[i]) > limit;
-  return larger == 0;
+void search_exactly(const Search<T>& search) {
+  if constexpr (std::is_same_v<T, double>) {
+    search_panels(search, Scores::exact);
+  } else {
+    search_rows<double>(search, all_rows(search.queries), all_rows(search.points), {},
+                        [](const Search<double>& in_double) { search_panels(in_double, Scores::exact); });
+  }
+}
+
+// Up to three channels, without infinities.
+template <typename T>
+void search_space(const Search<T>& search) {
+  if (!search_tree(search)) search_exactly(search);
+}
+
+// Many channels, without infinities.
+template <typename T>
+void search_channels(const Search<T>& search) {
+  if (search_panels(search, Scores::products)) return;
+  const auto again = [](const Search<T>& search, bool fewer) {
+    if (fewer && search_panels(search, Scores::products)) return;
+    const bool differences = std::is_same_v<T, float> && !search.problem.inner;
+    if (!differences || !search_panels(search, Scores::differences)) search_exactly(search);
+  };
+  const Rows kept = without_copies(search);
+  if (static_cast<int64_t>(kept.size()) == search.points) return again(search, false);
+  search_rows<T>(search, all_rows(search.queries), kept, {}, [&](const Search<T>& fewer) { again(fewer, true); });
+}
+
+template <typename T>
+void search_cloud(const Search<T>& search);
+
+// The rows without infinities, and the others apart.
+template <typename T>
+void search_finite(const Search<T>& search) {
+  const int64_t channels = search.channels();
+  Rows queries, infinite_queries, points, infinite_points;
+  for (int64_t i = 0; i < search.queries; ++i) {
+    if (has_nan(search.query_at(i), channels)) {
+      for (int64_t r = 0; r < search.problem.k; ++r) search.row(i).write_none(r);
+    } else {
+      (is_finite(search.query_at(i), channels) ? queries : infinite_queries).push_back(i);
+    }
+  }
+  for (int64_t j = 0; j < search.points; ++j) {
+    if (has_nan(search.point_at(j), channels)) continue;
+    (is_finite(search.point_at(j), channels) ? points : infinite_points).push_back(j);
+  }
+  search_rows<T>(search, queries, points, infinite_points, [](const Search<T>& finite) { search_cloud(finite); });
+  search_infinite(search, infinite_queries);
+}
+
+template <typename T>
+void search_cloud(const Search<T>& search) {
+  const int64_t channels = search.channels();
+  const bool inner = search.problem.inner, tree = channels <= kDimensions && !inner;
+  if (search.queries * search.points <= kFewPairs) return search_pairs(search);
+  if (channels == 0) {
+    return search_rows<T>(search, all_rows(search.queries), without_copies(search), {}, search_pairs<T>);
+  }
+  Extremes extremes;
+  extremes.add(search.point, search.points * channels);
+  if (!search.searches_itself()) extremes.add(search.query, search.queries * channels);
+  const bool overflows = extremes.large && std::is_same_v<T, double>;  // in exact distances, too
+  if (extremes.infinite) {
+    if (inner || overflows) search_exactly(search);
+    else search_finite(search);
+  } else if (!tree) {
+    if (overflows) search_exactly(search);
+    else search_channels(search);
+  } else if (std::is_same_v<T, float> && (extremes.large || 16 * extremes.tiny > search.points * channels)) {
+    search_rows<double>(search, all_rows(search.queries), all_rows(search.points), {}, search_space<double>);
+  } else {
+    search_space(search);
+  }
 }
 
 template <typename T>
 void knn(const KnnProblem& problem, const T* query, const T* points, int64_t* index, T* distance) {
   for (const Cloud& cloud : problem.clouds) {
     const int64_t q = cloud.queries.begin, p = cloud.points.begin, most = problem.ranks() + !problem.include_self;
-    const Search<T> search{problem,
+    search_cloud(Search<T>{problem,
                            cloud.queries.size(),
                            // Points without channels are equally far: the first ones are the nearest.
                            problem.channels > 0 ? cloud.points.size() : std::min(cloud.points.size(), most),
@@ -30,15 +129,6 @@ void knn(const KnnProblem& problem, const T* query, const T* points, int64_t* in
                            points + p * problem.channels,
                            index + q * problem.k,
                            distance + q * problem.k,
-                           cloud.offset};
-    if (search.queries * search.points <= kFewPairs || problem.channels == 0 ||
-        !squares_are_finite(search.point, search.points * problem.channels) ||
-        (!search.searches_itself() && !squares_are_finite(search.query, search.queries * problem.channels))) {
-      search_pairs(search);
-    } else if (problem.channels <= kDimensions && !problem.inner) {
-      search_tree(search);
-    } else {
-      search_panels(search);
-    }
+                           cloud.offset});
   }
 }

@@ -69,16 +69,18 @@ class SymmetricSearch {
   Candidates<T> candidates_;
 };
 
+// False where it gave up, because too many points are as near as makes no difference to the scores.
 template <typename T>
-void search_panels(const Search<T>& search) {
+bool search_panels(const Search<T>& search, Scores scores) {
   constexpr int64_t width = Panels<T>::width;
-  const Frame<T> frame(search);
-  const Panels<T> points(search, frame, search.point, search.points);
+  const Frame<T> frame(search, scores);
+  const Panels<T> points(search, scores, frame, search.point, search.points);
   if (search.searches_itself() && SymmetricSearch<T>::fits(points.count, search.wanted())) {
     PanelDistances<T> exact(search, frame, points, points);
-    return SymmetricSearch<T>(exact, search.wanted()).run();
+    SymmetricSearch<T>(exact, search.wanted()).run();
+    return !exact.gives_up();
   }
-  const Panels<T> queries(search, frame, search.query, search.queries);
+  const Panels<T> queries(search, scores, frame, search.query, search.queries);
   PanelDistances<T> exact(search, frame, queries, points);
   parallel_for(0, queries.count, 1, [&](int64_t begin, int64_t end) {
     Candidates<T> candidates(width, search.wanted(), width);
@@ -91,4 +93,5 @@ void search_panels(const Search<T>& search) {
     }
     finish_streaming();
   });
+  return !exact.gives_up();
 }

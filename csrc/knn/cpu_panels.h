@@ -10,8 +10,9 @@ struct Frame {
   std::vector<double> center;
   double scale = 1;
 
-  explicit Frame(const Search<T>& search) : center(search.channels()) {
-    if (!search.problem.inner) find_center(search);
+  Frame(const Search<T>& search, Scores scores) : center(search.channels()) {
+    if (scores == Scores::exact) return;
+    if (scores == Scores::products && !search.problem.inner) find_center(search);
     double largest = largest_in(search.point, search.points);
     if (!search.searches_itself()) largest = std::max(largest, largest_in(search.query, search.queries));
     if (largest > 0) scale = std::ldexp(1.0, std::min(-std::ilogb(largest), 500));  // its square is finite
@@ -49,24 +50,23 @@ struct Frame {
   }
 };
 
-// Registers hold kRows x kVectors vectors of the product; a panel is kVectors vectors of rows, whole numbers of kRows.
-constexpr int64_t kVectors = 3;
-template <typename T>
-constexpr int64_t kRows = PAPER_LAYERS_VECTOR_BYTES == 64 ? 8 : Vec<T>::size == 2 ? 3 : 4;
-
 // The rows of a cloud in panels: channel by channel, the numbers of all the panel's rows.
 template <typename T>
 struct Panels {
-  static constexpr int64_t width = kVectors * Vec<T>::size;
+  static constexpr int64_t width = kWidth<T>;
 
+  Scores scores;
   int64_t channels, count;
   T slack;
   Scratch<T> values;
   Scratch<T> lengths, errors;  // what is times a point's length an error of a score
-  Scratch<T> offsets;  // of a point's scores: -|y|^2 / 2 and the error; -infinity for what is nobody's neighbour
+  // Of a point's scores: of products -|y|^2 / 2 and the error, else 0. What is nobody's neighbour has -infinity, or NaN
+  // where that is the score of the infinitely far.
+  Scratch<T> offsets;
 
-  Panels(const Search<T>& search, const Frame<T>& frame, const T* rows, int64_t number)
-      : channels(search.channels()),
+  Panels(const Search<T>& search, Scores scores, const Frame<T>& frame, const T* rows, int64_t number)
+      : scores(scores),
+        channels(search.channels()),
         count((number + width - 1) / width),
         slack((channels + 8) * std::numeric_limits<T>::epsilon()),
         values(count * width * channels),
@@ -92,10 +92,12 @@ struct Panels {
       square += static_cast<double>(to[c * width]) * to[c * width];
     }
     if (std::isnan(square)) {
+      using Limits = std::numeric_limits<T>;
       for (int64_t c = 0; c < channels; ++c) to[c * width] = 0;
-      offsets[i] = -std::numeric_limits<T>::infinity();
+      offsets[i] = scores == Scores::exact ? Limits::quiet_NaN() : -Limits::infinity();
       return;
     }
+    if (scores != Scores::products) return;
     lengths[i] = static_cast<T>(std::sqrt(square));
     errors[i] = slack * lengths[i];
     offsets[i] = static_cast<T>(inner ? 0 : (slack - 0.5) * square) + std::numeric_limits<T>::min();
@@ -124,7 +126,7 @@ struct Sample {
       std::copy_n(search.point_at(static_cast<int64_t>(place * search.points)), search.channels(),
                   rows.begin() + i * search.channels());
     }
-    return Sample{Panels<T>(search, frame, rows.data(), size), rank};
+    return Sample{Panels<T>(search, Scores::products, frame, rows.data(), size), rank};
   }
 };
 
@@ -135,6 +137,7 @@ class PanelDistances {
   const Search<T>& search;
   const Frame<T>& frame;
   const Panels<T>&queries, &points;
+  const Scores scores;
   const std::optional<Sample<T>> sample;
 
   PanelDistances(const Search<T>& search, const Frame<T>& frame, const Panels<T>& queries, const Panels<T>& points)
@@ -142,13 +145,33 @@ class PanelDistances {
         frame(frame),
         queries(queries),
         points(points),
-        sample(Sample<T>::of(search, frame, points)),
-        longest_(*std::max_element(points.lengths.begin(), points.lengths.end())) {}
+        scores(points.scores),
+        sample(scores == Scores::products ? Sample<T>::of(search, frame, points) : std::nullopt),
+        longest_(*std::max_element(points.lengths.begin(), points.lengths.end())),
+        left_(std::max(kExactAtLeast, search.queries * search.points / kPairsPerExact)),
+        limits_(scores == Scores::exact ? queries.count * queries.width : 0, {0, -1}) {}
 
   int64_t index(int32_t position) const { return position; }
 
+  // Exact distances cost as much as many scores do. Where scores leave too much to them there are better ones.
+  void spend(int64_t count) { left_.fetch_sub(count, std::memory_order_relaxed); }
+  bool gives_up() const { return scores != Scores::exact && left_.load(std::memory_order_relaxed) < 0; }
+
+  // The limits of a panel of queries, to which points from `first` on are compared. Exact scores that reach one with a
+  // higher index than the point that it is from do not count: `raised` has room for limits without them.
+  const T* limits(const T* limits, int64_t query, int64_t first, T* raised) const {
+    if (scores != Scores::exact) return limits;
+    for (int64_t r = 0; r < points.width; ++r) {
+      const Found& found = limits_[query + r];
+      const bool above = limits[r] == -found.distance && 0 <= found.index && found.index < first;
+      raised[r] = above ? std::nextafter(limits[r], std::numeric_limits<T>::infinity()) : limits[r];
+    }
+    return raised;
+  }
+
   T uncertainty(int64_t q, T least, const T* scores, const int32_t* indices, int64_t count) const {
     using V = Vec<T>;
+    if (this->scores != Scores::products) return uncertainty_of(least);
     V longest(T(0));
     int64_t i = 0;
     for (; i + V::size <= count; i += V::size) {
@@ -159,13 +182,23 @@ class PanelDistances {
     for (; i < count; ++i) length = std::max(length, scores[i] >= least ? points.lengths[indices[i]] : T(0));
     return uncertainty_up_to(length, q);
   }
-  T most_uncertain(int64_t q, T) const { return uncertainty_up_to(longest_, q); }
+  T most_uncertain(int64_t q, T least) const {
+    return scores == Scores::products ? uncertainty_up_to(longest_, q) : uncertainty_of(least);
+  }
 
   void find(int64_t q, const int32_t* indices, int64_t count, Found* found) const {
     find_exactly(search, search.query_at(q), indices, count, found);
   }
 
-  T decided(int64_t q, const Found& found) const {
+  T decided(int64_t q, const Found& found) {
+    if (scores == Scores::exact) {
+      limits_[q] = found;
+      return static_cast<T>(-found.distance);
+    }
+    if (scores == Scores::differences) {
+      const T score = static_cast<T>(-found.distance * frame.scale * frame.scale);
+      return score - uncertainty_of(score);
+    }
     const double square = static_cast<double>(queries.lengths[q]) * queries.lengths[q];
     const double distance = found.distance * frame.scale * frame.scale;
     const double score = search.problem.inner ? -distance : (square - distance) / 2;
@@ -174,6 +207,15 @@ class PanelDistances {
   }
 
  private:
+  // One exact distance for so many pairs of the search, and so many at least.
+  static constexpr int64_t kPairsPerExact = 128, kExactAtLeast = 4096;
+
+  // Of scores that are no products.
+  T uncertainty_of(T least) const {
+    if (scores == Scores::exact) return 0;
+    return 4 * points.slack * std::abs(least) + 64 * points.channels * std::numeric_limits<T>::min();
+  }
+
   // Of points of at most this length.
   T uncertainty_up_to(T length, int64_t q) const {
     const T sum = queries.lengths[q] + (search.problem.inner ? T(0) : length);
@@ -187,37 +229,9 @@ class PanelDistances {
   }
 
   const T longest_;
+  std::atomic<int64_t> left_;  // exact distances
+  std::vector<Found> limits_;  // the point that an exact limit is from; no index where there is none
 };
-
-// The inner products of kRows queries, of their panel's width, and of a panel of points. A function of its own, so
-// that the compiler keeps all sums in registers.
-template <typename T>
-__attribute__((noinline)) void multiply(const T* queries, const T* points, int64_t channels, T* products) {
-  using V = Vec<T>;
-  constexpr int64_t width = Panels<T>::width, rows = kRows<T>;
-  V sums[rows][kVectors];
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < rows; ++r) {
-#pragma GCC unroll 3
-    for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = V(T(0));
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    V y[kVectors];
-#pragma GCC unroll 3
-    for (int64_t v = 0; v < kVectors; ++v) y[v] = load(points + c * width + v * V::size);
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < rows; ++r) {
-      const V x(queries[c * width + r]);
-#pragma GCC unroll 3
-      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(x, y[v], sums[r][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < rows; ++r) {
-#pragma GCC unroll 3
-    for (int64_t v = 0; v < kVectors; ++v) store(products + r * width + v * V::size, sums[r][v]);
-  }
-}
 
 // Gives products of panels to queries as candidates.
 template <typename T>
@@ -227,25 +241,30 @@ class PanelSearch {
 
  public:
   PanelSearch(PanelDistances<T>& exact, Candidates<T>& candidates)
-      : exact_(exact), candidates_(candidates), selection_(exact.search, exact, candidates) {}
+      : exact_(exact),
+        candidates_(candidates),
+        selection_(exact.search, exact, candidates),
+        compute_(computation(exact.scores, exact.search.problem.inner)) {}
 
   void start(int64_t panel) {
+    using Limits = std::numeric_limits<T>;
+    const T least = exact_.scores == Scores::exact ? -Limits::infinity() : -Limits::max();
     for (int64_t q = panel * width; q < (panel + 1) * width; ++q) {
-      using Limits = std::numeric_limits<T>;
-      candidates_.clear(q, exact_.queries.there(q) ? -Limits::max() : Limits::infinity());
+      candidates_.clear(q, exact_.queries.there(q) ? least : Limits::infinity());
     }
     if (exact_.sample) guess(panel);
   }
 
   void compare(int64_t queries, int64_t points) {
-    multiply_all(queries, exact_.points, points);
+    if (exact_.gives_up()) return;
+    compute_all(queries, exact_.points, points);
     give(queries, points, products_);
   }
 
   // Gives the products of two panels of one cloud to the rows of both.
   void compare_both(int64_t a, int64_t b) {
     compare(a, b);
-    if (a == b) return;
+    if (a == b || exact_.gives_up()) return;
     alignas(64) T transposed[width * width];
     for (int64_t r = 0; r < width; r += V::size) {
       for (int64_t c = 0; c < width; c += V::size) {
@@ -257,13 +276,21 @@ class PanelSearch {
 
   void finish(int64_t panel) {
     const int64_t end = std::min((panel + 1) * width, exact_.search.queries);
-    for (int64_t q = panel * width; q < end; ++q) selection_.finish(q, q);
+    for (int64_t q = panel * width; q < end && !exact_.gives_up(); ++q) selection_.finish(q, q);
   }
 
  private:
-  void multiply_all(int64_t queries, const Panels<T>& points, int64_t panel) {
+  using Computation = void (*)(const T* queries, const T* points, int64_t channels, T* to);
+
+  static Computation computation(Scores scores, bool inner) {
+    if (scores == Scores::products) return multiply<T>;
+    if constexpr (std::is_same_v<T, float>) return subtract<T>;  // float64 has exact ones for the same time
+    else return inner ? measure<true, T> : measure<false, T>;
+  }
+
+  void compute_all(int64_t queries, const Panels<T>& points, int64_t panel) {
     for (int64_t r = 0; r < width; r += kRows<T>) {
-      multiply(exact_.queries.panel(queries) + r, points.panel(panel), points.channels, products_ + r * width);
+      compute_(exact_.queries.panel(queries) + r, points.panel(panel), points.channels, products_ + r * width);
     }
   }
 
@@ -272,7 +299,7 @@ class PanelSearch {
     const int64_t length = sample.count * width, rank = exact_.sample->rank, row = length + V::size;
     std::vector<T> scores(width * row);
     for (int64_t p = 0; p < sample.count; ++p) {
-      multiply_all(queries, sample, p);
+      compute_all(queries, sample, p);
       for (int64_t r = 0; r < width; ++r) {
         for (int64_t v = 0; v < kVectors; ++v) {
           const V error(exact_.queries.errors[queries * width + r]);
@@ -324,7 +351,9 @@ class PanelSearch {
     struct Near {
       uint32_t lanes, place;
     } near[width * kVectors];
-    const T *errors = &exact_.queries.errors[queries * width], *limits = &candidates_.limit(queries * width);
+    T raised[width];
+    const T *errors = &exact_.queries.errors[queries * width],
+            *limits = exact_.limits(&candidates_.limit(queries * width), queries * width, points * width, raised);
     const auto score_of = [&](int64_t r, int64_t v) __attribute__((always_inline)) {
       return score(exact_.points, points, r, v, V(errors[r]), products);
     };
@@ -349,6 +378,7 @@ class PanelSearch {
   PanelDistances<T>& exact_;
   Candidates<T>& candidates_;
   Selection<T, PanelDistances<T>> selection_;
+  const Computation compute_;
   alignas(64) T products_[width * width];
 };
 

@@ -210,10 +210,6 @@ CloudRows cloud_rows(const char* name, const Tensor& rows, const std::optional<T
   return {starts->const_data_ptr<int64_t>(), starts->numel() - 1, 0, rows.size(0)};
 }
 
-bool same_data(const Tensor& a, const Tensor& b) {
-  return a.const_data_ptr() == b.const_data_ptr() && equal(a.sizes(), b.sizes()) && equal(a.strides(), b.strides());
-}
-
 std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points, std::optional<Tensor> query_ptr,
                                std::optional<Tensor> points_ptr, int64_t k, int64_t dilation, bool inner,
                                bool include_self, std::optional<Tensor> ranks) {

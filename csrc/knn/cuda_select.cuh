@@ -38,20 +38,26 @@ struct Coordinates {
 C10_DEVICE inline double product(double a, double b) { return __dmul_rn(a, b); }
 
 // So many lanes share an exact distance.
-constexpr int kTeam = 8;
+constexpr int kTeam = 4;
 
-// In float64, by differences: what decides which neighbour is nearer. The order of the sum is that of the channels
-// alone, so that equal points are equally far.
+// In float64, by differences: what decides which neighbour is nearer. The order of the sum is that of the reference: the
+// channels beyond a multiple of four, then the lanes' sums.
 template <typename T>
 C10_DEVICE double exact_distance(const T* x, const T* y, int64_t channels, bool inner) {
-  double total = 0;
-#pragma unroll 4
-  for (int64_t c = threadIdx.x % kTeam; c < channels; c += kTeam) {
+  const int lane = lane_of_thread() % kTeam, first = lane_of_thread() - lane;
+  const int64_t whole = channels / kTeam * kTeam;
+  const auto term = [&](int64_t c) {
     const double a = x[c], b = y[c], difference = a - b;
-    total += inner ? product(a, b) : product(difference, difference);
-  }
+    return inner ? product(a, b) : product(difference, difference);
+  };
+  double sum = 0, total = 0;
+#pragma unroll 4
+  for (int64_t c = lane; c < whole; c += kTeam) sum += term(c);
+  const double rest = whole + lane < channels ? term(whole + lane) : 0;
 #pragma unroll
-  for (int step = kTeam / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+  for (int i = 0; i < kTeam; ++i) total += __shfl_sync(kAllLanes, rest, first + i);
+#pragma unroll
+  for (int i = 0; i < kTeam; ++i) total += __shfl_sync(kAllLanes, sum, first + i);
   return inner ? -total : total;
 }
 

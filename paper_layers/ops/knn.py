@@ -47,9 +47,23 @@ def _distance_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pairwise(query: Tensor, points: Tensor, inner: bool) -> Tensor:
-    """Distances (M, N) in float64: from differences, so that nothing cancels."""
-    query, points = query.double(), points.double()
-    return -(query @ points.mT) if inner else (query[:, None] - points).square().sum(-1)
+    """Distances (M, N) in float64, from differences, so that nothing cancels.
+
+    All implementations add channels in this order, so that equal distances are equal in each of them: four sums, over
+    channels 0, 4, 8 ..., over 1, 5, 9 ... and so on, come after the channels beyond a multiple of four.
+    """
+    query, points = query.double()[:, None], points.double()
+    terms = query * points if inner else (query - points).square()
+    whole = terms.shape[-1] // 4 * 4
+    total = terms.new_zeros(terms.shape[:-1])
+    for channel in range(whole, terms.shape[-1]):
+        total = total + terms[..., channel]
+    sums = terms[..., : min(whole, 4)]
+    for channel in range(4, whole, 4):
+        sums = sums + terms[..., channel : channel + 4]
+    for part in sums.unbind(-1):
+        total = total + part
+    return -total if inner else total
 
 
 def _reference(
@@ -128,6 +142,26 @@ def _backward_fake(grad: Tensor, query: Tensor, points: Tensor, index: Tensor, i
     return query.new_empty(query.shape), points.new_empty(points.shape)
 
 
+def _backward_of_grad(
+    query: Tensor, points: Tensor, index: Tensor, inner: bool, to_query: Tensor, to_points: Tensor
+) -> Tensor:
+    """The gradient of what `_backward_reference` returns, weighted, with respect to its `grad`."""
+    flat = index if index.dim() == 2 else flat_index(index, points.shape[1])
+    dtype = _distance_dtype(query.dtype)
+    rows, to_rows = (t.flatten(0, -2).to(dtype) for t in (query, to_query))
+    targets, to_targets = (t.flatten(0, -2).to(dtype) for t in (points, to_points))
+    if targets.shape[0] == 0:
+        return (rows.sum() + to_rows.sum()) * 0 + torch.zeros(index.shape, dtype=dtype, device=index.device)
+    columns = []
+    for column in flat.clamp(min=0).unbind(1):
+        if inner:
+            terms = -(targets[column] * to_rows + rows * to_targets[column])
+        else:
+            terms = 2 * (rows - targets[column]) * (to_rows - to_targets[column])
+        columns.append(terms.sum(-1))
+    return torch.stack(columns, 1).masked_fill(flat < 0, 0).view(index.shape)
+
+
 _knn_op = define(
     "knn(Tensor query, Tensor points, Tensor? query_ptr, Tensor? points_ptr, int k, int dilation, bool inner, "
     "bool include_self, Tensor? ranks=None) -> (Tensor, Tensor)",
@@ -186,10 +220,10 @@ class _KNNBackward(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, query, points, index = ctx.saved_tensors
 
-        def first_order(grad: Tensor, query: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-            return _backward_reference(grad, query, points, index, ctx.inner)
-
-        return *torch.func.vjp(first_order, grad, query, points)[1](grads), None, None
+        # Distances are of second order: their gradient's gradient is the same function of the other tensors. It takes
+        # differences first, where a sum of two gradients would cancel.
+        to_grad = _backward_of_grad(query, points, index, ctx.inner, *grads)
+        return to_grad, *_KNNBackward.apply(grad, *grads, index, ctx.inner), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
@@ -216,8 +250,12 @@ def knn(
 
     The dilated k-NN of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019, section 3.3:
     ranks 0, dilation, 2 dilation, ... of the neighbours, ordered by distance, then by index. Exact, whatever the
-    distance of the cloud from the origin: candidates are compared by differences in float64. A point with a NaN is
-    nobody's neighbour and has none. The distances are differentiable, the indices are not.
+    distance of the cloud from the origin: candidates are compared by differences in float64. The distances are
+    differentiable, the indices are not.
+
+    Infinite coordinates, and sums beyond float64, make infinite distances, which are the farthest (minus infinity, of
+    "inner", the nearest). Points whose distance is NaN, as of inf - inf or of any coordinate that is NaN, are no
+    neighbours. This holds for every metric.
 
     Args:
         query: Features of shape (B, M, C), or (M, C) of one cloud or, with `batch` or `ptr`, of several; float32,
@@ -276,11 +314,10 @@ def knn(
     dtype = torch.promote_types(query.dtype, targets.dtype)
     if metric == "cosine":
         dtype = _distance_dtype(dtype)
-        query = F.normalize(query.to(dtype), dim=-1)
-        targets = query if points is None else F.normalize(targets.to(dtype), dim=-1)
+        same = targets is query
+        query = _unit(query.to(dtype))
+        targets = query if same else _unit(targets.to(dtype))
     query, targets = query.to(dtype), targets.to(dtype)
-    if points is None:
-        targets = query
     single = query.dim() == 2 and starts[0] is None
     if single:
         query, targets = query[None], targets[None]
@@ -289,6 +326,15 @@ def knn(
     if metric == "cosine":
         distance = distance / 2  # |x - y|^2 / 2 = 1 - x.y for vectors of length one
     return (index[0], distance[0]) if single else (index, distance)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length one, whatever their length was; rows of zeros stay as they are."""
+    if rows.shape[-1] == 0:
+        return rows
+    # The norm of what is divided neither overflows nor underflows; ordinary rows are divided by 1.
+    largest = torch.linalg.vector_norm(rows.detach(), torch.inf, -1, keepdim=True)
+    return F.normalize(rows / (largest / largest.clamp(1e-10, 1e15) + (largest == 0)), dim=-1)
 
 
 def _starts(

@@ -1,0 +1,243 @@
+"""knn at its limits: coordinates of any size, infinities, many equal distances, clouds without points, threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from paper_layers import knn
+from paper_layers.ops.knn import METRICS, _reference
+from tests.ops.battery import by_dtype
+from tests.ops.test_knn import cloud, number_of_threads, ptr
+
+INF = torch.inf
+
+
+def assert_equals_reference(x: Tensor, y: Tensor | None = None, k: int = 16, inner: bool = False) -> None:
+    """The same bits from the kernels, and without the points themselves."""
+    index, distance = knn(x, y, k, metric="inner" if inner else "sqeuclidean")
+    points = x if y is None else y
+    expected = _reference(x[None], points[None], None, None, k, 1, inner, True)
+    assert torch.equal(index, expected[0][0])
+    assert torch.equal(distance, expected[1][0])
+    if y is None:
+        others = knn(x, k=k, metric="inner" if inner else "sqeuclidean", include_self=False)
+        assert torch.equal(others[0], _reference(x[None], x[None], None, None, k, 1, inner, False)[0][0])
+
+
+def halves(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a[: len(a) // 2], b[len(b) // 2 :]])
+
+
+# Clouds whose distances are infinite, equal, or equal but for their last bits.
+CLOUDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one infinite": lambda x: x.index_fill(0, ptr(7), INF),
+    "half infinite": lambda x: halves(x.index_fill(1, ptr(0), -INF), x),
+    "infinite and NaN": lambda x: x.index_fill(0, ptr(3, 8), -INF).index_fill(0, ptr(5), torch.nan),
+    "large": lambda x: x * 1e20,
+    "small": lambda x: x * 1e-20,
+    "large outlier": lambda x: x.index_fill(0, ptr(7), 1e30),
+    "half small": lambda x: halves(x, x * 1e-30),
+    "equal": lambda x: 0 * x + 0.5,
+    "half zero": lambda x: halves(x, x * 0),
+    "two places": lambda x: halves(0 * x, 0 * x + 1),
+    "tight clusters": lambda x: halves(1e-6 * x, 1 + 1e-6 * x),
+    "tighter clusters": lambda x: halves(1e-12 * x, 1 + 1e-12 * x),
+    "signs": lambda x: x.sign(),
+    "few": lambda x: x[:40].repeat(len(x) // 40 + 1, 1)[: len(x)],
+}
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("name", CLOUDS)
+def test_unusual_clouds(name: str, channels: int) -> None:
+    x = CLOUDS[name](cloud(400, channels))
+    assert_equals_reference(x)
+    assert_equals_reference(cloud(200, channels), x)
+    assert_equals_reference(x, inner=True)
+
+
+@pytest.mark.parametrize("channels", [3, 32])
+def test_time_of_unusual_large_clouds(channels: int) -> None:
+    """Little more than that of other clouds, where exact distances of all pairs take 20 to 300 times as long."""
+
+    def seconds(*tensors: Tensor) -> float:
+        start = time.process_time()
+        knn(*tensors)
+        return time.process_time() - start
+
+    x = cloud(20000 if channels == 3 else 4000, channels)
+    with number_of_threads(1):
+        usual = min(seconds(x) for _ in range(3))
+        for name, change in CLOUDS.items():
+            if name not in ("signs", "half small", "tighter clusters"):
+                assert seconds(change(x)) < 10 * usual + 0.05, name
+        # Points that are equally far from all queries, though not equal to them.
+        assert seconds(x, 0 * x) < 10 * usual + 0.05
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("channels", [2, 3, 5, 20])
+@pytest.mark.parametrize("scale", [1e153, 1e154, 1e160, 1e300, 1e-160, 1e-170, 1e-310])
+def test_squares_beyond_float64(scale: float, channels: int, inner: bool) -> None:
+    for points in (34, 300):
+        x = cloud(points, channels).double() * scale
+        assert_equals_reference(x, k=7, inner=inner)
+        assert_equals_reference(x.index_fill(0, ptr(4), INF), k=points, inner=inner)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_infinity_means(metric: str) -> None:
+    """Infinitely far is last, minus infinity is first, NaN is nobody."""
+    x = torch.tensor([[1.0, 0.5], [INF, 2.0], [torch.nan, 0.0], [-INF, 1.0], [INF, -INF], [0.5, 0.25]])
+    index, distance = knn(x, k=6, metric=metric)
+    expected = {
+        "sqeuclidean": [[0, 5, 1, 3, 4, -1], [0, 3, 5, -1, -1, -1], [-1] * 6],
+        "cosine": [[0, 5, -1, -1, -1, -1], [-1] * 6, [-1] * 6],
+        "inner": [[1, 0, 5, 3, -1, -1], [0, 1, 5, 3, -1, -1], [-1] * 6],
+    }[metric]
+    assert index[:3].tolist() == expected
+    assert (
+        distance[0].isinf().tolist()
+        == (torch.tensor(expected[0]) < 0).logical_or(torch.isin(torch.tensor(expected[0]), ptr(1, 3, 4))).tolist()
+    )
+    assert not distance.isnan().any()
+
+
+@pytest.mark.parametrize("channels", [3, 8, 13])
+@by_dtype
+def test_equal_distances_in_all_searches(channels: int, dtype: torch.dtype) -> None:
+    """One order of sums, so that what is equally far in one search is in all: few pairs, products, trees, float64."""
+    x = (2 * cloud(2000, channels)).round() * torch.tensor([1.0, 0.1, 1 / 3, 0.7]).repeat(500)[:, None]
+    x = x.to(dtype)
+    for metric in ("sqeuclidean", "inner"):
+        index, distance = knn(x, k=40, metric=metric)
+        for row in range(0, 2000, 97):
+            few = knn(x[row : row + 2], x, 40, metric=metric)
+            assert torch.equal(index[row : row + 2], few[0])
+            assert torch.equal(distance[row : row + 2], few[1])
+        some = _reference(x[None, :200], x[None], None, None, 40, 1, metric == "inner", True)
+        assert torch.equal(index[:200], some[0][0])
+
+
+@pytest.mark.parametrize("length", [1e-38, 1e-20, 1e-13, 1e19, 1e25, 1e37])
+def test_cosine_of_any_length(length: float) -> None:
+    x = cloud(100, 6)
+    x[7] = 0
+    scaled = x * torch.linspace(0.1, 1, 100)[:, None] * length
+    distance = knn(scaled, k=100, metric="cosine")[1]
+    exact = knn(x.double(), k=100, metric="cosine")[1]
+    torch.testing.assert_close(distance, exact.float(), rtol=1e-4, atol=1e-6)
+    assert (distance[7] == 0.5).sum() == 99
+    leaf = scaled[8:9].requires_grad_()
+    (gradient,) = torch.autograd.grad(knn(leaf, x, 3, metric="cosine")[1].sum() * length, leaf)
+    usual = x[8:9].clone().requires_grad_()
+    factor = float(scaled[8].norm() / x[8].norm() / length)
+    (expected,) = torch.autograd.grad(knn(usual, x, 3, metric="cosine")[1].sum() / factor, usual)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_second_derivative_cancels() -> None:
+    """Distances do not change where all points move alike, nor do their gradients."""
+    x = (cloud(2, 500, 6) * 100).requires_grad_()
+    (gradient,) = torch.autograd.grad(knn(x, k=9)[1].square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), x)
+    assert not second.any()
+
+
+def gradients(x: Tensor, y: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in (x, y) if t is not None]
+    index, distance = knn(*leaves, **options)
+    weights = torch.sin(torch.arange(distance.shape[-1]))
+    # Not through `distance` where there is no neighbour.
+    return index, distance, *torch.autograd.grad((distance.where(index >= 0, 0) * weights).sum(), leaves)
+
+
+@pytest.mark.parametrize("channels", [3, 10])
+@by_dtype
+def test_same_bits_for_any_number_of_threads(channels: int, dtype: torch.dtype) -> None:
+    x, y = cloud(1500, channels).to(dtype), cloud(1100, channels).round().to(dtype)
+    results = []
+    for number in (1, 2, 3, 4, 8):
+        with number_of_threads(number):
+            found = gradients(x, k=9), gradients(x, y, k=20, metric="inner"), gradients(y, k=9, include_self=False)
+            results.append([tensor for tensors in found for tensor in tensors])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("channels", [3, 10])
+@by_dtype
+def test_same_bits_alone_and_in_a_batch(channels: int, dtype: torch.dtype) -> None:
+    x, y = cloud(3, 210, channels).to(dtype), cloud(3, 130, channels).to(dtype)
+    starts, other = ptr(0, 210, 420, 630), ptr(0, 130, 260, 390)
+    for options in ({"k": 9}, {"k": 5, "dilation": 3, "metric": "inner"}, {"k": 7, "metric": "cosine"}):
+        alone = [gradients(a, b, **options) for a, b in zip(x, y, strict=True)]
+        dense = gradients(x, y, **options)
+        ragged = gradients(x.flatten(0, 1), y.flatten(0, 1), ptr=starts, points_ptr=other, **options)
+        for tensors in zip(*alone, dense, ragged, strict=True):
+            *parts, together, flat = tensors
+            assert torch.equal(torch.stack(parts), together)
+            if flat.dtype != torch.int64:
+                assert torch.equal(flat, together.flatten(0, 1))
+        assert torch.equal(ragged[0] - other[:-1].repeat_interleave(210)[:, None], dense[0].flatten(0, 1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("query", "points"),
+    [
+        ((0, 3), (4, 3)),
+        ((4, 3), (0, 3)),
+        ((0, 3), (0, 3)),
+        ((3, 0), (4, 0)),
+        ((2, 0, 3), (2, 5, 3)),
+        ((0, 4, 3), (0, 5, 3)),
+        ((2, 4, 3), (2, 0, 3)),
+    ],
+)
+def test_nothing(query: tuple[int, ...], points: tuple[int, ...], metric: str) -> None:
+    """Clouds without points, queries or channels: neighbours that are not there, gradients of zeros."""
+    x, y = torch.randn(query, requires_grad=True), torch.randn(points, requires_grad=True)
+    index, distance = knn(x, y, k=6, metric=metric)
+    assert index.shape == distance.shape == (*query[:-1], 6)
+    there = min(6, points[-2])
+    assert torch.equal(index, torch.tensor([*range(there), *[-1] * (6 - there)]).expand_as(index))
+    assert not distance[..., :there].any()
+    assert bool((distance[..., there:] == INF).all())
+    first = torch.autograd.grad(distance.sum(), (x, y), create_graph=True)
+    assert [t.shape for t in first] == [x.shape, y.shape]
+    second = torch.autograd.grad(sum(t.square().sum() for t in first), (x, y), allow_unused=True)
+    assert not any(t.any() for t in (*first, *second) if t is not None)
+
+
+def test_no_channels_in_many_points() -> None:
+    index, distance = knn(torch.zeros(30000, 0), k=3, include_self=False)
+    assert index[:4].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    assert bool((index[4:] == ptr(0, 1, 2)).all())
+    assert not distance.any()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_tensor_in_two_places_compiles(metric: str) -> None:
+    starts = ptr(0, 4, 30)
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda c: knn(c, c, 3, metric=metric)[1],
+        lambda c: knn(c[None], c[None], 3, metric=metric)[1],
+        lambda c: knn(c, k=3, metric=metric, ptr=starts)[1],
+        lambda c: knn(c, c, 3, metric=metric, ptr=starts, points_ptr=starts)[1],
+        lambda c: knn(c, c, 3, dilation=12, ranks=starts, metric=metric, ptr=starts, points_ptr=starts)[1],
+    ]
+    for call in calls:
+        torch._dynamo.reset()
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        actual, expected = (cloud(30, 5).requires_grad_() for _ in range(2))
+        got, want = compiled(actual), call(expected)
+        torch.testing.assert_close(got, want)
+        for result in (got, want):
+            result.where(result.isfinite(), 0).sum().backward()
+        torch.testing.assert_close(actual.grad, expected.grad)
