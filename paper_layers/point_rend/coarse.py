@@ -51,6 +51,7 @@ class BoxHead(nn.Module):
         numbers = {"in_channels": in_channels, "out_features": out_features, "conv_dim": conv_dim, "fc_dim": fc_dim}
         for name, value in numbers.items():
             _checks.integer(name, value, 1)
+        in_channels, out_features, conv_dim, fc_dim = map(int, numbers.values())
         self.in_channels, self.out_features = in_channels, out_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = min(in_channels, conv_dim)
@@ -120,6 +121,7 @@ class CoarseMaskHead(BoxHead):
         dtype: torch.dtype | None = None,
     ):
         _checks.integer("num_classes", num_classes, 1)
+        num_classes = int(num_classes)
         super().__init__(in_channels, num_classes * self.side**2, conv_dim, fc_dim, device, dtype)
         self.num_classes = num_classes
 

@@ -68,6 +68,7 @@ class ImplicitPointHead(nn.Module):
         numbers = {"in_channels": in_channels, "num_classes": num_classes, "fc_dim": fc_dim, "num_fc": num_fc}
         for name, value in numbers.items():
             _checks.integer(name, value, 1)
+        in_channels, num_classes, fc_dim, num_fc = map(int, numbers.values())
         self.in_channels, self.num_classes, self.fc_dim, self.num_fc = in_channels, num_classes, fc_dim, num_fc
         self.class_agnostic = class_agnostic
         widths = [2 * _FREQUENCIES + in_channels, *[fc_dim] * num_fc, 1 if class_agnostic else num_classes]
@@ -208,6 +209,11 @@ class ImplicitPointRendMask(BoxMasks):
             f"spatial_scale={self.spatial_scale}, num_points={self.num_points}, "
             f"subdivision_num_points={self.subdivision_num_points}"
         )
+
+    @property
+    def num_classes(self) -> int:
+        """Classes K."""
+        return self.point_head.num_classes
 
     def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
         """The parameters (R, num_params) of the boxes' perceptrons, from the features on a regular grid in each."""
