@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +56,12 @@ def recall_at_k(
     alone = gallery is None or gallery_labels is None
     if gallery is not None and gallery_labels is not None:
         _samples("gallery", gallery, "gallery_labels", gallery_labels)
-    wanted = [k] if isinstance(k, int) else list(k)
+    wanted = list(k) if isinstance(k, Iterable) else [k]
     if not wanted:
         raise ValueError("k: expected at least one number, got none")
     for number in wanted:
         _checks.integer("k", number, 1)
+    wanted = list(map(int, wanted))
 
     searched = labels if gallery_labels is None else gallery_labels
     findable = _count(labels, searched) > (1 if alone else 0)
