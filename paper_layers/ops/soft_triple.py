@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paper_layers._core.aliases import distinct
-from paper_layers.ops import _checks
+from paper_layers.ops import _checks, _values
 from paper_layers.ops import _soft_triple as kernels
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._library import define
@@ -274,6 +274,7 @@ def soft_triple_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     chunk_size: int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     r"""Pull embeddings to the nearest of several centers of their class: the SoftTriple loss.
 
@@ -291,7 +292,7 @@ def soft_triple_loss(
             as zero: its cosines are 0 and it has no gradient; so for centers. One with NaN or infinity makes its row's
             loss NaN unless that is ignored, and in either case the gradients of all centers.
         centers: K centers for each class, of shape (C, K, d), of any length.
-        labels: Classes, int64 or int32 of shape (B,).
+        labels: Classes, integers of shape (B,).
         la: The paper's :math:`\lambda`, the scale of the logits.
         gamma: The paper's :math:`\gamma`, above 0: the smaller, the more the nearest center counts.
         tau: The paper's :math:`\tau`, the weight of the regulariser, which merges centers.
@@ -300,6 +301,8 @@ def soft_triple_loss(
         reduction: "mean" of the rows that count, "sum" of them with the regulariser once, or "none". Then each row has
             the regulariser, so that the mean of those that count is "mean"; the others are 0.
         chunk_size: Classes at a time, of each thread on the CPU; default as caches hold.
+        weights: Factors of the rows' losses, but not of the regulariser, shape (B,); "mean" still divides by the number
+            of rows that count.
 
     Returns:
         The loss, of shape () or (B,); float32, or float64 where an argument is. Without rows that count it is 0, and so
@@ -324,10 +327,13 @@ def soft_triple_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     ignore_index = _checks.integer("ignore_index", ignore_index, -(2**63))
-    if isinstance(labels, Tensor) and labels.dtype == torch.int32:
-        labels = labels.long()
-    labels = _checks.int64("labels", labels, embeddings.shape[0])
+    labels = _values.integers("labels", labels, embeddings.shape[0])
     _checks.same_device("labels", labels, "embeddings", embeddings)
+    if weights is not None:
+        _checks.floating("weights", weights)
+        _checks.same_device("weights", weights, "embeddings", embeddings)
+        if weights.shape != labels.shape:
+            raise ValueError(f"weights: expected shape ({labels.shape[0]},), got {tuple(weights.shape)}")
     classes, count, _ = centers.shape
     labels = kernels.known_labels(labels, classes, ignore_index)
     regularized = tau > 0 and count > 1
@@ -335,7 +341,8 @@ def soft_triple_loss(
     logsumexp, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)
 
     regulariser = tau / (classes * count * (count - 1)) * distance if regularized else distance
-    return reduced(logsumexp - target, labels >= 0, regulariser, reduction)
+    losses = logsumexp - target
+    return reduced(losses if weights is None else losses * weights, labels >= 0, regulariser, reduction)
 
 
 def reduced(losses: Tensor, counted: Tensor, regulariser: Tensor, reduction: str) -> Tensor:

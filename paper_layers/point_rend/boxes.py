@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from paper_layers.ops import _checks
+from paper_layers.ops import _checks, _values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.point_rend.coarse import BoxHead
 from paper_layers.point_rend.subdivision import Size, Step, grid_sizes, last, regular_grid, subdivide
-from paper_layers.point_rend.targets import Boxes, mask_loss, rows, sample_masks
+from paper_layers.point_rend.targets import Boxes, finite, mask_loss, rows, sample_masks
 
 Sampler = Callable[[Tensor, Tensor], Tensor]  # From points (R, P, 2) in boxes (R, 5).
 
@@ -56,23 +56,29 @@ class BoxMasks(nn.Module, abc.ABC):
             features: Maps of shape (N, C_l, H_l, W_l), one or a list.
             boxes: Corners (x1, y1, x2, y2) in pixels of the image, a tensor (R_i, 4) for each image; without masks also
                 (R, 5) with the image's number first.
-            labels: The class of each box, int64: a tensor (R_i,) for each image, or one (R,) of all.
+            labels: The class of each box, integers from 0 to K - 1: a tensor (R_i,) for each image, or one (R,) of all.
             masks: The true masks of each image, (M_i, H_i, W_i) of any dtype at the size of the image, values from 0
-                to 1; -1 is a pixel that does not count.
-            matched: For each image the number of each box's mask, int64 (R_i,); default the box's own number.
+                to 1; -1 is a pixel that does not count. Divide masks of 0 and 255 by 255.
+            matched: For each image the number of each box's mask, integers (R_i,); default the box's own number.
             size: Side of the masks in pixels; any.
             generator: What the points to train on are drawn from; default torch's own.
 
         Returns:
             Logits of the boxes' own classes, of shape (R, 1, size, size); or two losses by name. They are zero where
             there are no boxes.
+
+        Raises:
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: Shapes do not fit; a label, a mask's value or number is out of range; a box to train on is not
+                finite. On CUDA values are found as an index out of range is: after the call.
         """
         coarse = self.coarse(features, boxes)
         if masks is None:
             return self.refine(coarse, features, boxes, labels, size)
         if isinstance(boxes, Tensor):
             raise ValueError("boxes: expected a tensor for each image where there are masks, got one for all")
-        rois, classes = rows(boxes, labels, coarse.device)
+        rois, classes = self._rows(boxes, labels, coarse.device)
+        rois = finite(rois)
         points = self._draw(coarse, classes, generator)
         fine = point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale)
         logits = self._logits(coarse, fine, points, classes)[:, 0]
@@ -80,6 +86,18 @@ class BoxMasks(nn.Module, abc.ABC):
             **self._losses(coarse, classes, masks, boxes, matched),
             "loss_mask_point": mask_loss(logits, sample_masks(masks, points, boxes, matched)),
         }
+
+    def _rows(self, boxes: Boxes, labels: Tensor | Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """All boxes (R, 5), with the image's number first, and their classes (R,), none of which is out of range."""
+        rois, classes = rows(boxes, labels, device)
+        # An exported program should need no Python for a check that the layers make as well.
+        known = torch.compiler.is_exporting()
+        return rois, classes if known else _values.labels("labels", classes, self.num_classes)
+
+    @property
+    @abc.abstractmethod
+    def num_classes(self) -> int:
+        """Classes K."""
 
     @abc.abstractmethod
     def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
@@ -160,11 +178,11 @@ class BoxMasks(nn.Module, abc.ABC):
         size: int,
     ) -> tuple[Tensor, Tensor, list[Size], Sampler]:
         size = _checks.integer("size", size, 1)
-        rois, classes = rows(boxes, labels, coarse.device)
+        rois, classes = self._rows(boxes, labels, coarse.device)
         expected = (rois.shape[0], *self._coarse_shape)
         if coarse.dim() != len(expected) or coarse.shape[:2] != expected[:2]:
             raise ValueError(f"coarse: expected shape ({', '.join(map(str, expected))}), got {tuple(coarse.shape)}")
-        sizes = grid_sizes(size, self.init_resolution, self.subdivision_num_points)
+        sizes = grid_sizes(int(size), self.init_resolution, self.subdivision_num_points)
         return rois, classes, sizes, self._fine(features, rois.shape[0] * sum(self._points(sizes)))
 
     def _points(self, sizes: list[Size]) -> list[int]:

@@ -47,16 +47,18 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
 
     Args:
         module: The module to load into.
-        state_dict: The official state dict, as it is, within ``{"model": ...}`` or ``{"state_dict": ...}``, with
-            DataParallel's ``module.`` before each key, or the path of a file that holds one (read with
-            ``weights_only=True``).
+        state_dict: The official state dict, of tensors or NumPy arrays. It may stand within
+            ``{"model": ...}`` or ``{"state_dict": ...}``, and have DataParallel's ``module.`` before each key. Or the
+            path of a file that holds one, written by torch.save or, as in model zoos, by pickle. Nothing in a file is
+            run: anything but tensors, arrays, numbers, strings and containers is refused.
 
     Returns:
         `module`.
 
     Raises:
-        TypeError: `state_dict` is neither a mapping nor a path.
-        ValueError: Keys are missing or unexpected, or shapes differ.
+        TypeError: `state_dict` is neither a mapping nor a path, or a key is not a string.
+        pickle.UnpicklingError: A file holds anything else.
+        ValueError: Keys are missing or unexpected, shapes differ, or a value holds no numbers that can be copied.
 
     Example:
         >>> import torch

@@ -209,6 +209,11 @@ class ImplicitPointRendMask(BoxMasks):
             f"subdivision_num_points={self.subdivision_num_points}"
         )
 
+    @property
+    def num_classes(self) -> int:
+        """Classes K."""
+        return self.point_head.num_classes
+
     def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
         """The parameters (R, num_params) of the boxes' perceptrons, from the features on a regular grid in each."""
         return self._look(self.parameter_head, features, boxes)

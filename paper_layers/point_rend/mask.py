@@ -26,8 +26,8 @@ class PointRendMask(BoxMasks):
     layer's product is taken on the features and sampled, and the coarse logits' products always are: these are
     linear, and give the same masks up to rounding.
 
-    The losses are "loss_mask", of the coarse masks, whose pixels belong to the true mask where it covers half of them
-    (of 4x4 samples), and "loss_mask_point".
+    The losses are "loss_mask", of the coarse masks, whose pixels belong to the true mask where it covers half of them,
+    as RoIAlign measures it, and "loss_mask_point".
 
     Args:
         in_channels: Channels of the feature maps, all together.
@@ -103,6 +103,11 @@ class PointRendMask(BoxMasks):
             f"oversample_ratio={self.oversample_ratio}, importance_sample_ratio={self.importance_sample_ratio}, "
             f"init_resolution={self.init_resolution}, subdivision_num_points={self.subdivision_num_points}"
         )
+
+    @property
+    def num_classes(self) -> int:
+        """Classes K."""
+        return self.coarse_head.num_classes
 
     def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
         """The coarse logits (R, num_classes, 7, 7) of the boxes, from the features on a regular grid in each."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers.ops import _checks
+from paper_layers.ops import _checks, _values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
 from paper_layers.point_rend.head import PointRendHead
@@ -117,7 +118,9 @@ class PointRendSemantic(nn.Module):
         Args:
             coarse: Logits of shape (N, num_classes, h, w).
             features: Maps of shape (N, C_l, h_l, w_l), one or a list of any sizes.
-            target: Labels, int64 of shape (N, H, W).
+            target: Labels of shape (N, H, W), integers or bool: classes from 0 on, or `ignore_index`. With one class,
+                0 or 1: there a mask of 0 and 255 has no object, since 255 is the default of `ignore_index`, and no loss
+                tells; compare it with 255 first.
             size: (height, width) of the refined map; any, wanted without a target. Where it is not larger than the
                 coarse map there is nothing to refine, and this is interpolated.
             generator: What the points are drawn from; default torch's own.
@@ -125,12 +128,17 @@ class PointRendSemantic(nn.Module):
         Returns:
             Logits of shape (N, num_classes, *size) in the dtype of `coarse`; or two losses: "loss_sem_seg", the coarse
             logits' at the size of the target, and "loss_sem_seg_point". They are zero where no label counts.
+
+        Raises:
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: Shapes do not fit, or a label is out of range; on CUDA that is found after the call.
         """
         if target is None:
             if size is None:
                 raise ValueError("size: expected (height, width) where there is no target, got None")
             return last(self.steps(coarse, features, size))
-        point_loss = self.point_loss(coarse, features, target, generator=generator)
+        target = self._known(coarse, target)
+        point_loss = self._point_loss(coarse, features, target, generator)
         full = F.interpolate(coarse, target.shape[1:], mode="bilinear", align_corners=False)
         return {
             "loss_sem_seg": segmentation_loss(full, target, self.ignore_index),
@@ -140,6 +148,8 @@ class PointRendSemantic(nn.Module):
     def steps(self, coarse: Tensor, features: Tensor | Sequence[Tensor], size: Size) -> Iterator[Step]:
         """The refinement step by step, as `forward` does it: first the coarse map, last the map of this size."""
         self._check(coarse)
+        if torch.jit.is_tracing():  # Then sizes of tensors are tensors themselves, but a trace is for one size.
+            size = cast(Size, tuple(map(int, size)))
         height, width = _checks.pair("size", size, 1)
         _, *sizes = halvings((height, width), (coarse.shape[2], coarse.shape[3]))
         if not sizes and (height, width) != coarse.shape[2:]:
@@ -158,8 +168,24 @@ class PointRendSemantic(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The loss at the points alone, for a host that computes the coarse one; arguments as in `forward`."""
+        return self._point_loss(coarse, features, self._known(coarse, target), generator)
+
+    def _known(self, coarse: Tensor, target: Tensor) -> Tensor:
+        """The target as int64, once nothing in it is out of range."""
         self._check(coarse)
-        target = _checks.int64("target", target, coarse.shape[0], "H", "W")
+        if isinstance(target, Tensor) and target.dtype == torch.bool:
+            target = target.long()
+        target = _values.integers("target", target, coarse.shape[0], "H", "W")
+        _checks.same_device("target", target, "coarse", coarse)
+        return _values.labels("target", target, max(2, self.point_head.num_classes), self.ignore_index)
+
+    def _point_loss(
+        self,
+        coarse: Tensor,
+        features: Tensor | Sequence[Tensor],
+        target: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         points = self.draw(coarse, generator=generator)
         labels = point_sample(target[:, None].to(torch.float32), points, mode="nearest")[:, 0].long()
         return segmentation_loss(self.predict(coarse, features, points), labels, self.ignore_index)

@@ -94,8 +94,11 @@ def subdivide(
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
         index, points = uncertain_points(logits, num_points)
         values = predict(points)
-        # Into the map that was just made; coarse and predicted logits may differ in dtype under autocast.
-        logits.flatten(2).scatter_(2, index[:, None].expand_as(values), values.to(logits.dtype))
+        flat = logits.flatten(2)
+        # Into the map that was just made, unless a tracer would lose what is written into a view.
+        scatter = flat.scatter if torch.jit.is_tracing() else flat.scatter_
+        # Coarse and predicted logits may differ in dtype under autocast.
+        logits = scatter(2, index[:, None].expand_as(values), values.to(logits.dtype)).view(logits.shape)
         yield Step(logits, points)
 
 

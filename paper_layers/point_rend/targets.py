@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers.ops import _checks
+from paper_layers.ops import _checks, _values
 from paper_layers.ops.point_sample import point_sample
-from paper_layers.point_rend.subdivision import regular_grid
+from paper_layers.point_rend.cells import covered_share
 
 Boxes = Tensor | Sequence[Tensor]
 
-_SAMPLES = 4  # Along each side of a coarse pixel.
-
 
 def rows(boxes: Boxes, labels: Tensor | Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """All boxes (R, 5), with the image's number first, and their classes (R,)."""
+    """All boxes (R, 5), with the image's number first, and their classes (R,), int64."""
     if isinstance(boxes, Tensor):
         parts = [boxes]
     else:
@@ -29,8 +28,16 @@ def rows(boxes: Boxes, labels: Tensor | Sequence[Tensor], device: torch.device) 
     rois = torch.cat(parts) if parts else torch.empty(0, 5, device=device)
     if not isinstance(labels, Tensor):
         labels = torch.cat(list(labels)) if labels else torch.empty(0, dtype=torch.int64, device=device)
-    labels = _checks.int64("labels", labels, rois.shape[0])
+    labels = _values.integers("labels", labels, rois.shape[0])
+    _checks.same_device("labels", labels, "boxes", rois)
     return rois, labels
+
+
+def finite(boxes: Tensor) -> Tensor:
+    """Boxes (R, 5) to train on, none of which would make the losses NaN."""
+    largest = sys.float_info.max
+    corners = _values.within("boxes", boxes[:, 1:], -largest, largest, "finite numbers")
+    return boxes.where(corners.isfinite().all(1, keepdim=True), 0)  # All are: so a compiler keeps the check.
 
 
 def mask_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -44,30 +51,11 @@ def sample_masks(
     masks: Sequence[Tensor], points: Tensor, boxes: Sequence[Tensor], matched: Sequence[Tensor] | None
 ) -> Tensor:
     """The true masks at points (R, ..., 2) of all images' boxes: (R, ...), soft at borders, -1 beside a pixel of -1."""
-    if len(masks) != len(boxes):
-        raise ValueError(f"masks: expected a tensor for each of {len(boxes)} images, got {len(masks)}")
-    if matched is not None and len(matched) != len(boxes):
-        raise ValueError(f"matched: expected a tensor for each of {len(boxes)} images, got {len(matched)}")
     values = [points.new_empty(0, *points.shape[1:-1])]
-    for image, (mask, box, some) in enumerate(
-        zip(masks, boxes, points.split([box.shape[0] for box in boxes]), strict=True)
-    ):
-        if matched is None:
-            if mask.shape[0] != box.shape[0]:
-                raise ValueError(
-                    f"masks[{image}]: expected a mask for each of {box.shape[0]} boxes, got {mask.shape[0]}"
-                )
-            number = torch.arange(box.shape[0], device=box.device)
-        else:
-            number = matched[image]
-            _checks.int64(f"matched[{image}]", number, box.shape[0])
-        if box.shape[0] == 0:
-            continue
-        rois = torch.cat([number[:, None].to(box.dtype), box], 1)
-        maps = [(mask[:, None].clamp(min=0) if mask.dtype.is_signed else mask[:, None]).to(points.dtype)]
-        if mask.dtype.is_signed:
-            maps.append((mask[:, None] < 0).to(points.dtype))
-        value, *ignored = point_sample(maps, some, boxes=rois).unbind(1)
+    parts = [some for some in points.split([box.shape[0] for box in boxes]) if some.shape[0] > 0]
+    for (mask, numbers, box), some in zip(_images(masks, boxes, matched), parts, strict=True):
+        maps = [part[:, None].to(points.dtype) for part in _parts(mask)]
+        value, *ignored = point_sample(maps, some, boxes=torch.cat([numbers[:, None].to(box.dtype), box], 1)).unbind(1)
         values.append(value.where(ignored[0] == 0, -1) if ignored else value)
     return torch.cat(values)
 
@@ -76,9 +64,45 @@ def cell_labels(
     masks: Sequence[Tensor], side: int, boxes: Sequence[Tensor], matched: Sequence[Tensor] | None
 ) -> Tensor:
     """Whether the true mask covers half of each of side x side cells of the boxes: (R, side, side) of 0, 1, or -1."""
-    device = masks[0].device if masks else None
-    grid = regular_grid(sum(box.shape[0] for box in boxes), (side * _SAMPLES, side * _SAMPLES), device)
-    values = sample_masks(masks, grid, boxes, matched)
-    covered = F.avg_pool2d(values[:, None].clamp(min=0), _SAMPLES)[:, 0] >= 0.5
-    ignored = F.avg_pool2d((values[:, None] < 0).to(values.dtype), _SAMPLES)[:, 0] > 0
-    return covered.to(values.dtype).where(~ignored, -1)
+    labels = [torch.empty(0, side, side, device=masks[0].device if masks else None)]
+    for mask, numbers, box in _images(masks, boxes, matched):
+        covered, *ignored = (covered_share(part, numbers, box.detach(), side) for part in _parts(mask))
+        value = (covered >= 0.5).to(covered.dtype)
+        labels.append(value.where(ignored[0] == 0, -1) if ignored else value)
+    return torch.cat(labels)
+
+
+def _parts(mask: Tensor) -> list[Tensor]:
+    """How far pixels belong to the object, and which do not count, if any may."""
+    return [mask.clamp(min=0), mask < 0] if mask.dtype.is_signed else [mask]
+
+
+def _images(
+    masks: Sequence[Tensor], boxes: Sequence[Tensor], matched: Sequence[Tensor] | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each image with boxes the masks (M, H, W), which of them is that of each box, and the boxes."""
+    if len(masks) != len(boxes):
+        raise ValueError(f"masks: expected a tensor for each of {len(boxes)} images, got {len(masks)}")
+    if matched is not None and len(matched) != len(boxes):
+        raise ValueError(f"matched: expected a tensor for each of {len(boxes)} images, got {len(matched)}")
+    for image, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
+        name = f"masks[{image}]"
+        if not isinstance(mask, Tensor) or mask.dtype.is_complex:
+            raise TypeError(f"{name}: expected a Tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.dim() != 3:
+            raise ValueError(f"{name}: expected shape (M, H, W), got {tuple(mask.shape)}")
+        if matched is not None:
+            numbers = _values.integers(f"matched[{image}]", matched[image], box.shape[0])
+            expected, last = f"numbers of {mask.shape[0]} masks", mask.shape[0] - 1
+            numbers = _values.within(f"matched[{image}]", numbers, 0, last, expected)
+        elif mask.shape[0] != box.shape[0]:
+            raise ValueError(f"{name}: expected a mask for each of {box.shape[0]} boxes, got {mask.shape[0]}")
+        else:
+            numbers = torch.arange(box.shape[0], device=box.device)
+        if box.shape[0] == 0:
+            continue
+        if mask.dtype != torch.bool:
+            other = -1 if mask.dtype.is_signed else None
+            expected = "values from 0 to 1, or -1 where a pixel does not count"
+            mask = _values.within(name, mask, 0, 1, expected, other=other)
+        yield mask, numbers, box

@@ -32,15 +32,17 @@ def load_official(module: _Loss, state_dict: StateDict) -> _Loss:
 
     Args:
         module: The loss to load into.
-        state_dict: The official state dict, as it is, within ``{"model": ...}`` or ``{"state_dict": ...}``, with
-            DataParallel's ``module.`` before each key, or the path of a file that holds one (read with
-            ``weights_only=True``).
+        state_dict: The official state dict, of tensors or NumPy arrays. It may stand within
+            ``{"model": ...}`` or ``{"state_dict": ...}``, and have DataParallel's ``module.`` before each key. Or the
+            path of a file that holds one, written by torch.save or, as in model zoos, by pickle. Nothing in a file is
+            run: anything but tensors, arrays, numbers, strings and containers is refused.
 
     Returns:
         `module`.
 
     Raises:
-        TypeError: `state_dict` is neither a mapping nor a path.
+        TypeError: `state_dict` is neither a mapping nor a path, or a key is not a string.
+        pickle.UnpicklingError: A file holds anything else.
         ValueError: The centers are missing, ambiguous or of another shape.
 
     Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from paper_layers.ops import _checks
 from paper_layers.ops.soft_triple import REDUCTIONS, soft_triple_loss
 from paper_layers.ops.soft_triple_logits import soft_triple_logits
 from paper_layers.soft_triple import merging
+from paper_layers.soft_triple._metric_learning import (
+    check_references,
+    counts_of_tuples,
+    taken_by_metric_learning,
+    weights_of_counts,
+)
 
 
 class SoftTripleLoss(nn.Module):
@@ -25,6 +32,8 @@ class SoftTripleLoss(nn.Module):
     Sampling", ICCV 2019, equation 9; the regulariser R is half the mean distance between centers of a class, so that
     centers which are not needed merge. See `paper_layers.soft_triple_loss` for it and for the arguments that are not
     explained here. With K = 1 it is a soft-max loss on normalised vectors.
+
+    Trainers, miners and wrappers of pytorch-metric-learning take it for a loss of their own, and call it as such.
 
     The centers are trained along with the network. In the paper their learning rate is a hundred times the network's,
     with Adam at ``eps=0.01``: their lengths do not matter to the loss, but scale their gradients, and with Adam's usual
@@ -60,6 +69,10 @@ class SoftTripleLoss(nn.Module):
         torch.Size([8, 100])
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """An instance of a class that pytorch-metric-learning accepts, where that is imported."""
+        return super().__new__(taken_by_metric_learning(cls))
+
     def __init__(
         self,
         num_classes: int,
@@ -76,7 +89,7 @@ class SoftTripleLoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
+        nn.Module.__init__(self)  # And not that of pytorch-metric-learning's base class.
         num_classes, embedding_dim, centers_per_class = _checks.positive(
             num_classes=num_classes, embedding_dim=embedding_dim, centers_per_class=centers_per_class
         )
@@ -95,7 +108,9 @@ class SoftTripleLoss(nn.Module):
         self.la, self.gamma, self.tau, self.margin = la, gamma, tau, margin
         self.ignore_index, self.reduction, self.chunk_size = ignore_index, reduction, chunk_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.centers = nn.Parameter(torch.empty(num_classes, centers_per_class, embedding_dim, **factory))
+        self.centers = nn.Parameter(
+            torch.empty(self.num_classes, self.centers_per_class, self.embedding_dim, **factory)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,13 +124,34 @@ class SoftTripleLoss(nn.Module):
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.num_classes}, {self.embedding_dim}, {options}"
 
-    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
-        """The loss of embeddings (B, embedding_dim) with labels (B,), int64 or int32.
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of embeddings (B, embedding_dim) with labels (B,), of any integer dtype.
 
-        `indices_tuple` is what the trainers of pytorch-metric-learning hand to every loss: the tuples of a miner, or
-        None where there is none. SoftTriple has no tuples, so it must be None.
+        Args:
+            embeddings: Shape (B, embedding_dim).
+            labels: Classes or `ignore_index`, integers of shape (B,).
+            indices_tuple: What a miner of pytorch-metric-learning found: pairs or triplets of rows. As in its own
+                SoftTripleLoss, a row's loss weighs as much as it occurs in them, relative to the row that occurs most;
+                without any, all rows weigh alike.
+            ref_emb: None, or `embeddings`: the rows are compared with centers only.
+            ref_labels: None, or `labels`.
         """
-        check_no_tuples(indices_tuple)
+        if hasattr(self.centers, "full_tensor"):
+            raise TypeError(
+                "centers: expected a Tensor, got a DTensor (FSDP gathers it if the loss is called, not its forward; "
+                "to spread classes over ranks, use ShardedSoftTripleLoss)"
+            )
+        check_references(embeddings, labels, ref_emb, ref_labels)
+        weights = None
+        if indices_tuple is not None:
+            weights = weights_of_counts(counts_of_tuples(indices_tuple, embeddings))
         return soft_triple_loss(
             embeddings,
             self.centers,
@@ -127,6 +163,7 @@ class SoftTripleLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             chunk_size=self.chunk_size,
+            weights=weights,
         )
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
@@ -162,12 +199,6 @@ class SoftTripleLoss(nn.Module):
         return merging.merge_centers(self._all_centers(), threshold)
 
     def _all_centers(self) -> Tensor:
-        return self.centers
-
-
-def check_no_tuples(indices_tuple: object) -> None:
-    """What miners of pytorch-metric-learning find is for other losses."""
-    if indices_tuple is not None:
-        raise ValueError(
-            f"indices_tuple: expected None, since SoftTriple needs no miner, got {type(indices_tuple).__name__}"
-        )
+        """All of them, where FSDP holds but a part outside of forward."""
+        centers = self.centers
+        return centers.full_tensor() if hasattr(centers, "full_tensor") else centers

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from paper_layers.ops import _checks
+from paper_layers.ops import _checks, _values
 from paper_layers.ops._soft_triple import known_labels
 from paper_layers.ops._soft_triple_chunks import check, compute_dtype
-from paper_layers.ops.soft_triple import reduced, soft_triple
+from paper_layers.ops.soft_triple import REDUCTIONS, reduced, soft_triple
 from paper_layers.soft_triple._collectives import Gather, Join, gather_rows
-from paper_layers.soft_triple.loss import SoftTripleLoss, check_no_tuples
+from paper_layers.soft_triple._metric_learning import check_references, counts_of_tuples, weights_of_counts
+from paper_layers.soft_triple.loss import SoftTripleLoss
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -32,7 +35,11 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
     the centers' are those of one process with the joint batch. In general, whatever each rank makes of what it is
     given, they are the gradients of the mean of what the ranks call backward on; to that end the gradient of the
     embeddings is as many times theirs as there are ranks. All ranks call forward and backward together. A wrong
-    argument on one is an error on all. There is no double backward.
+    argument on one is an error on all, and so are settings that differ. There is no double backward.
+
+    In a module that DistributedDataParallel wraps whole, as a LightningModule, tell DDP before to leave the centers
+    alone: ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["loss.centers"])``, in
+    Lightning in ``configure_model``.
 
     The centers are a DTensor, split by classes as evenly as `torch.chunk` does. Thus ``torch.distributed.checkpoint``
     saves and loads them, and the optimizer's state, with any number of ranks, also from and into `SoftTripleLoss`; and
@@ -75,6 +82,8 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         >>> optimizer.step()
         >>> torch.distributed.destroy_process_group()
     """
+
+    _takes_joint_batch = False
 
     def __init__(
         self,
@@ -146,10 +155,20 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         """All arguments, and which classes are here."""
         return f"{super().extra_repr()}, classes={self.classes.start} to {self.classes.stop - 1}"
 
-    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
-        """The loss of all ranks' embeddings (B, embedding_dim) with labels (B,), as in `SoftTripleLoss`."""
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of all ranks' embeddings (B, embedding_dim) with labels (B,), as in `SoftTripleLoss`.
+
+        The numbers in `indices_tuple` are of this rank's rows; the row that occurs most is that of all ranks.
+        """
         group, own = self._mesh.get_group(), self._own_centers()
-        labels, sizes = self._agreed(embeddings, labels, indices_tuple)
+        labels, counts, sizes = self._agreed(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         labels = known_labels(gather_rows(labels, sizes, group), self.num_classes, self.ignore_index)
         rows = Gather.apply(embeddings, sizes, group, compute_dtype(embeddings, own))
         count = self.centers_per_class
@@ -160,27 +179,40 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         losses, distance, _ = Join.apply(logsumexp, target, distance, group)
         if regularized:
             distance = self.tau / (self.num_classes * count * (count - 1)) * distance
+        if counts is not None:
+            losses = losses * weights_of_counts(gather_rows(counts, sizes, group))
         loss = reduced(losses, labels >= 0, distance, self.reduction)
         return loss.split(sizes)[dist.get_rank(group)] if self.reduction == "none" else loss
 
-    def _agreed(self, embeddings: Tensor, labels: Tensor, indices_tuple: None) -> tuple[Tensor, list[int]]:
-        """Labels as int64, and how many each rank has; an error on all ranks where one was given what does not fit."""
-        own, error, mine = self._own_centers(), None, [-1, -1]
+    def _agreed(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Sequence[Tensor] | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, list[int]]:
+        """Labels as int64, what miners of any rank counted, and how many rows each rank has.
+
+        An error on all ranks where one was given what does not fit, or where they are not set alike.
+        """
+        own, error, mine, counts = self._own_centers(), None, [-1, -1], None
         try:
-            check_no_tuples(indices_tuple)
+            check_references(embeddings, labels, ref_emb, ref_labels)
             check(embeddings, own, self.la, self.gamma, self.chunk_size)
-            if isinstance(labels, Tensor) and labels.dtype == torch.int32:
-                labels = labels.long()
-            labels = _checks.int64("labels", labels, len(embeddings))
+            if indices_tuple is not None:
+                counts = counts_of_tuples(indices_tuple, embeddings)
+            labels = _values.integers("labels", labels, len(embeddings))
             _checks.same_device("labels", labels, "embeddings", embeddings)
             mine = [len(embeddings), _checks.FLOATING.index(embeddings.dtype)]
-        except (TypeError, ValueError) as wrong:
+        except (IndexError, RuntimeError, TypeError, ValueError) as wrong:
             error = wrong
-        sent = torch.tensor(mine, device=own.device)[None]
+        settings = self._settings(error is None and embeddings.requires_grad)
+        sent = torch.tensor([*mine, indices_tuple is not None, *map(_bits, settings.values())], device=own.device)[None]
         found = gather_rows(sent, [1] * self._mesh.size(), self._mesh.get_group()).tolist()
         if error is not None:
             raise error
-        for rank, (size, dtype) in enumerate(found):
+        for rank, (size, dtype, *_) in enumerate(found):
             if size < 0:
                 raise ValueError(
                     f"embeddings, labels: expected fitting ones on every rank, see the error of rank {rank}"
@@ -188,13 +220,56 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
             if dtype != mine[1]:
                 theirs = str(_checks.FLOATING[dtype]).removeprefix("torch.")
                 raise TypeError(f"embeddings: expected the dtype of rank {rank}, {theirs}, got {embeddings.dtype}")
-        return labels, [size for size, _ in found]
+        for (name, value), *bits in zip(settings.items(), *(bits for _, _, _, *bits in found), strict=True):
+            if len(set(bits)) > 1:
+                got = ", ".join(f"{_value(number, value)} on rank {rank}" for rank, number in enumerate(bits))
+                raise ValueError(f"{name}: expected the same on all ranks, got {got}")
+        if counts is None and any(tuples for _, _, tuples, *_ in found):
+            counts = embeddings.new_zeros(len(embeddings), dtype=torch.float32)
+        return labels, counts, [size for size, *_ in found]
+
+    def _settings(self, requires_grad: bool) -> dict[str, Any]:
+        """What all ranks must have alike, by name: numbers, and choices as (names, number)."""
+        own, grad = self._own_centers(), torch.is_grad_enabled()
+        return {
+            "num_classes": self.num_classes,
+            "centers_per_class": self.centers_per_class,
+            "embedding_dim": self.embedding_dim,
+            "la": float(self.la),
+            "gamma": float(self.gamma),
+            "tau": float(self.tau),
+            "margin": float(self.margin),
+            "ignore_index": self.ignore_index,
+            "reduction": _Choice(REDUCTIONS, REDUCTIONS.index(self.reduction)),
+            "dtype of centers": _Choice(_checks.FLOATING, _checks.FLOATING.index(own.dtype)),
+            "embeddings.requires_grad": _Choice((False, True), int(grad and requires_grad)),
+            "centers.requires_grad": _Choice((False, True), int(grad and self.centers.requires_grad)),
+        }
 
     def _own_centers(self) -> Tensor:
         return cast("DTensor", self.centers).to_local()
 
     def _all_centers(self) -> Tensor:
         return cast("DTensor", self.centers).full_tensor().detach()
+
+
+class _Choice(NamedTuple):
+    values: tuple[Any, ...]
+    number: int
+
+
+def _bits(value: Any) -> int:
+    """A setting as an int64, to be sent."""
+    if isinstance(value, _Choice):
+        return value.number
+    return struct.unpack("q", struct.pack("d", value))[0] if isinstance(value, float) else value
+
+
+def _value(bits: int, like: Any) -> Any:
+    """What another rank sent in place of `like`."""
+    if isinstance(like, _Choice):
+        return like.values[bits]
+    return struct.unpack("d", struct.pack("q", bits))[0] if isinstance(like, float) else bits
 
 
 def _split_whole(module: ShardedSoftTripleLoss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

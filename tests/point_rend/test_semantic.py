@@ -112,6 +112,24 @@ def test_one_class_is_binary() -> None:
     torch.testing.assert_close(segmentation_loss(logits, some, 255), expected)
 
 
+@pytest.mark.parametrize(("classes", "wrong"), [(1, (2, 7, -1, 254, 2**40)), (3, (3, 7, -1, -100, 256))])
+def test_labels_out_of_range(classes: int, wrong: tuple[int, ...]) -> None:
+    ours, _ = pair(classes)
+    coarse, features = inputs(classes)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for value in wrong:
+        target = labels(classes=max(2, classes))
+        target[-1, -1, -1] = value
+        message = f"target: expected classes from 0 to {max(2, classes) - 1} or ignore_index, 255, got {value}"
+        for call in (ours, ours.point_loss, compiled):
+            with pytest.raises(ValueError, match=message):
+                call(coarse, features, target)
+    target = labels(classes=2)
+    losses = ours(coarse, features, target.to(torch.uint8), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(losses, ours(coarse, features, target, generator=torch.Generator().manual_seed(0)))
+    assert all(loss.isfinite() for loss in ours(coarse, features, target == 1).values())
+
+
 @pytest.mark.parametrize("classes", [1, 4])
 def test_all_ignored_is_zero_with_a_graph(classes: int) -> None:
     """NaN in the official code."""

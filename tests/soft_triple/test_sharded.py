@@ -13,6 +13,8 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from paper_layers.soft_triple import ShardedSoftTripleLoss, SoftTripleLoss, load_official, param_groups
@@ -111,7 +113,11 @@ def wrong_arguments(group: dist.ProcessGroup, rank: int, ranks: int) -> None:
         loss(x, labels + int(first))
     with pytest.raises(TypeError if first else ValueError, match="int64" if first else "the error of rank 0"):
         loss(x, labels.double() if first else labels)
-    with pytest.raises(ValueError, match="indices_tuple: expected None" if first else "the error of rank 0"):
+    with pytest.raises(TypeError if first else ValueError, match="indices_tuple" if first else "the error of rank 0"):
+        loss(x, labels, labels if first else None)
+    with pytest.raises(ValueError, match="ref_emb: expected None" if first else "the error of rank 0"):
+        loss(x, labels, ref_emb=x.clone() if first else None)
+    with pytest.raises((IndexError, RuntimeError) if first else ValueError, match="ind" if first else "of rank 0"):
         loss(x, labels, (labels,) if first else None)
     if ranks > 1:
         with pytest.raises(TypeError, match="the dtype of rank 1" if first else "float32, got torch.float64"):
@@ -119,6 +125,94 @@ def wrong_arguments(group: dist.ProcessGroup, rank: int, ranks: int) -> None:
         with pytest.raises(RuntimeError):
             parallel(nn.ModuleList([network(), loss]), group)
     assert torch.isfinite(loss(x, labels))
+
+
+DIFFERENT: dict[str, tuple[Any, Any]] = {
+    "num_classes": (5, 6),
+    "centers_per_class": (2, 3),
+    "embedding_dim": (4, 5),
+    "la": (20.0, 19.5),
+    "gamma": (0.1, 0.2),
+    "tau": (0.2, 0.0),
+    "margin": (0.01, 0.3),
+    "ignore_index": (-100, 3),
+    "reduction": ("mean", "sum"),
+    "dtype of centers": (torch.float32, torch.float64),
+    "embeddings.requires_grad": (True, False),
+    "centers.requires_grad": (True, False),
+}
+
+
+def different_settings(group: dist.ProcessGroup, rank: int) -> None:
+    """Every rank says which rank has what, and none waits for another."""
+    for name, values in DIFFERENT.items():
+        own = values[rank]
+        settings: dict[str, Any] = {"num_classes": 5, "embedding_dim": 4}
+        settings |= {"dtype": own} if name == "dtype of centers" else {} if "." in name else {name: own}
+        loss = ShardedSoftTripleLoss(**settings, process_group=group)
+        if name.startswith("centers."):
+            loss.centers.requires_grad_(own)
+        x = torch.randn(3, loss.embedding_dim, requires_grad=name != "embeddings.requires_grad" or own)
+        with pytest.raises(
+            ValueError, match=f"{name}: expected the same on all ranks, got {values[0]} on rank 0, {values[1]} o"
+        ):
+            loss(x, torch.tensor([0, 1, 2]))
+        if "requires_grad" in name:
+            with torch.no_grad():
+                assert loss(x, torch.tensor([0, 1, 2])).isfinite()
+
+
+def miners(group: dist.ProcessGroup, rank: int, sizes: tuple[int, ...]) -> None:
+    """A row that a miner of its rank found weighs as in one process, also beside ranks without a miner."""
+    x, labels = batch("mean", sum(sizes))
+    tuples = [torch.tensor([1, 0, 1, 4]), torch.tensor([2, 3, 0, 1])]
+    expected = plain("mean")(network()(x), labels, tuples)
+    x, labels = (t.split(list(sizes))[rank] for t in (x, labels))
+    value = sharded("mean", group)(network()(x), labels, tuples if rank == 0 else None)
+    torch.testing.assert_close(value, expected)
+
+
+class Whole(nn.Module):
+    """Network and loss in one, as a LightningModule holds them."""
+
+    def __init__(self, loss: SoftTripleLoss):
+        super().__init__()
+        self.net, self.loss = network(), loss
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self.net(x), labels)
+
+
+def inside_ddp(group: dist.ProcessGroup, rank: int, sizes: tuple[int, ...]) -> None:
+    _, center_grad, grads = one_process("mean", sizes)
+    whole = Whole(sharded("mean", group))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, ["loss.centers"])
+    x, labels = (t.split(list(sizes))[rank] for t in batch("mean", sum(sizes)))
+    wrapped = parallel(whole, group)
+    wrapped(x, labels).backward()
+    torch.testing.assert_close(whole.loss.centers.grad.full_tensor(), center_grad)
+    torch.testing.assert_close([p.grad for p in whole.net.parameters()], grads)
+
+
+def sharded_by_fsdp(group: dist.ProcessGroup) -> None:
+    """Outside of forward FSDP holds a part of the centers on each rank."""
+    expected, x = plain("mean"), batch("mean", 4)[0][:, :DIM]
+    mesh = DeviceMesh.from_group(group, "cpu")
+    loss = fully_shard(plain("mean"), mesh=mesh)
+    for call in (
+        lambda loss: loss.get_logits(x),
+        lambda loss: loss.distinct_centers(0.7),
+        lambda loss: loss.merge_centers(0.7),
+        lambda loss: loss(x, torch.tensor([0, 1, 6, 2])),
+        lambda loss: loss.merge_centers(0.7),
+    ):
+        torch.testing.assert_close(call(loss), call(expected))
+        loss.reshard()
+    by_hand = plain("mean")
+    by_hand.centers = nn.Parameter(distribute_tensor(by_hand.centers.detach(), mesh, [Shard(0)]))
+    torch.testing.assert_close(by_hand.get_logits(x), expected.get_logits(x))
+    with pytest.raises(TypeError, match="centers: expected a Tensor, got a DTensor"):
+        by_hand(x, torch.tensor([0, 1, 6, 2]))
 
 
 def initial_centers(group: dist.ProcessGroup) -> None:
@@ -191,7 +285,11 @@ def worker(rank: int, folder: str) -> None:
             unequal_losses(some, number, SIZES[count])
             wrong_arguments(some, number, count)
             initial_centers(some)
+            miners(some, number, SIZES[count])
+            inside_ddp(some, number, SIZES[count])
+            sharded_by_fsdp(some)
         if ranks == 2:
+            different_settings(group, rank)
             save(group, rank, folder)
         dist.barrier()
         load_and_check(folder, sharded("none", dist.group.WORLD), dist.group.WORLD)

@@ -1,0 +1,87 @@
+"""Refuse values that are out of range, on accelerators without waiting for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paper_layers.ops import _checks
+from paper_layers.ops._library import define, library
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _limits(values: Tensor, low: float, other: float | None) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value that is not `other`; NaN if one is."""
+    return (values if other is None else values.where(values != other, low)).aminmax()
+
+
+def _within(values: Tensor, low: float, high: float, other: float | None, expected: str) -> Tensor:
+    if values.numel():
+        for limit in (limit.item() for limit in _limits(values, low, other)):
+            if not low <= limit <= high:
+                raise ValueError(f"{expected}, got {limit}")
+    return values.clone()
+
+
+def _within_cuda(values: Tensor, low: float, high: float, other: float | None, expected: str) -> Tensor:
+    if values.numel():
+        smallest, largest = (limit.double() for limit in _limits(values, low, other))
+        torch._assert_async((smallest >= low) & (largest <= high), expected)
+    return values.clone()
+
+
+def _within_fake(values: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(values)
+
+
+def _within_vmap(info: Any, in_dims: tuple[Any, ...], values: Tensor, *rest: Any) -> tuple[Tensor, Any]:
+    return _op(values, *rest), in_dims[0]
+
+
+_op = define(
+    "values_within(Tensor values, Scalar low, Scalar high, Scalar? other, str expected) -> Tensor",
+    _within,
+    _within_fake,
+)
+library.impl("values_within", _within_cuda, "CUDA")
+torch.library.register_vmap("paper_layers::values_within", _within_vmap, lib=library)
+# ONNX export knows no op of ours; what it writes does not check.
+torch._decomp.register_decomposition(_op)(lambda values, *rest: values.clone())
+
+
+def within(name: str, values: Tensor, low: float, high: float, expected: str, *, other: float | None = None) -> Tensor:
+    """Return a copy, without gradient, of values that are from `low` to `high`, or `other`.
+
+    Use the copy: a compiler drops a check whose result is not used. On CUDA a wrong value is found as an index out of
+    range is, after the call and with the message alone: to name the value would be to wait for it.
+
+    Args:
+        name: The argument that the error names.
+        values: Real numbers of any shape.
+        low: The least.
+        high: The largest.
+        expected: The error's words for what is allowed.
+        other: A value that is allowed as well.
+
+    Raises:
+        ValueError: A value is not allowed.
+    """
+    return _op(values.detach(), low, high, other, f"{name}: expected {expected}")
+
+
+def labels(name: str, values: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
+    """A copy of int64 labels, each of which is a class, from 0 to `classes` - 1, or `ignore_index`."""
+    ignored = "" if ignore_index is None else f" or ignore_index, {ignore_index}"
+    expected = f"classes from 0 to {classes - 1}{ignored}"
+    return within(name, values, 0, classes - 1, expected, other=ignore_index)
+
+
+def integers(name: str, value: Tensor, *sizes: int | str) -> Tensor:
+    """A tensor of any integer dtype as int64, of these sizes, where names stand for any."""
+    if isinstance(value, Tensor) and value.dtype in _INTEGERS:
+        value = value.long()
+    _checks.int64(name, value, *sizes)
+    return value

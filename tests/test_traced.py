@@ -1,0 +1,96 @@
+"""torch.jit.trace and the ONNX exporter built on it: the right model, or an error."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+
+import paper_layers
+from paper_layers import big_bigan, deep_gcn, lip, point_rend, soft_triple
+
+BOXES, LABELS = torch.tensor([[0.0, 4, 4, 40, 40], [0, 1, 2, 30, 50]]), torch.tensor([1, 2])
+TABLE = torch.randint(20, (20, 4), generator=torch.Generator().manual_seed(0))
+SMALL: dict[str, Any] = {"fc_dim": 8, "subdivision_num_points": 20}
+COARSE: dict[str, Any] = {"coarse_conv_dim": 8, "coarse_fc_dim": 8, "init_resolution": 3}
+Case = tuple[Callable[[], nn.Module], Callable[..., Any], tuple[tuple[int, ...] | Tensor, ...]]
+CASES: dict[str, Case] = {
+    "semantic": (lambda: point_rend.PointRendSemantic(8, 4, **SMALL), lambda m, c, f: m(c, f, size=(32, 32)),
+                 ((2, 4, 8, 8), (2, 8, 16, 16))),
+    "semantic, size of a map": (lambda: point_rend.PointRendSemantic(8, 4, **SMALL),
+                                lambda m, c, f: m(c, f, size=f.shape[2:]), ((2, 4, 8, 8), (2, 8, 16, 16))),
+    "semantic, nothing to refine": (lambda: point_rend.PointRendSemantic(8, 4, **SMALL),
+                                    lambda m, c, f: m(c, f, size=(8, 8)) + f.mean(), ((2, 4, 8, 8), (2, 8, 16, 16))),
+    "masks": (lambda: point_rend.PointRendMask(8, 3, **SMALL, **COARSE), lambda m, f: m(f, BOXES, LABELS, size=24),
+              ((1, 8, 16, 16),)),
+    "implicit masks": (lambda: point_rend.ImplicitPointRendMask(8, 3, **SMALL, parameter_conv_dim=8,
+                                                                parameter_fc_dim=8),
+                       lambda m, f: m(f, BOXES, LABELS, size=24), ((1, 8, 16, 16),)),
+    "point head": (lambda: point_rend.PointRendHead(8, 4, fc_dim=8), lambda m, *x: m(*x), ((2, 8, 9), (2, 4, 9))),
+    "coarse head": (lambda: point_rend.CoarseMaskHead(8, 4, 8, 8), lambda m, x: m(x), ((2, 8, 14, 14),)),
+    "LIP": (lambda: paper_layers.LIPPool2d(4), lambda m, x: m(x), ((2, 4, 9, 9),)),
+    "LIP of no logits": (lambda: paper_layers.LIPPool2d(4, logit="identity"), lambda m, x: m(x), ((2, 4, 9, 9),)),
+    "LIP-ResNet": (lambda: lip.LIPResNet([1, 1, 1, 1]), lambda m, x: m(x), ((1, 3, 32, 32),)),
+    "split norm": (lambda: paper_layers.SplitBatchNorm2d(4), lambda m, x: m(x), ((2, 4, 5, 5),)),
+    "EdgeConv": (lambda: deep_gcn.EdgeConv(3, 8), lambda m, x: m(x, TABLE), ((20, 3),)),
+    "MRConv": (lambda: deep_gcn.MRConv(3, 8), lambda m, x: m(x, TABLE), ((20, 3),)),
+    "DeepGCN": (lambda: deep_gcn.DeepGCN(3, 4, channels=8, blocks=2, k=4), lambda m, x: m(x), ((20, 3),)),
+    "SoftTriple": (lambda: soft_triple.SoftTripleLoss(5, 4, 2), lambda m, x: m.get_logits(x), ((3, 4),)),
+    "SoftTriple's loss": (lambda: soft_triple.SoftTripleLoss(5, 4, 2), lambda m, x: m(x, torch.arange(3)), ((3, 4),)),
+    "BigBiGAN's perceptron": (lambda: big_bigan.ResidualMLP(6, 8), lambda m, x: m(x), ((3, 6),)),
+}  # fmt: skip
+
+WRITTEN = ("semantic, nothing to refine", "coarse head", "split norm", "BigBiGAN's perceptron")
+
+
+class Called(nn.Module):
+    def __init__(self, module: nn.Module, call: Callable[..., Any]):
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.call(self.module, *inputs)
+
+
+def prepared(case: str) -> tuple[Called, list[tuple[Tensor, ...]]]:
+    """The module, and two inputs."""
+    make, call, shapes = CASES[case]
+    torch.manual_seed(0)
+    module = Called(make(), call).eval().requires_grad_(False)
+    return module, [tuple(torch.randn(shape) for shape in shapes) for _ in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_is_right_or_refused(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    module, (inputs, others) = prepared(case)
+    names = [f"input{number}" for number in range(len(inputs))]
+    file = io.BytesIO()
+    try:
+        torch.onnx.export(module, inputs, file, dynamo=False, input_names=names)
+    except RuntimeError:  # So are all errors of the exporter.
+        if case in WRITTEN:
+            raise
+        return
+    finally:
+        capfd.readouterr()
+    model = onnx.load_from_string(file.getvalue())
+    assert [value.name for value in model.graph.input] == names
+    (found,) = ReferenceEvaluator(model).run(None, {n: x.numpy() for n, x in zip(names, others, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(found), module(*others))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_traces_are_right(case: str) -> None:
+    module, (inputs, others) = prepared(case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(module, inputs, check_trace=False)
+    torch.testing.assert_close(traced(*others), module(*others))
