@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import forward_method
 from paper_layers.ops import _checks
 from paper_layers.point_rend.boxes import BoxMasks
 from paper_layers.point_rend.coarse import BoxHead
@@ -209,6 +210,7 @@ class ImplicitPointRendMask(BoxMasks):
             f"subdivision_num_points={self.subdivision_num_points}"
         )
 
+    @forward_method
     def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
         """The parameters (R, num_params) of the boxes' perceptrons, from the features on a regular grid in each."""
         return self._look(self.parameter_head, features, boxes)
