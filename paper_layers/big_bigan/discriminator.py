@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import forward_method, method
 from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.heads import JointHead, UnaryHead
 from paper_layers.big_bigan.pooling import POOLS, pooled
@@ -161,13 +162,18 @@ class BigBiGANDiscriminator(nn.Module):
         self.trunk, self.pool = trunk, pool
         self.heads = BigBiGANHeads(feature_dim, latent_dim, terms, **options)
 
+    def reset_parameters(self) -> None:
+        """Start the heads again. How the trunk starts is its own affair."""
+        self.heads.reset_parameters()
+
     def extra_repr(self) -> str:
         """What the parts do not show."""
         return f"pool={self.pool!r}"
 
+    @forward_method
     def features(self, images: Tensor) -> Tensor:
         """F(x), of shape (N, feature_dim)."""
-        run = getattr(self.trunk, "forward_features", self.trunk)
+        run = method(self.trunk, "forward_features") if hasattr(self.trunk, "forward_features") else self.trunk
         return pooled("the trunk's output", run(images), self.pool, self.heads.feature_dim, "feature_dim")
 
     def forward(self, images: Tensor, latents: Tensor | None = None, labels: Tensor | None = None) -> Scores:

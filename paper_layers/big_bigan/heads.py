@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import parameter_dtype
 from paper_layers.big_bigan._checks import rows
 from paper_layers.big_bigan.mlp import ResidualMLP, start
 from paper_layers.ops import _checks
@@ -75,9 +75,8 @@ class Score(nn.Module):
         if labels is None and self.num_classes is not None:
             raise ValueError(f"labels: expected a label of {self.num_classes} classes for each row, got None")
         with without_autocast(features.device.type):
-            weight = self.projection.weight
-            features = features.to(weight.dtype)
-            score = F.linear(features, weight, self.projection.bias).squeeze(1)
+            features = features.to(parameter_dtype(self.projection, torch.promote_types(features.dtype, torch.float32)))
+            score = self.projection(features).squeeze(1)
             if self.classes is not None and labels is not None:
                 labels = _checks.int64("labels", labels, features.shape[0])
                 score = score + (self.classes(labels) * features).sum(1)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import parameter_dtype
 from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.mlp import ResidualMLP, start
 from paper_layers.big_bigan.pooling import POOLS, pooled
@@ -91,5 +92,6 @@ class LatentHead(nn.Module):
     def forward(self, features: Tensor) -> Latent:
         """The distribution of latents for features (N, C), (N, C, H, W) or (N, T, C), in the parameters' dtype."""
         hidden = self.mlp(pooled("features", features, self.pool, self.mlp.in_features, "in_features"))
-        mean, raw = self.linear(hidden).to(self.linear.weight.dtype).chunk(2, 1)
+        output = self.linear(hidden)
+        mean, raw = output.to(parameter_dtype(self.linear, output.dtype)).chunk(2, 1)
         return Latent(mean, F.softplus(raw))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as normalize
 
+from paper_layers._core.fusing import unwatched
 from paper_layers.big_bigan._checks import choice, rows
 from paper_layers.big_bigan.spectral import SpectralLinear
 from paper_layers.ops import _checks
@@ -43,10 +44,16 @@ class _Block(nn.Module):
         self.skip = SpectralLinear(in_features, width, bias=False, **factory) if in_features != width else None
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place wherever the tensor is a product, which autograd does not need again.
         h = F.relu(x) if self.activation == "pre" and not self.first else x
-        h = self.fc2(F.relu_(self.fc1(h))).add_(x if self.skip is None else self.skip(x))
+        h = F.relu(self.fc1(h), inplace=_owns_output(self.fc1))
+        h, skip = self.fc2(h), x if self.skip is None else self.skip(x)
+        h = h.add_(skip) if _owns_output(self.fc2) else h + skip
         return F.relu_(h) if self.activation == "post" else h
+
+
+def _owns_output(layer: nn.Module) -> bool:
+    """Return True where the layer's output may be overwritten: a product that neither autograd nor a hook needs."""
+    return unwatched(layer) and type(layer).forward is SpectralLinear.forward
 
 
 class ResidualMLP(nn.Module):

@@ -6,8 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
 
+from paper_layers._core.fusing import is_plain, readable
 from paper_layers.ops.spectral_linear import spectral_linear
+
+_EPS = 1e-12  # The op's, and torch's default.
 
 
 class SpectralLinear(nn.Linear):
@@ -20,7 +24,18 @@ class SpectralLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer; in training mode after a step of the power iteration."""
-        if not parametrize.is_parametrized(self, "weight"):
+        norm = self._norm()
+        if norm is None:
             return super().forward(input)
         weight: Any = self.parametrizations.weight  # type: ignore[union-attr]
-        return spectral_linear(input, weight.original, self.bias, weight[0]._u, weight[0]._v, self.training)
+        return spectral_linear(input, weight.original, self.bias, norm._u, norm._v, norm.training)
+
+    def _norm(self) -> Any:
+        """The spectral norm, where it is the weight's only parametrisation and does what the op does."""
+        if not parametrize.is_parametrized(self, "weight") or parametrize._cache_enabled:
+            return None
+        chain: Any = self.parametrizations.weight  # type: ignore[union-attr]
+        norm = chain[0]
+        plain = len(chain) == 1 and readable(chain, parametrize.ParametrizationList) and readable(norm, _SpectralNorm)
+        usual = plain and norm.dim == 0 and norm.n_power_iterations == 1 and norm.eps == _EPS
+        return norm if usual and is_plain(chain.original) else None

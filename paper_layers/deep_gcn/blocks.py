@@ -68,7 +68,11 @@ class PlainGCNBlock(nn.Module):
             raise ValueError(f"conv: expected one of {', '.join(CONVS)}, got {conv!r}")
         self.knn = DilatedKNN(k, dilation, stochastic, epsilon)
         settings: dict[str, Any] = {"act": act, "norm": norm, "bias": bias, "order": order}
-        self.conv = CONVS[conv](in_channels, out_channels, **settings, device=device, dtype=dtype)
+        self.conv: Any = CONVS[conv](in_channels, out_channels, **settings, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Start again, as in the official code."""
+        self.conv.reset_parameters()
 
     def forward(
         self,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import readable
 from paper_layers.deep_gcn.edge_norm import Order
-from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron
+from paper_layers.deep_gcn.edges import check_nodes, to_edge_index
+from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, fuses, splits
 from paper_layers.ops import _checks
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
 
@@ -60,6 +63,8 @@ class _GraphConv(nn.Module, abc.ABC):
             raise ValueError(f"edge_index: expected shape (2, E), got {got}")
         if x.dim() != 2:
             raise ValueError(f"x: expected shape (N, C) with edge_index, got {tuple(x.shape)}")
+        if edge_index.is_cpu:  # Other devices refuse in index_select, without a wait for them here.
+            check_nodes(edge_index, len(x))
         return self._on_edges(x, edge_index, ptr)
 
     @abc.abstractmethod
@@ -82,6 +87,38 @@ def _edge_ptr(target: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor | None
         return torch.arange(len(target), device=target.device), None
     cloud, order = torch.searchsorted(ptr, target, right=True).sort(stable=True)
     return order, torch.searchsorted(cloud, torch.arange(1, len(ptr) + 1, device=ptr.device))
+
+
+def _messages(layer: nn.Module, rows: Tensor, ptr: Tensor | None) -> Tensor:
+    """Call the perceptron on rows; a plain one leaves dropout to `_drop`."""
+    if readable(layer, Perceptron):
+        return cast(Perceptron, layer).activate_and_normalize(cast(Perceptron, layer).linear(rows), ptr)
+    return call(layer, rows, ptr)
+
+
+def _drop(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
+    return cast(Perceptron, layer).drop(x, ptr) if readable(layer, Perceptron) else x
+
+
+def _each_edge(
+    layer: nn.Module,
+    x: Tensor,
+    index: Tensor,
+    ptr: Tensor | None,
+    reduce: str,
+    rows: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Call the perceptron on a row for each edge of a table, and reduce its outputs at each node."""
+    nodes = x.flatten(0, -2)
+    source, target = to_edge_index(index)
+    if x.dim() == 3:
+        ptr = torch.arange(len(x) + 1, device=x.device) * x.shape[1]
+    messages = _messages(layer, rows(nodes[target], nodes[source]), _edge_ptr(target, ptr)[1])
+    # The number of each edge, where the table has an edge.
+    table = index.flatten(0, -2)
+    numbers = (table >= 0).flatten().cumsum(0).view_as(table) - 1
+    output = neighbor_reduce(messages, numbers.where(table >= 0, -1), reduce)
+    return output.view(*x.shape[:-1], output.shape[-1])
 
 
 class _PerceptronConv(_GraphConv):
@@ -146,14 +183,24 @@ class EdgeConv(_PerceptronConv):
         return F.linear(x, own - difference, self.nn.linear.bias), F.linear(x, difference)
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        return self.nn.drop(self.nn.max_over_edges(*self._terms(x), index, ptr), ptr)
+        if fuses(self.nn):
+            return self.nn.drop(self.nn.max_over_edges(*self._terms(x), index, ptr), ptr)
+        return _drop(self.nn, _each_edge(self.nn, x, index, ptr, "max", self._edge), ptr)
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
         order, edge_ptr = _edge_ptr(edge_index[1], ptr)
         source, target = edge_index[:, order]
-        center, neighbor = self._terms(x)
-        edges = self.nn.activate_and_normalize(center[target] + neighbor[source], edge_ptr)
-        return self.nn.drop(_scatter(edges, target, len(x), "max"), ptr)
+        if splits(self.nn):
+            center, neighbor = self._terms(x)
+            edges = self.nn.activate_and_normalize(
+                center.index_select(0, target) + neighbor.index_select(0, source), edge_ptr
+            )
+        else:
+            edges = _messages(self.nn, self._edge(x.index_select(0, target), x.index_select(0, source)), edge_ptr)
+        return _drop(self.nn, _scatter(edges, target, len(x), "max"), ptr)
+
+    def _edge(self, center: Tensor, neighbor: Tensor) -> Tensor:
+        return torch.cat([center, neighbor - center], -1)
 
 
 class MRConv(_PerceptronConv):
@@ -189,9 +236,13 @@ class MRConv(_PerceptronConv):
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
         source, target = edge_index
-        return self._combine(x, _scatter(x[source] - x[target], target, len(x), "max"), ptr)
+        return self._combine(
+            x, _scatter(x.index_select(0, source) - x.index_select(0, target), target, len(x), "max"), ptr
+        )
 
     def _combine(self, x: Tensor, relative: Tensor, ptr: Tensor | None) -> Tensor:
+        if not splits(self.nn):
+            return call(self.nn, torch.cat([x, relative], -1), ptr)
         # The linear layer on both side by side, without putting them there.
         own, difference = self.nn.linear.weight.chunk(2, 1)
         z = F.linear(x, own, self.nn.linear.bias) + F.linear(relative, difference)
@@ -243,10 +294,10 @@ class GINConv(_PerceptronConv):
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
         source, target = edge_index
-        return self._combine(x, _scatter(x[source], target, len(x), "sum"), ptr)
+        return self._combine(x, _scatter(x.index_select(0, source), target, len(x), "sum"), ptr)
 
     def _combine(self, x: Tensor, total: Tensor, ptr: Tensor | None) -> Tensor:
-        return self.nn((1 + self.eps) * x + total, ptr)
+        return call(self.nn, (1 + self.eps) * x + total, ptr)
 
 
 class SAGEConv(_GraphConv):
@@ -328,28 +379,49 @@ class SAGEConv(_GraphConv):
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
         if self.aggr == "max":
+            if not fuses(self.nn1):
+                return self._combine(x, _each_edge(self.nn1, x, index, ptr, "max", self._edge), ptr)
             terms = self.nn1.linear(x)
             return self._combine(x, self.nn1.max_over_edges(torch.zeros_like(terms), terms, index, ptr), ptr)
         # Every node is its own neighbour, once.
         own = torch.arange(x.shape[-2], device=x.device)[:, None].expand(*x.shape[:-1], 1)
         index = torch.cat([own, torch.where(index == own, -1, index)], -1)
+        if not self._averages_first:
+            return self._combine(x, _each_edge(self.nn1, x, index, ptr, "mean", self._edge), ptr)
         return self._combine(x, self._mean(x, neighbor_reduce(x, index, "mean")), ptr)
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
         if self.aggr == "max":
             order, edge_ptr = _edge_ptr(edge_index[1], ptr)
             source, target = edge_index[:, order]
-            edges = self.nn1.activate_and_normalize(self.nn1.linear(x)[source], edge_ptr)
+            if splits(self.nn1):
+                edges = self.nn1.activate_and_normalize(self.nn1.linear(x).index_select(0, source), edge_ptr)
+            else:
+                edges = _messages(self.nn1, x.index_select(0, source), edge_ptr)
             return self._combine(x, _scatter(edges, target, len(x), "max"), ptr)
         own = torch.arange(len(x), device=x.device).expand(2, -1)
         source, target = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], own], 1)
-        return self._combine(x, self._mean(x, _scatter(x[source], target, len(x), "mean")), ptr)
+        if not self._averages_first:
+            order, edge_ptr = _edge_ptr(target, ptr)
+            source, target = source[order], target[order]
+            edges = _messages(self.nn1, self._edge(x.index_select(0, target), x.index_select(0, source)), edge_ptr)
+            return self._combine(x, _scatter(edges, target, len(x), "mean"), ptr)
+        return self._combine(x, self._mean(x, _scatter(x.index_select(0, source), target, len(x), "mean")), ptr)
+
+    @property
+    def _averages_first(self) -> bool:
+        """Whether the mean of the linear layer's outputs is its output for the mean."""
+        layer = self.nn1
+        return splits(layer) and layer.act is None and layer.norm is None
+
+    def _edge(self, center: Tensor, neighbor: Tensor) -> Tensor:
+        return neighbor - center if self.relative else neighbor
 
     def _mean(self, x: Tensor, mean: Tensor) -> Tensor:
         return self.nn1.linear(mean - x if self.relative else mean)
 
     def _combine(self, x: Tensor, aggregate: Tensor, ptr: Tensor | None) -> Tensor:
-        output = self.nn2(torch.cat([x, aggregate], -1), ptr)
+        output = call(self.nn2, torch.cat([x, aggregate], -1), ptr)
         if self.bias is not None:
             output = output + self.bias
         return F.normalize(output, dim=-1) if self.normalize else output

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import threading
-from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from paper_layers._core.fusing import readable
+from paper_layers._core.recompute import recomputing
 from paper_layers.ops.edge_conv import edge_conv
 
 Order = Literal["act_norm", "norm_act"]
 BatchNorm = nn.BatchNorm1d | nn.SyncBatchNorm
 INSTANCE_EPS = 1e-5
 
-_frozen = threading.local()
+
+def may_fuse(act: Any, norm: nn.Module | None) -> bool:
+    """Return True where `max_over_edges` computes what a call of the activation and a call of the norm give."""
+    if norm is not None and not readable(norm, nn.BatchNorm1d, nn.SyncBatchNorm):
+        return False
+    if act is None or readable(act, nn.ReLU, nn.LeakyReLU):
+        return True
+    return readable(act, nn.PReLU) and act.weight.numel() == 1
 
 
-@contextlib.contextmanager
-def frozen_statistics() -> Iterator[None]:
-    """While a forward pass is computed again for its backward, running statistics do not follow a second time."""
-    _frozen.depth = getattr(_frozen, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _frozen.depth -= 1
-
-
-def _is_frozen() -> bool:
-    return getattr(_frozen, "depth", 0) > 0
-
-
-def batch_norm(norm: nn.BatchNorm1d, rows: Tensor) -> Tensor:
-    """Normalise rows; the running statistics stay where they are frozen."""
-    if norm.training and _is_frozen():
-        return F.batch_norm(rows, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+def batch_norm(norm: nn.Module, rows: Tensor) -> Tensor:
+    """Normalise rows. Running statistics don't move a second time where a forward pass is computed again."""
+    if norm.training and recomputing():
+        return functional_call(norm, {name: buffer.clone() for name, buffer in norm.named_buffers()}, (rows,))
     return norm(rows)
 
 
@@ -64,6 +56,8 @@ def max_over_edges(
         outputs = [_one_set(*cloud, act, norm, order) for cloud in clouds]
         return torch.stack(outputs) if outputs else center
     bounds = [] if ptr is None else ptr.tolist()
+    if bounds[:1] != [0] or bounds[-1] != len(center) or sorted(bounds) != bounds:
+        raise ValueError(f"ptr: expected ascending numbers from 0 to {len(center)}, got {bounds}")
     rows = [slice(first, last) for first, last in itertools.pairwise(bounds) if first < last]
     return torch.cat([center[:0], *(_one_set(center[r], neighbor, index[r], act, norm, order) for r in rows)])
 
@@ -77,28 +71,29 @@ def _one_set(
     order: Order,
 ) -> Tensor:
     """Edges that are normalised together."""
-    act_first = order == "act_norm"
+    act_first = order == "act_norm" or norm is None
     slope = _slope(act) if act_first else 1.0
     batch_norm = None if isinstance(norm, str) else norm
     # A negative factor of the norm makes the smallest edge the largest.
     smallest = batch_norm.weight < 0 if batch_norm is not None and batch_norm.affine else None
     wanted = norm == "instance" or (batch_norm is not None and _uses_batch_statistics(batch_norm))
-    if wanted and index.numel() == 1:
+    count = (index >= 0).sum() if wanted else None
+    if count is not None and _is_one(count) and _ranks(batch_norm) == 1:
         raise ValueError("input: expected more than one value to normalise each channel with, got 1")
     kept, mean, var = edge_conv(center, neighbor, index, negative_slope=slope, smallest=smallest, statistics=wanted)
     if norm is None:
-        return kept if act_first or act is None else act(kept)
+        return kept
     if batch_norm is None:
         scale = (var + INSTANCE_EPS).rsqrt()
         shift = -mean * scale
     else:
-        scale, shift = _scale_and_shift(batch_norm, mean, var, (index >= 0).sum())
+        scale, shift = _scale_and_shift(batch_norm, mean, var, count)
     output = _affine(kept, scale, shift)
     if act_first or act is None:
         return output
     output = act(output)
-    if isinstance(act, nn.PReLU):
-        # It falls below zero where its slope is negative: then either end may become the largest.
+    if isinstance(act, nn.PReLU) or (isinstance(act, nn.LeakyReLU) and act.negative_slope < 0):
+        # With a negative slope the activation falls below zero: then either end may become the largest.
         opposite = torch.ones_like(scale, dtype=torch.bool) if smallest is None else ~smallest
         other, _, _ = edge_conv(center, neighbor, index, negative_slope=1.0, smallest=opposite, statistics=False)
         output = torch.maximum(output, act(_affine(other, scale, shift)))
@@ -122,14 +117,31 @@ def _uses_batch_statistics(norm: BatchNorm) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _is_one(count: Tensor) -> bool:
+    """Whether there is one edge, asked only where the answer costs no wait for a device and no break of a graph."""
+    if torch.compiler.is_compiling() or not count.is_cpu:
+        return False
+    try:
+        return int(count) == 1
+    except RuntimeError:  # A fake tensor, or one of vmap's: each of its elements has a count of its own.
+        return False
+
+
+def _ranks(norm: BatchNorm | None) -> int:
+    """How many processes normalise together."""
+    if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(norm.process_group)
+    return 1
+
+
+def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
     """What normalises: factor and summand of each channel. In training the running statistics follow."""
-    if norm.running_mean is not None and not norm.training:
+    if count is None:
         mean, var = norm.running_mean, norm.running_var  # type: ignore[assignment]
     else:
-        if isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized():
+        if _ranks(norm) > 1:
             mean, var, count = _of_all_ranks(mean, var, count, norm.process_group)
-        if norm.running_mean is not None and not _is_frozen():
+        if norm.running_mean is not None and not recomputing():
             _follow(norm, mean.detach(), var.detach(), count)
     scale = (var + norm.eps).rsqrt()
     if not norm.affine:
@@ -140,14 +152,15 @@ def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) 
 
 @torch.no_grad()
 def _follow(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """Move the running statistics as torch does: not on a batch without edges, which counts as a batch nonetheless."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
-    rate = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-    unbiased = var * (count / (count - 1).clamp(min=1))
-    norm.running_mean.add_((mean - norm.running_mean) * rate)
-    norm.running_var.add_((unbiased - norm.running_var) * rate)
+    rate = norm.num_batches_tracked.to(mean.dtype).reciprocal() if norm.momentum is None else norm.momentum
+    unbiased = var * count / (count - 1).clamp(min=1)
+    norm.running_mean.add_(((mean - norm.running_mean) * rate).where(count > 1, 0))
+    norm.running_var.add_(((unbiased - norm.running_var) * rate).where(count > 1, 0))
 
 
 def _of_all_ranks(mean: Tensor, var: Tensor, count: Tensor, group: object) -> tuple[Tensor, Tensor, Tensor]:

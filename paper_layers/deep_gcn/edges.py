@@ -39,6 +39,7 @@ def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
         raise ValueError(f"index: expected shape (N, k) or (B, N, k), got {tuple(index.shape)}")
     there = index >= 0
     if index.dim() == 3:
+        check_nodes(index.clamp(min=0), index.shape[1], "index")
         index = index + torch.arange(index.shape[0], device=index.device)[:, None, None] * index.shape[1]
     center = torch.arange(index.shape[:-1].numel(), device=index.device).view(*index.shape[:-1], 1).expand_as(index)
     edges = torch.stack([index[there], center[there]])
@@ -73,9 +74,7 @@ def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, fl
     _check_flow(flow)
     if edge_index.dim() != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index: expected shape (2, E), got {tuple(edge_index.shape)}")
-    least, most = (int(t) for t in edge_index.aminmax()) if edge_index.numel() else (0, -1)
-    if least < 0 or most >= num_nodes:
-        raise ValueError(f"edge_index: expected nodes from 0 to {num_nodes - 1}, got {least} to {most}")
+    check_nodes(edge_index, num_nodes)
     neighbor, center = edge_index if flow == FLOWS[0] else edge_index.flip(0)
     degree = torch.bincount(center, minlength=num_nodes)
     most = int(degree.max()) if num_nodes else 0
@@ -83,9 +82,14 @@ def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, fl
         k = most
     elif most > k:
         raise ValueError(f"k: expected at least {most}, the most neighbours of a node, got {k}")
+    return table_of_edges(neighbor, center, degree, k)
+
+
+def table_of_edges(neighbor: Tensor, center: Tensor, degree: Tensor, k: int) -> Tensor:
+    """The table of k columns of edges to centres that have so many neighbours each."""
     center, order = center.sort(stable=True)
     first = degree.cumsum(0) - degree
-    table = edge_index.new_full((num_nodes, k), -1)
+    table = neighbor.new_full((len(degree), k), -1)
     table[center, torch.arange(len(center), device=center.device) - first[center]] = neighbor[order]
     return table
 
@@ -129,6 +133,15 @@ def knn_graph(
 def _check_int64(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int64 Tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+
+
+def check_nodes(nodes: Tensor, count: int, name: str = "edge_index") -> None:
+    """Refuse numbers of nodes that don't exist; while torch traces, none are known."""
+    if nodes.numel() == 0 or torch.compiler.is_compiling() or nodes.is_meta:
+        return
+    least, most = (int(t) for t in nodes.aminmax())
+    if least < 0 or most >= count:
+        raise ValueError(f"{name}: expected nodes from 0 to {count - 1}, got {least} to {most}")
 
 
 def _check_flow(flow: str) -> None:

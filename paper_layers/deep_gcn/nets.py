@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from paper_layers._core.fusing import readable
 from paper_layers.deep_gcn.blocks import Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
-from paper_layers.deep_gcn.edge_norm import Order, frozen_statistics
-from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron
+from paper_layers.deep_gcn.edge_norm import Order
+from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, splits
 from paper_layers.ops import _checks
 from paper_layers.ops._index import batch_starts
 
@@ -61,6 +61,8 @@ def pool(x: Tensor, ptr: Tensor | None, reduce: Literal["max", "mean"]) -> Tenso
         largest = x.new_full((len(counts), x.shape[1]), -torch.inf).scatter_reduce(0, cloud, x, "amax")
         return largest.where(counts > 0, 0)
     rows = x if x.dim() == 3 else x[None]
+    if rows.shape[1] == 0:  # As a cloud without points among those of `ptr`.
+        return rows.sum(1)
     return rows.amax(1) if reduce == "max" else rows.mean(1)
 
 
@@ -74,6 +76,21 @@ def spread(x: Tensor, like: Tensor, ptr: Tensor | None) -> Tensor:
 def _cloud(rows: Tensor, ptr: Tensor) -> Tensor:
     """The number of each row's cloud."""
     return torch.arange(len(ptr) - 1, device=ptr.device).repeat_interleave(ptr.diff(), output_size=len(rows))
+
+
+class Prediction(nn.Sequential):
+    """Perceptrons, which may need to know the clouds, and dropout."""
+
+    def forward(self, input: Tensor, ptr: Tensor | None = None) -> Tensor:
+        """Predict from features (..., C), one after the other, with the clouds that start at `ptr`."""
+        return run_layers(self, input, ptr)
+
+
+def run_layers(layers: Iterable[nn.Module], x: Tensor, ptr: Tensor | None) -> Tensor:
+    """Call layers one after the other, those of the package with the clouds."""
+    for layer in layers:
+        x = layer(x, ptr) if isinstance(layer, Prediction) else call(layer, x, ptr)
+    return x
 
 
 class DeepGCN(nn.Module):
@@ -175,7 +192,7 @@ class DeepGCN(nn.Module):
 
     def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
         self.fusion = Perceptron(self.num_features, 1024, **layer)
-        self.prediction = nn.Sequential(
+        self.prediction = Prediction(
             Perceptron(1024 + self.num_features, 512, **layer),
             Perceptron(512, 256, **layer),
             nn.Dropout(dropout),
@@ -184,15 +201,15 @@ class DeepGCN(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start again, as in the official code."""
-        for module in self.modules():
-            if isinstance(module, Perceptron):
+        for module in (self.head, *self.blocks, self.fusion, *self.prediction):
+            if isinstance(module, PlainGCNBlock | Perceptron):
                 module.reset_parameters()
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Label the points of (B, N, C), or of (N, C) with the clouds of `batch` or `ptr`: (..., num_classes)."""
         ptr = starts(x, batch, ptr)
         features = self.features(x, ptr)
-        pooled = pool(self.fusion(features, ptr), ptr, "max")
+        pooled = pool(call(self.fusion, features, ptr), ptr, "max")
         return self.predict([spread(pooled, features, ptr), features], ptr)
 
     def features(
@@ -223,18 +240,19 @@ class DeepGCN(nn.Module):
 
         if not self.checkpointing or not torch.is_grad_enabled():
             return run(x)
-        return checkpoint(run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
+        return checkpoint(run, x, use_reentrant=False)
 
     def predict(self, parts: list[Tensor], ptr: Tensor | None = None) -> Tensor:
         """The prediction from parts that stand side by side, some of them the same for all points of a cloud."""
-        first, *rest = cast(Iterable[Any], self.prediction)
+        layers = list(self.prediction) if readable(self.prediction, Prediction, nn.Sequential) else [self.prediction]
+        if not splits(layers[0]):
+            rows = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+            return run_layers(layers, torch.cat([part.expand(*rows, -1) for part in parts], -1), ptr)
+        first: Any = layers[0]
         # The linear layer part by part: no copy of a cloud's for each of its points.
         weights = first.linear.weight.split([part.shape[-1] for part in parts], 1)
         terms = [F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)]
         z = sum(terms[1:], terms[0])
         if first.linear.bias is not None:
             z = z + first.linear.bias
-        z = first.drop(first.activate_and_normalize(z, ptr), ptr)
-        for layer in rest:
-            z = layer(z, ptr) if isinstance(layer, Perceptron) else layer(z)
-        return z
+        return run_layers(layers[1:], first.drop(first.activate_and_normalize(z, ptr), ptr), ptr)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, max_over_edges
+from paper_layers._core.fusing import readable
+from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, max_over_edges, may_fuse
 from paper_layers.ops import _checks
 
 Act = Literal["relu", "leakyrelu", "prelu"]
@@ -105,24 +106,32 @@ class Perceptron(nn.Module):
         act = self.act or nn.Identity()
         if self.norm is None and not self.instance:
             return act(z)
-        if isinstance(self.norm, nn.BatchNorm1d):
+        act_first = self.order == "act_norm"
+        if self.norm is not None and not readable(self.norm, nn.SyncBatchNorm):
             rows = z.flatten(0, -2)
-            act_first = self.order == "act_norm"
             rows = batch_norm(self.norm, act(rows)) if act_first else act(batch_norm(self.norm, rows))
             return rows.view(z.shape)
+        if not may_fuse(self.act, None):
+            z = act(z) if act_first else z
+            z = self._normalize(z, None, ptr)
+            return z if act_first else act(z)
+        return self._normalize(z, self.act, ptr)
+
+    def _normalize(self, z: Tensor, act: nn.Module | None, ptr: Tensor | None) -> Tensor:
         # Every row is a node with one edge, to a neighbour that is zero.
         rows = z if self.instance else z.flatten(0, -2)
         index = torch.zeros((1,) * rows.dim(), dtype=torch.int64, device=z.device).expand(*rows.shape[:-1], 1)
         zero = z.new_zeros(*rows.shape[:-2], 1, z.shape[-1])
-        return self._kept(rows, zero, index, ptr).view(z.shape)
+        return max_over_edges(rows, zero, index, act, self._edge_norm, self.order, ptr).view(z.shape)
 
     def max_over_edges(self, center: Tensor, neighbor: Tensor, index: Tensor, ptr: Tensor | None = None) -> Tensor:
         """Activate and normalise the edges ``center[i] + neighbor[j]``: the largest of each node, 0 for none."""
-        return self._kept(center, neighbor, index, ptr) * (index >= 0).any(-1, keepdim=True)
+        kept = max_over_edges(center, neighbor, index, self.act, self._edge_norm, self.order, ptr)
+        return kept.where((index >= 0).any(-1, keepdim=True), 0)
 
-    def _kept(self, center: Tensor, neighbor: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        norm: BatchNorm | Literal["instance"] | None = "instance" if self.instance else self.norm
-        return max_over_edges(center, neighbor, index, self.act, norm, self.order, ptr)
+    @property
+    def _edge_norm(self) -> BatchNorm | Literal["instance"] | None:
+        return "instance" if self.instance else self.norm
 
     def drop(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
         """Drop channels: of each row, but of whole clouds in (B, N, C) and where `ptr` says where they start."""
@@ -134,3 +143,18 @@ class Perceptron(nn.Module):
             return F.dropout(x, self.dropout)
         kept = F.dropout(x.new_ones(len(ptr) - 1, x.shape[1]), self.dropout)
         return x * kept.repeat_interleave(ptr.diff(), 0, output_size=len(x))
+
+
+def splits(layer: nn.Module) -> TypeGuard[Perceptron]:
+    """Return True where a convolution may split the product of the perceptron's linear layer, and call the rest."""
+    return readable(layer, Perceptron) and readable(cast(Perceptron, layer).linear, nn.Linear)
+
+
+def fuses(layer: nn.Module) -> TypeGuard[Perceptron]:
+    """Return True where `Perceptron.max_over_edges` gives what calls of the perceptron give for each edge."""
+    return splits(layer) and may_fuse(layer.act, layer.norm)
+
+
+def call(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
+    """Call the perceptron, or what takes its place, which knows no clouds."""
+    return layer(x, ptr) if isinstance(layer, Perceptron) else layer(x)

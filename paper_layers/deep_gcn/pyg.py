@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
+from torch_geometric.nn.aggr.basic import MaxAggregation
 from torch_geometric.nn.models.mlp import MLP
 
-from paper_layers.deep_gcn.edge_norm import max_over_edges
-from paper_layers.deep_gcn.edges import from_edge_index, to_edge_index
+from paper_layers._core.fusing import readable
+from paper_layers.deep_gcn.edge_norm import max_over_edges, may_fuse
+from paper_layers.deep_gcn.edges import table_of_edges, to_edge_index
+from paper_layers.ops import _checks
 from paper_layers.ops.knn import knn
 
 Pair = tuple[Tensor, Tensor]
 # What a table may have more places than there are edges.
 _SPARSE = 2
+_STEPS = ("propagate", "message", "aggregate", "update")
+_HOOKS = tuple(f"_{step}_forward{when}_hooks" for step in _STEPS[:3] for when in ("_pre", ""))
 
 
-class _FusedEdgeConv:
+class _FusedEdgeConv(pyg.MessagePassing):
     """Messages from a linear layer on each node in place of each edge, and where the rest allows it no edge at all."""
 
     nn: Any
-    aggr: Any
-    aggregate: Callable[..., Tensor]
-    propagate: Callable[..., Tensor]
 
-    def _on_table(self, x: Pair, index: Tensor) -> Tensor:
-        split = _split(self.nn)
-        if split is None:
-            return self.propagate(to_edge_index(index), x=x)
-        linear, rest = split
+    def _split(self, x: Any) -> tuple[Any, list[nn.Module]] | None:
+        """The linear layer that comes first and the layers after it; None where PyG's own path must be taken."""
+        if self.node_dim not in (-2, 0) or self.decomposed_layers > 1 or self._is_watched():
+            return None
+        layers = list(_layers(self.nn))
+        if not layers or not readable(layers[0], nn.Linear, pyg.Linear):
+            return None
+        width = layers[0].weight.shape[1]
+        fits = isinstance(x, tuple | list) and len(x) == 2 and all(_is_rows(part, width // 2) for part in x)
+        return (layers[0], layers[1:]) if fits and width % 2 == 0 and x[0].dtype == x[1].dtype else None
+
+    def _is_watched(self) -> bool:
+        """Whether an explainer, a hook or a method that is set on the object waits for PyG's steps."""
+        own = self.__dict__
+        if self.explain or any(own[hooks] for hooks in _HOOKS):
+            return True
+        changed = [step for step in _STEPS if step in own]
+        # Explaining leaves the class's own `propagate` on the object.
+        usual = [getattr(type(self), name, None) for name in ("_jinja_propagate", "_orig_propagate")]
+        return any(step != "propagate" or getattr(own[step], "__func__", None) not in usual for step in changed)
+
+    def _terms(self, linear: Any, x: Pair) -> Pair:
+        """The linear layer on [x_i, x_j - x_i], as a sum of terms of i and of j."""
         own, difference = linear.weight.chunk(2, 1)
-        center, neighbor = F.linear(x[1], own - difference, linear.bias), F.linear(x[0], difference)
-        layers = [layer for layer in rest if not _does_nothing(layer)]
-        fused = _act_and_norm(layers) if self.aggr == "max" else None
-        if fused is not None:
-            output = max_over_edges(center, neighbor, index, *fused)
-            return output.where((index >= 0).any(-1, keepdim=True), 0)
-        source, target = to_edge_index(index)
-        z = center[target] + neighbor[source]
+        return F.linear(x[1], own - difference, linear.bias), F.linear(x[0], difference)
+
+    def _fused(self, layers: list[nn.Module]) -> tuple[nn.Module | None, Any, Any] | None:
+        """Activation, norm and their order, where the largest of each node can be found without the edges."""
+        if not readable(self.aggr_module, MaxAggregation):
+            return None
+        return _act_and_norm([layer for layer in layers if not _does_nothing(layer)])
+
+    def _on_table(self, x: Pair, index: Tensor, linear: Any, fused: tuple[nn.Module | None, Any, Any]) -> Tensor:
+        output = max_over_edges(*self._terms(linear, x), index, *fused)
+        return output.where((index >= 0).any(-1, keepdim=True), 0)
+
+    def _on_edges(self, x: Pair, source: Tensor, target: Tensor, linear: Any, layers: list[nn.Module]) -> Tensor:
+        center, neighbor = self._terms(linear, x)
+        z = center.index_select(0, target) + neighbor.index_select(0, source)
         for layer in layers:
             z = layer(z)
         return self.aggregate(z, index=target, dim_size=len(center))
@@ -50,48 +77,108 @@ class _FusedEdgeConv:
 class EdgeConv(_FusedEdgeConv, pyg.EdgeConv):
     """PyG's EdgeConv with fewer products and without edges in memory."""
 
+    propagate = pyg.MessagePassing.propagate  # PyG would take its host's generated one, without explanations, for it.
+
     def forward(self, x: Tensor | Pair, edge_index: Any) -> Tensor:
         """As in PyG."""
         pair = (x, x) if isinstance(x, Tensor) else x
-        if not isinstance(edge_index, Tensor) or edge_index.layout != torch.strided or _split(self.nn) is None:
+        split = self._split(pair)
+        if split is None or not _are_edges(edge_index):
             return pyg.EdgeConv.forward(self, x, edge_index)
-        target = edge_index[1 if self.flow == "source_to_target" else 0]
-        places = len(pair[1]) * int(torch.bincount(target, minlength=1).max()) if len(target) else 0
-        if places > _SPARSE * len(target):
-            return pyg.EdgeConv.forward(self, x, edge_index)
-        rows = max(len(pair[0]), len(pair[1]))
-        return self._on_table(pair, from_edge_index(edge_index, rows, flow=self.flow)[: len(pair[1])])
+        source, target = edge_index.long() if self.flow == "source_to_target" else edge_index.long().flip(0)
+        if not (_are_below(source, len(pair[0])) and _are_below(target, len(pair[1]))):
+            return pyg.EdgeConv.forward(self, x, edge_index)  # Which says what is wrong.
+        linear, layers = split
+        fused = self._fused(layers)
+        if fused is None:
+            return self._on_edges(pair, source, target, linear, layers)
+        degree = torch.bincount(target, minlength=len(pair[1]))
+        most = int(degree.max()) if len(target) else 0
+        if len(pair[1]) * most > _SPARSE * len(target):
+            return self._on_edges(pair, source, target, linear, layers)
+        return self._on_table(pair, table_of_edges(source, target, degree, most), linear, fused)
 
 
 class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
-    """PyG's DynamicEdgeConv with exact neighbours, fewer products and without edges in memory."""
+    r"""PyG's DynamicEdgeConv with exact neighbours, fewer products and without edges in memory.
+
+    .. math:: x_i' = \max_{j \in \mathrm{kNN}(x_i)} h([x_i, x_j - x_i])
+
+    The layer of Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019, for models with PyG: it needs
+    neither pyg-lib nor torch-cluster. Neighbours are found among the features x themselves.
+
+    Args:
+        nn: The network h, on 2 C channels.
+        k: Neighbours of each point.
+        aggr: "max", "mean", "add" or another of PyG's aggregations.
+        num_workers: As PyG has it; without effect.
+        **kwargs: As in PyG's `MessagePassing`.
+
+    Raises:
+        TypeError: k is no int.
+        ValueError: k is less than 1, or the features don't have two dimensions.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from paper_layers.deep_gcn import DynamicEdgeConv
+        >>> conv = DynamicEdgeConv(nn.Sequential(nn.Linear(6, 64), nn.ReLU()), k=8)
+        >>> conv(torch.randn(100, 3), batch=torch.arange(4).repeat_interleave(25)).shape
+        torch.Size([100, 64])
+    """
+
+    propagate = pyg.MessagePassing.propagate
+
+    def __init__(self, nn: Any, k: int, aggr: Any = "max", num_workers: int = 1, **kwargs: Any):
+        _checks.integer("k", k, 1)
+        # PyG's own refuses where neither pyg-lib nor torch-cluster is installed.
+        pyg.MessagePassing.__init__(self, aggr=aggr, flow="source_to_target", **kwargs)
+        self.nn, self.k, self.num_workers = nn, k, num_workers
+        self.reset_parameters()
 
     def forward(self, x: Tensor | Pair, batch: Tensor | tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:
         """As in PyG; needs neither pyg-lib nor torch-cluster."""
         pair = (x, x) if isinstance(x, Tensor) else x
-        of_points, of_queries = batch if isinstance(batch, tuple) else (batch, batch)
+        if pair[0].dim() != 2:
+            raise ValueError(f"x: expected shape (N, C), as the graph is dynamic, got {tuple(pair[0].shape)}")
+        both = batch if isinstance(batch, tuple) else (batch, batch)
+        of_points, of_queries = (None if some is None else some.long() for some in both)
         query, points = pair[1].detach(), None if pair[0] is pair[1] else pair[0].detach()
         batches: dict[str, Any] = (
             {"batch": of_queries} if points is None else {"batch": of_queries, "points_batch": of_points}
         )
-        return self._on_table(pair, knn(query, points, k=self.k, **batches)[0])
+        index = knn(query, points, k=self.k, **batches)[0]
+        split = self._split(pair)
+        fused = None if split is None else self._fused(split[1])
+        if split is not None and fused is not None:
+            return self._on_table(pair, index, split[0], fused)
+        edge_index = to_edge_index(index)
+        if split is None:
+            return self.propagate(edge_index, x=pair)
+        return self._on_edges(pair, edge_index[0], edge_index[1], *split)
 
 
-def _split(module: Any) -> tuple[Any, list[nn.Module]] | None:
-    """The linear layer that comes first and the layers after it; None where that is not how it is made."""
-    layers = list(_layers(module))
-    if not layers or not isinstance(layers[0], nn.Linear | pyg.Linear) or any(_is_watched(m) for m in layers):
-        return None
-    return layers[0], layers[1:]
+def _is_rows(x: Any, channels: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == channels and x.dtype in _checks.FLOATING
+
+
+def _are_edges(edge_index: Any) -> bool:
+    """Whether this is the usual form of edges: neither sparse nor one of PyG's own tensors."""
+    if type(edge_index) is not Tensor or edge_index.layout != torch.strided:
+        return False
+    return edge_index.dtype in (torch.int64, torch.int32) and edge_index.dim() == 2 and len(edge_index) == 2
+
+
+def _are_below(numbers: Tensor, count: int) -> bool:
+    least, most = (int(t) for t in numbers.aminmax()) if len(numbers) else (0, -1)
+    return least >= 0 and most < count
 
 
 def _layers(module: Any) -> Iterator[Any]:
-    if _is_watched(module):
-        yield module
-    elif type(module) is nn.Sequential:
+    if readable(module, nn.Sequential):
         for part in module:
             yield from _layers(part)
-    elif type(module) is MLP and not module.supports_norm_batch:
+    elif readable(module, MLP) and not module.supports_norm_batch:
         for i, linear in enumerate(module.lins):
             yield linear
             if i < len(module.norms):
@@ -102,23 +189,17 @@ def _layers(module: Any) -> Iterator[Any]:
         yield module
 
 
-def _is_watched(module: Any) -> bool:
-    """Whether hooks wait for its call."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return isinstance(module, nn.Module) and any(getattr(module, kind) for kind in kinds)
-
-
 def _does_nothing(layer: Any) -> bool:
-    if isinstance(layer, nn.Dropout):
+    if readable(layer, nn.Dropout):
         return layer.p == 0 or not layer.training
-    return isinstance(layer, nn.Identity)
+    return readable(layer, nn.Identity)
 
 
 def _act_and_norm(layers: list[nn.Module]) -> tuple[nn.Module | None, Any, Any] | None:
     """At most one activation and one batch norm, and their order; None for anything else."""
-    parts = [layer.module if isinstance(layer, pyg.BatchNorm) else layer for layer in layers]
-    acts = [p for p in parts if type(p) in (nn.ReLU, nn.LeakyReLU) or (type(p) is nn.PReLU and p.num_parameters == 1)]
-    norms = [p for p in parts if type(p) in (nn.BatchNorm1d, nn.SyncBatchNorm)]
+    parts: list[Any] = [p.module if readable(p, pyg.BatchNorm) and not p.allow_single_element else p for p in layers]
+    acts = [p for p in parts if may_fuse(p, None)]
+    norms = [p for p in parts if readable(p, nn.BatchNorm1d, nn.SyncBatchNorm)]
     if len(acts) > 1 or len(norms) > 1 or len(acts) + len(norms) != len(parts):
         return None
     order = "act_norm" if parts and parts[0] in acts else "norm_act"

@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers.deep_gcn.nets import DeepGCN, pool, spread, starts
-from paper_layers.deep_gcn.perceptron import Perceptron
+from paper_layers.deep_gcn.nets import DeepGCN, Prediction, pool, spread, starts
+from paper_layers.deep_gcn.perceptron import Perceptron, call
 
 
-def _leaky_prediction(inputs: int, num_classes: int, dropout: float, layer: dict[str, Any]) -> nn.Sequential:
+def _leaky_prediction(inputs: int, num_classes: int, dropout: float, layer: dict[str, Any]) -> Prediction:
     """As the official code has it: leaky activations, and biases whatever the others do."""
     leaky = {**layer, "act": "leakyrelu", "bias": True}
-    return nn.Sequential(
+    return Prediction(
         Perceptron(inputs, 512, **leaky, dropout=dropout),
         Perceptron(512, 256, **leaky, dropout=dropout),
         Perceptron(256, num_classes, **{**leaky, "act": None, "norm": None}),
@@ -67,7 +67,7 @@ class DeepGCNClassifier(DeepGCN):
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Classify the clouds of (B, N, C), or of (N, C) with `batch` or `ptr`: (B, num_classes)."""
         ptr = starts(x, batch, ptr)
-        fused = self.fusion(self.features(x, ptr), ptr)
+        fused = call(self.fusion, self.features(x, ptr), ptr)
         return self.predict([pool(fused, ptr, "max"), pool(fused, ptr, "mean")])
 
 
@@ -116,7 +116,7 @@ class DeepGCNPartSegmenter(DeepGCN):
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Label the points of (B, N, C), or of (N, C) with `batch` or `ptr`: log-probabilities (..., num_classes)."""
         ptr = starts(x, batch, ptr)
-        fused = self.fusion(self.features(x, ptr), ptr)
+        fused = call(self.fusion, self.features(x, ptr), ptr)
         pooled = [spread(pool(fused, ptr, reduce), fused, ptr) for reduce in ("max", "mean")]
         return F.log_softmax(self.predict([*pooled, fused], ptr), -1)
 
@@ -162,7 +162,7 @@ class StaticDeepGCN(DeepGCN):
 
     def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
         self.fusion = Perceptron(self.num_features, 1024, **{**layer, "norm": None})
-        self.prediction = nn.Sequential(
+        self.prediction = Prediction(
             Perceptron(1 + self.num_features, 512, **layer),
             nn.Dropout(dropout),
             Perceptron(512, 256, **layer),

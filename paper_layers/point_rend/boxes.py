@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import forward_method
 from paper_layers.ops import _checks, _values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.point_rend.coarse import BoxHead
@@ -135,6 +136,7 @@ class BoxMasks(nn.Module, abc.ABC):
         grid = regular_grid(count, (side, side), first.device)
         return head(point_sample(features, grid, boxes=boxes, spatial_scale=self.spatial_scale))
 
+    @forward_method
     def refine(
         self,
         coarse: Tensor,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import readable
 from paper_layers.ops import _checks
 
 
@@ -114,10 +115,35 @@ class PointRendHead(nn.Module):
             raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
         if labels is not None:
             labels = _checks.int64("labels", labels, fine.shape[0])
+        if not self.splits:
+            return self._call_layers(fine, coarse, labels)
         return self.finish(self.fine_shares([fine])[0], self.coarse_shares(coarse, labels), labels)
 
+    @property
+    def splits(self) -> bool:
+        """Whether the three parts may read the layers' weights in place of calling the layers."""
+        return all(readable(layer, nn.Linear) for layer in (*self.layers, self.predictor))
+
+    def _call_layers(self, fine: Tensor, coarse: Tensor, labels: Tensor | None) -> Tensor:
+        """The formula as it stands."""
+        x, coarse = fine.mT, coarse.mT
+        for i, layer in enumerate((*self.layers, self.predictor)):
+            x = x if i == 0 else F.relu(x)
+            x = layer(torch.cat([x, coarse], -1) if i == 0 or self.coarse_pred_each_layer else x)
+        if labels is None or self.class_agnostic:
+            return x.mT
+        return x.gather(2, labels[:, None, None].expand(-1, x.shape[1], 1)).mT
+
     def fine_shares(self, fine: Sequence[Tensor]) -> list[Tensor]:
-        """What each of the fine features (N, C_l, ...) adds to the first layer: (N, fc_dim, ...), without the bias."""
+        """What each of the fine features (N, C_l, ...) adds to the first layer: (N, fc_dim, ...), without the bias.
+
+        Raises:
+            TypeError: A layer must be called as a whole; see `splits`.
+        """
+        if not self.splits:
+            raise TypeError(
+                "layers: expected plain nn.Linear without hooks, whose products split, got others; call the head"
+            )
         weights = self._layers[0].weight[:, : self.in_channels].split([level.shape[1] for level in fine], 1)
         return [_project(level, weight) for level, weight in zip(fine, weights, strict=True)]
 

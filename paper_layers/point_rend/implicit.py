@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import forward_method
 from paper_layers.ops import _checks
 from paper_layers.point_rend.boxes import BoxMasks
 from paper_layers.point_rend.coarse import BoxHead
@@ -214,6 +215,7 @@ class ImplicitPointRendMask(BoxMasks):
         """Classes K."""
         return self.point_head.num_classes
 
+    @forward_method
     def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
         """The parameters (R, num_params) of the boxes' perceptrons, from the features on a regular grid in each."""
         return self._look(self.parameter_head, features, boxes)

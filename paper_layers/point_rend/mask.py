@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from paper_layers._core.fusing import forward_method, readable
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
 from paper_layers.point_rend.boxes import BoxMasks, Sampler
@@ -109,6 +110,7 @@ class PointRendMask(BoxMasks):
         """Classes K."""
         return self.coarse_head.num_classes
 
+    @forward_method
     def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
         """The coarse logits (R, num_classes, 7, 7) of the boxes, from the features on a regular grid in each."""
         return self._look(self.coarse_head, features, boxes)
@@ -141,8 +143,15 @@ class PointRendMask(BoxMasks):
         own = coarse[torch.arange(labels.shape[0], device=labels.device), labels]
         return {"loss_mask": mask_loss(own, cell_labels(masks, self.coarse_head.side, boxes, matched))}
 
+    @property
+    def _splits(self) -> bool:
+        """Whether the point head's products may be taken on maps, in place of a call of the head at points."""
+        return readable(self.point_head, PointRendHead) and self.point_head.splits
+
     def _fine(self, features: Tensor | Sequence[Tensor], count: int) -> Sampler:
         """The features' share of the first layer at points: the product before or after sampling, which is smaller."""
+        if not self._splits:
+            return super()._fine(features, count)
         maps = [features] if isinstance(features, Tensor) else list(features)
         head = self.point_head
         sample = functools.partial(point_sample, spatial_scale=self.spatial_scale)
@@ -155,6 +164,8 @@ class PointRendMask(BoxMasks):
         )
 
     def _predictor(self, coarse: Tensor, rois: Tensor, labels: Tensor, fine: Sampler) -> Callable[[Tensor], Tensor]:
+        if not self._splits:
+            return super()._predictor(coarse, rois, labels, fine)
         head = self.point_head
         shares = list(head.coarse_shares(coarse, labels))
         return lambda points: head.finish(fine(points, rois), (point_sample(share, points) for share in shares), labels)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import forward_method
 from paper_layers.ops import _checks, _values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
@@ -159,6 +160,7 @@ class PointRendSemantic(nn.Module):
             coarse, sizes, self.subdivision_num_points, lambda points: self.predict(coarse, features, points)
         )
 
+    @forward_method
     def point_loss(
         self,
         coarse: Tensor,
@@ -200,6 +202,7 @@ class PointRendSemantic(nn.Module):
             generator=generator,
         )
 
+    @forward_method
     def predict(self, coarse: Tensor, features: Tensor | Sequence[Tensor], points: Tensor) -> Tensor:
         """The point head's logits (N, num_classes, P) at points (N, P, 2)."""
         return self.point_head(point_sample(features, points), point_sample(coarse, points))

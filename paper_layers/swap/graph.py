@@ -12,10 +12,14 @@ def graph_conv(model: nn.Module, *, filter: Filter | None = None) -> nn.Module:
 
     For the DGCNN of Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019, and its kin; see
     `paper_layers.deep_gcn.EdgeConv` for the equation. The neighbours are exact and need neither pyg-lib nor
-    torch-cluster. A network whose first layer is linear costs k times less there. With a maximum over a linear layer,
+    torch-cluster. PyG builds its `DynamicEdgeConv` only where one of the two is installed: where neither is, build
+    `paper_layers.deep_gcn.DynamicEdgeConv`, a subclass, in its place; models that were built elsewhere are swapped as
+    they are. A network whose first layer is linear costs k times less there. With a maximum over a linear layer,
     at most one activation (ReLU, leaky or parametric) and at most one batch norm, no edge is stored; other layers run
     edge by edge, as in PyG. Of edges that are equal, the first takes the gradient, where PyG shares it out. Parameters,
-    state-dict keys and hooks stay; modules inside that have hooks are called as before.
+    state-dict keys and hooks stay. Layers inside are called as before where they are more than plain layers (with
+    hooks, subclasses, adapters, pruned, parametrised, quantised, sharded, off-loaded), and PyG's own path is taken
+    where its hooks, an explainer, `decomposed_layers` or a method that is set on the convolution need it.
 
     Models that call PyG's `knn_graph` take `paper_layers.deep_gcn.knn_graph` in its place.
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from paper_layers import knn
 from paper_layers.deep_gcn import EdgeConv, GINConv, MRConv, SAGEConv, from_edge_index, load_official, to_edge_index
@@ -260,3 +261,127 @@ def test_edge_index_of_either_order() -> None:
     permuted = edges[:, [2, 0, 3, 1]]
     torch.testing.assert_close(conv(x, edge_index=edges), conv(x, edge_index=permuted))
     torch.testing.assert_close(conv(x, edge_index=edges), conv(x, from_edge_index(edges, 6)))
+
+
+@pytest.mark.parametrize("order", ["act_norm", "norm_act"])
+@pytest.mark.parametrize(
+    "act", [nn.ReLU(), nn.LeakyReLU(-0.5), nn.PReLU(1, -0.8), nn.PReLU(5, -0.3), nn.GELU(), nn.Softplus(), None]
+)
+@pytest.mark.parametrize("norm", ["batch", "instance", None])
+def test_largest_edge_of_any_activation(order: str, act: nn.Module | None, norm: str | None) -> None:
+    """Also of one that falls, where the smallest edge may become the largest, and of one that a user puts in."""
+    torch.manual_seed(0)
+    for kind in (EdgeConv, SAGEConv):
+        conv = kind(5, 5, norm=norm, order=order).double()
+        layer = conv.nn if kind is EdgeConv else conv.nn1
+        layer.act = copy.deepcopy(act)
+        for module in conv.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                nn.init.normal_(module.weight)
+        conv.double()
+        x, index = features(30, 5).double(), table(30, 4, rows=30)
+        rows = torch.cat([x[:, None].expand(-1, 4, -1), x[index.clamp(min=0)] - x[:, None]], -1)
+        rows = rows if kind is EdgeConv else x[index.clamp(min=0)]
+        z, there = layer.linear(rows), (index >= 0)[..., None]
+        call = act or nn.Identity()
+        call = call.double()
+        for first in (order == "act_norm", order != "act_norm"):
+            if first:
+                z = call(z.flatten(0, 1)).view(z.shape)
+            elif norm is not None:
+                edges = z[there.expand_as(z)].view(-1, 5)
+                factor = layer.norm.weight if norm == "batch" else 1
+                z = (z - edges.mean(0)) / (edges.var(0, correction=0) + 1e-5).sqrt() * factor
+        largest = z.masked_fill(~there, -torch.inf).amax(1).where(there.any(1), 0)
+        expected = largest if kind is EdgeConv else conv.nn2(torch.cat([x, largest], 1))
+        torch.testing.assert_close(conv(x, index), expected)
+        torch.testing.assert_close(conv(x, edge_index=to_edge_index(index)), expected)
+
+
+def empty_graphs(form: str) -> list[dict[str, Tensor]]:
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    if form == "edges":
+        return [{"x": torch.randn(5, 4), "edge_index": none}, {"x": torch.zeros(0, 4), "edge_index": none}]
+    return [{"x": torch.randn(n, 4), "index": torch.full((n, k), -1)} for n, k in ((5, 3), (5, 0), (0, 3))]
+
+
+@pytest.mark.parametrize("form", ["edges", "table"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_statistics_stay_on_graphs_without_edges(form: str, momentum: float | None, synchronized: bool) -> None:
+    conv, norm = EdgeConv(4, 3), nn.BatchNorm1d(3, momentum=momentum)
+    conv.nn.norm = norm
+    if synchronized:
+        conv = nn.SyncBatchNorm.convert_sync_batchnorm(conv)
+    conv(features(9, 4), table(9, 3, rows=9))
+    before = {name: buffer.clone() for name, buffer in conv.named_buffers()}
+    for graph in empty_graphs(form):
+        output = conv(**graph)
+        assert torch.equal(output, torch.zeros(len(graph["x"]), 3))
+        output.sum().backward()
+    batches = before.pop("nn.norm.num_batches_tracked")
+    for name, buffer in before.items():
+        assert torch.equal(conv.get_buffer(name), buffer)
+    nn.BatchNorm1d(3)(torch.zeros(0, 3))  # as torch's, which counts it
+    assert conv.nn.norm.num_batches_tracked == batches + len(empty_graphs(form))
+    assert conv(**empty_graphs(form)[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_one_edge_has_no_statistics(norm: str) -> None:
+    conv, index = EdgeConv(4, 3, norm=norm), torch.full((5, 3), -1)
+    index[2, 1] = 3
+    x = features(5, 4)
+    for graph in ({"index": index}, {"edge_index": to_edge_index(index)}):
+        with pytest.raises(ValueError, match=r"more than (one|1) value"):
+            conv(x, **graph)
+    if norm == "batch":
+        assert conv.eval()(x, index).isfinite().all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("form", ["index", "edge_index"])
+def test_running_statistics_of_float64_are_exact(momentum: float | None, form: str) -> None:
+    conv = EdgeConv(4, 3, norm="batch").double()
+    conv.nn.norm.momentum = momentum
+    twin = nn.BatchNorm1d(3, momentum=momentum).double()
+    x, index = features(30, 4).double(), table(30, 4, rows=30)
+    source, target = to_edge_index(index)
+    for _ in range(3):
+        conv(x, **{form: index if form == "index" else to_edge_index(index)})
+        twin(conv.nn.act(conv.nn.linear(torch.cat([x[target], x[source] - x[target]], 1))))
+    for a, b in zip(conv.nn.norm.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["edge", "mr", "sage"])
+def test_statistics_move_once_under_checkpointing(name: str, reentrant: bool) -> None:
+    conv = CONVS[name](4, 4)
+    twin = copy.deepcopy(conv)
+    hooked = next(m for m in conv.modules() if isinstance(m, nn.BatchNorm1d))
+    if name == "mr":
+        hooked.register_forward_hook(lambda *_: None)
+    x, index = features(9, 4).requires_grad_(), table(9, 3, rows=9)
+    output = checkpoint(conv, x, index, use_reentrant=reentrant)
+    output.square().sum().backward()
+    twin(x, index).square().sum().backward()
+    torch.testing.assert_close(conv.state_dict(), twin.state_dict())
+    for a, b in zip(conv.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_refuses_nodes_that_do_not_exist() -> None:
+    x = features(5, 4)
+    for name, kind in CONVS.items():
+        for wrong in (-1, 5):
+            for row in (0, 1):
+                edges = torch.tensor([[0, 1], [2, 3]])
+                edges[row, 1] = wrong
+                with pytest.raises(ValueError, match=f"edge_index: expected nodes from 0 to 4, got .*{wrong}"):
+                    kind(4, 4)(x, edge_index=edges), name
+    for bounds in ([0, 3, 7], [0, 3], [1, 5], [0, 4, 2, 5]):
+        with pytest.raises(ValueError, match="ptr: expected ascending numbers from 0 to 5"):
+            EdgeConv(4, 4, norm="instance")(x, table(5, 2, rows=5), ptr=torch.tensor(bounds))
+    with pytest.raises(ValueError, match="index: expected nodes from 0 to 2, got 0 to 3"):
+        to_edge_index(torch.tensor([[[1], [-1], [3]], [[0], [1], [2]]]))

@@ -241,3 +241,19 @@ def test_bad_inputs() -> None:
     for call, error, message in bad:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("form", [DeepGCN, DeepGCNClassifier, DeepGCNPartSegmenter])
+@pytest.mark.parametrize("training", [False, True])
+def test_clouds_without_points(form: type[nn.Module], training: bool) -> None:
+    net = form(3, 2, channels=8, blocks=2, k=3).train(training)
+    per_cloud = form is DeepGCNClassifier
+    if not (training and per_cloud):  # One cloud is one value for each channel of the classifier's norms.
+        output = net(torch.zeros(0, 3))
+        assert output.shape == ((1, 2) if per_cloud else (0, 2))
+        assert output.isfinite().all()
+    output = net(torch.zeros(2, 0, 3))
+    assert output.shape == ((2, 2) if per_cloud else (2, 0, 2))
+    assert net(torch.zeros(0, 5, 3)).shape == ((0, 2) if per_cloud else (0, 5, 2))
+    if not training:
+        assert net(torch.rand(1, 3)).shape == (1, 2)

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from torch_geometric.nn import MLP
 
 from paper_layers import knn, swap
-from paper_layers.deep_gcn import knn_graph
+from paper_layers.deep_gcn import DynamicEdgeConv, knn_graph
 from paper_layers.deep_gcn import pyg as fused
 from tests.ops.test_neighbor_reduce import features
 
 
-@pytest.fixture(autouse=True)
-def dynamic_edge_conv(monkeypatch: pytest.MonkeyPatch) -> None:
+class Dynamic(pyg.DynamicEdgeConv):
     """PyG's dynamic convolution without pyg-lib: neighbours by all distances in float64, messages as in PyG."""
-    monkeypatch.setattr("torch_geometric.typing.WITH_KNN", True)
 
-    def forward(self: Any, x: Tensor, batch: Tensor | None = None) -> Tensor:
+    def __init__(self, network: nn.Module, k: int, aggr: str = "max"):
+        pyg.MessagePassing.__init__(self, aggr)
+        self.nn, self.k, self.num_workers = network, k, 1
+
+    def forward(self, x: Any, batch: Any = None) -> Tensor:
         points, queries = x if isinstance(x, tuple) else (x, x)
         one, two = batch if isinstance(batch, tuple) else (batch, batch)
         distance = (queries.double()[:, None] - points.double()).square().sum(-1)
@@ -33,7 +35,13 @@ def dynamic_edge_conv(monkeypatch: pytest.MonkeyPatch) -> None:
         target, column = found.values[:, : self.k].isfinite().nonzero(as_tuple=True)
         return self.propagate(torch.stack([found.indices[target, column], target]), x=(points, queries))
 
-    monkeypatch.setattr(pyg.DynamicEdgeConv, "forward", forward)
+
+def unpickled(model: nn.Module) -> nn.Module:
+    """The model as it comes from a computer that has pyg-lib: PyG's constructor refuses here."""
+    for module in model.modules():
+        if isinstance(module, Dynamic):
+            module.__class__ = pyg.DynamicEdgeConv
+    return pickle.loads(pickle.dumps(model))
 
 
 class DGCNN(nn.Module):
@@ -41,8 +49,8 @@ class DGCNN(nn.Module):
 
     def __init__(self, aggr: str = "max"):
         super().__init__()
-        self.conv1 = pyg.DynamicEdgeConv(MLP([2 * 3, 16, 16]), 6, aggr)
-        self.conv2 = pyg.DynamicEdgeConv(MLP([2 * 16, 32]), 6, aggr)
+        self.conv1 = Dynamic(MLP([2 * 3, 16, 16]), 6, aggr)
+        self.conv2 = Dynamic(MLP([2 * 16, 32]), 6, aggr)
         self.linear = nn.Linear(48, 5)
 
     def forward(self, x: Tensor, batch: Tensor) -> Tensor:
@@ -75,7 +83,7 @@ def check_same(host: nn.Module, inputs: tuple[Any, ...], x: Tensor) -> None:
     """Outputs, gradients, buffers; training and evaluation."""
     host = host.double()
     negate_some(host)
-    swapped = swap.graph_conv(copy.deepcopy(host))
+    swapped = swap.graph_conv(unpickled(copy.deepcopy(host)))
     for training in (True, False):
         results = []
         for model in (host.train(training), swapped.train(training)):
@@ -104,11 +112,11 @@ def test_dynamic_edge_conv(name: str, aggr: str) -> None:
     torch.manual_seed(0)
     x = features(60, 4).double().requires_grad_()
     batch = torch.tensor([0] * 20 + [1] * 3 + [2] * 37)
-    check_same(pyg.DynamicEdgeConv(NETWORKS[name](), 5, aggr), (x, batch), x)
-    check_same(pyg.DynamicEdgeConv(NETWORKS[name](), 5, aggr), (x,), x)
+    check_same(Dynamic(NETWORKS[name](), 5, aggr), (x, batch), x)
+    check_same(Dynamic(NETWORKS[name](), 5, aggr), (x,), x)
     points = features(40, 4, seed=3).double()
     batches = (torch.arange(2).repeat_interleave(20), torch.arange(2).repeat_interleave(30))
-    check_same(pyg.DynamicEdgeConv(NETWORKS[name](), 5, aggr), ((points, x), batches), x)
+    check_same(Dynamic(NETWORKS[name](), 5, aggr), ((points, x), batches), x)
 
 
 def test_dgcnn() -> None:
@@ -130,7 +138,7 @@ def test_hubs_and_pairs_stay_edge_by_edge() -> None:
 
 
 def test_keeps_what_the_host_had() -> None:
-    host = DGCNN().eval()
+    host = unpickled(DGCNN()).eval()
     host.conv2.nn.requires_grad_(False)
     called = []
     host.conv1.register_forward_hook(lambda *_: called.append("conv1"))
@@ -160,7 +168,7 @@ def test_keeps_what_the_host_had() -> None:
 
 
 def test_filter_and_nothing_to_swap() -> None:
-    host = swap.graph_conv(DGCNN(), filter=lambda module, name: name == "conv2")
+    host = swap.graph_conv(unpickled(DGCNN()), filter=lambda module, name: name == "conv2")
     assert (type(host.conv1), type(host.conv2)) == (pyg.DynamicEdgeConv, fused.DynamicEdgeConv)
     with pytest.raises(ValueError, match="at least one PyG EdgeConv or DynamicEdgeConv to swap, got none in Linear"):
         swap.graph_conv(nn.Linear(2, 2))
@@ -179,3 +187,107 @@ def test_knn_graph(loop: bool, cosine: bool) -> None:
     assert bool((edges[0] == edges[1]).any()) == loop
     assert torch.equal(edges[0, :80].view(20, 4), index[:20])
     assert torch.equal(knn_graph(x, 4, batch, loop, "target_to_source", cosine), edges.flip(0))
+
+
+def test_a_dynamic_convolution_of_our_own() -> None:
+    """Without pyg-lib and torch-cluster, which this environment doesn't have."""
+    with pytest.raises(ImportError, match="requires 'pyg-lib"):
+        pyg.DynamicEdgeConv(nn.Linear(6, 4), k=3)
+    torch.manual_seed(0)
+    host = Dynamic(NETWORKS["norm and act"](), 5).double()
+    ours = DynamicEdgeConv(copy.deepcopy(host.nn), k=5).double()
+    ours.load_state_dict(host.state_dict())
+    assert isinstance(ours, pyg.DynamicEdgeConv)
+    x, batch = features(40, 4).double(), torch.arange(2).repeat_interleave(20)
+    torch.testing.assert_close(ours(x, batch), host(x, batch))
+    torch.testing.assert_close(ours(x, batch.int()), host(x, batch))
+    twin = pickle.loads(pickle.dumps(ours.eval()))
+    torch.testing.assert_close(copy.deepcopy(twin)(x), ours(x))
+    assert swap.graph_conv(ours) is ours
+    assert repr(ours).startswith("DynamicEdgeConv(nn=Sequential(")
+    with pytest.raises(ValueError, match="x: expected shape"):
+        ours(x[None])
+    with pytest.raises(TypeError, match="k: expected an int"):
+        DynamicEdgeConv(nn.Linear(6, 4), k=1.5)
+
+
+class Adapter(nn.Linear):
+    """A subclass with a forward of its own, as microsoft/LoRA's."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.low = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.low.T
+
+
+HOOKS = [f"{step}_forward{when}" for step in ("propagate", "message", "aggregate") for when in ("_pre", "")]
+
+
+def double_messages(conv: Any) -> None:
+    conv.message = lambda x_i, x_j: 2 * type(conv).message(conv, x_i, x_j)
+
+
+def patch_linear(conv: Any) -> None:
+    conv.nn[0].forward = lambda x, old=conv.nn[0].forward: 2 * old(x)
+
+
+CHANGES = {
+    **{f"{hook}_hook": (lambda conv, hook=hook: getattr(conv, f"register_{hook}_hook")(double)) for hook in HOOKS},
+    "message": double_messages,
+    "aggregate": lambda conv: setattr(conv, "aggregate", lambda x, index, dim_size, **_: x[:dim_size] * 3),
+    "update": lambda conv: setattr(conv, "update", lambda x, **_: x * 3),
+    "aggr_module": lambda conv: setattr(conv, "aggr_module", pyg.MedianAggregation()),
+    "aggr_module's hook": lambda conv: conv.aggr_module.register_forward_hook(lambda *a: a[2] * 2),
+    "decomposed_layers": lambda conv: setattr(conv, "decomposed_layers", 2),
+    "adapter": lambda conv: conv.nn.__setitem__(0, Adapter(8, 7)),
+    "forward of the first layer": patch_linear,
+    "hook of the activation": lambda conv: conv.nn[1].register_forward_hook(lambda *a: a[2] * 2),
+    "hook of the network": lambda conv: conv.nn.register_forward_hook(lambda *a: a[2] * 2),
+    "another activation": lambda conv: conv.nn.__setitem__(1, nn.Softplus()),
+    "a slope for each channel": lambda conv: conv.nn.__setitem__(1, nn.PReLU(7)),
+    "a falling activation": lambda conv: conv.nn.__setitem__(1, nn.LeakyReLU(-0.5)),
+    "node_dim": lambda conv: setattr(conv, "node_dim", 0),
+}
+
+
+def double(module: nn.Module, inputs: Any, output: Any = None) -> Any:
+    """A hook of PyG's or a pre-hook of PyG's."""
+    if isinstance(output, Tensor):
+        return output * 2
+    if len(inputs) == 3:
+        edges, size, arguments = inputs
+        return edges, size, {"x": tuple(2 * part for part in arguments["x"])}
+    return {
+        key: 2 * value if value.is_floating_point() else value for key, value in inputs[0].items() if value is not None
+    }
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_pygs_own_path_where_it_is_needed(change: str, dynamic: bool) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 7), nn.ReLU())
+    if change == "decomposed_layers":
+        network = nn.Sequential(nn.Linear(4, 7), nn.ReLU())
+    host = (Dynamic(network, 5) if dynamic else pyg.EdgeConv(network)).double()
+    x = features(40, 4).double()
+    arguments = (x,) if dynamic else (x, knn_graph(x, 5))
+    plain = host(*arguments) if change != "decomposed_layers" else None
+    ours = swap.graph_conv(unpickled(copy.deepcopy(host)))
+    for conv in (host, ours):
+        torch.manual_seed(1)
+        CHANGES[change](conv.double())
+        conv.double()
+    results = []
+    for conv in (host, ours):
+        try:
+            results.append(conv(*arguments))
+        except Exception as error:  # PyG itself can't decompose a pair.
+            results.append(error)
+    if isinstance(results[0], Tensor):
+        torch.testing.assert_close(results[1], results[0])
+        assert change == "node_dim" or not torch.allclose(results[0], plain)
+    else:
+        assert isinstance(results[1], Exception)

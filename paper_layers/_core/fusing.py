@@ -1,0 +1,75 @@
+"""Decide whether a fused path may read a layer's parameters. Where it may not, the layer must be called."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Tensors whose values a product may read. The last two stand for plain ones while torch traces.
+_PLAIN = (Tensor, nn.Parameter, type(None), FakeTensor, FunctionalTensor)
+
+
+def is_plain(tensor: Any) -> bool:
+    """Return True for None and for a tensor that is no DTensor, quantised tensor or other subclass."""
+    return type(tensor) in _PLAIN
+
+
+def unwatched(layer: nn.Module) -> bool:
+    """Return True where a call of the layer runs the forward of its class and nothing else."""
+    return not (
+        "forward" in layer.__dict__
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+def readable(layer: Any, *kinds: type[nn.Module]) -> bool:
+    """Return True where a fused path may read the layer's weight and bias in place of calling the layer.
+
+    The layer is exactly of one of these classes, so it is no subclass, wrapper, parametrised, quantised or sharded
+    layer; nothing waits for its call, as hooks, pruning and off-loading do; its weight and bias are plain tensors.
+    """
+    if type(layer) not in kinds or not unwatched(layer):
+        return False
+    own, parameters = layer.__dict__, layer._parameters
+    # A layer that torch replicates, or that prunes itself, has its weight as a plain attribute.
+    weight, bias = (parameters.get(name, own.get(name)) for name in ("weight", "bias"))
+    return is_plain(weight) and is_plain(bias)
+
+
+def parameter_dtype(layer: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of the layer's floating parameters, whatever it wraps; `otherwise` where it doesn't have any."""
+    return next((p.dtype for p in layer.parameters() if p.is_floating_point()), otherwise)
+
+
+def method(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The module's method of this name. FSDP2 gathers a sharded module's parameters around it, as around `forward`."""
+    if hasattr(type(module), "unshard") and name not in module.__dict__:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(module, name)
+    return cast(Callable[..., Any], getattr(module, name))
+
+
+def forward_method(function: F) -> F:
+    """Decorate a method that users call beside `forward`, so that it works on a module that FSDP2 has sharded."""
+
+    @functools.wraps(function)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(type(self), "unshard") and function.__name__ not in self.__dict__:
+            return method(self, function.__name__)(*args, **kwargs)
+        return function(self, *args, **kwargs)
+
+    return cast(F, call)

@@ -1,0 +1,471 @@
+"""Layers inside our modules that are more than plain layers: each must be called as the formula calls it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.modules import module as every
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from paper_layers import big_bigan, deep_gcn, point_rend
+from paper_layers._core.fusing import readable
+from paper_layers.deep_gcn.nets import Prediction
+from tests.ops.test_neighbor_reduce import features, table
+
+Run = Callable[[Any, Tensor], Tensor]
+FACTORY: dict[str, Any] = {"dtype": torch.float64}
+PLAIN: dict[str, Any] = {"spectral_norm": False, "width": 6, "depth": 2, **FACTORY}
+NET: dict[str, Any] = {"channels": 6, "blocks": 2, "k": 3, "dropout": 0.0, "stochastic": False, **FACTORY}
+
+
+def narrow(net: Any, inputs: int) -> nn.Module:
+    """The network with a few channels in its last layers, of which there are a million otherwise."""
+    net.fusion = deep_gcn.Perceptron(12, 8)
+    last = deep_gcn.Perceptron(5, 3, act=None, norm=None)
+    net.prediction = Prediction(deep_gcn.Perceptron(inputs, 7), deep_gcn.Perceptron(7, 5), nn.Dropout(0.0), last)
+    return net
+
+
+def on_table(conv: Any, x: Tensor) -> Tensor:
+    clouds = torch.stack([table(6, 3, seed=1, rows=6), table(6, 3, seed=2, rows=6)])
+    return torch.cat([conv(x, table(12, 3, rows=12)), conv(x.view(2, 6, -1), clouds).flatten(0, 1)])
+
+
+def on_edges(conv: Any, x: Tensor) -> Tensor:
+    edges = deep_gcn.to_edge_index(table(12, 3, rows=12))
+    return conv(x, edge_index=edges)
+
+
+def on_clouds(net: Any, x: Tensor) -> Tensor:
+    return torch.cat([net(x).flatten(), net(x.view(2, 6, -1)).flatten()])
+
+
+def of_boxes(head: Any, x: Tensor) -> Tensor:
+    maps, boxes, labels = (
+        x.view(1, 4, 15, 20),
+        [torch.tensor([[4.0, 4, 40, 40], [8, 20, 60, 50]])],
+        [torch.tensor([1, 0])],
+    )
+    masks = [torch.ones(2, 60, 80)]
+    torch.manual_seed(0)
+    losses = head(maps, boxes, labels, masks)
+    return torch.cat([head(maps, boxes, labels, size=28).flatten(), *(loss[None] for loss in losses.values())])
+
+
+def of_maps(refine: Any, x: Tensor) -> Tensor:
+    coarse, maps = x[:300].view(1, 3, 10, 10), x.view(1, 4, 15, 20)
+    torch.manual_seed(0)
+    losses = refine(coarse, maps, torch.ones(1, 40, 40, dtype=torch.int64))
+    return torch.cat([refine(coarse, maps, size=(40, 40)).flatten(), *(loss[None] for loss in losses.values())])
+
+
+def of_points(head: Any, x: Tensor) -> Tensor:
+    fine, coarse = x[:240].view(3, 4, 20), x[240:420].view(3, 3, 20)
+    one = head(fine, coarse, labels=torch.tensor([2, 0, 1]))
+    return torch.cat([head(fine, coarse).flatten(), one.flatten()])
+
+
+def scores(heads: Any, x: Tensor) -> Tensor:
+    return torch.stack([score for score in heads(x[:, :3], x[:, 3:7]) if score is not None])
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Run]] = {
+    "Perceptron": (lambda: deep_gcn.Perceptron(4, 6, "prelu", **FACTORY), (12, 4), lambda m, x: m(x)),
+    "EdgeConv": (lambda: deep_gcn.EdgeConv(4, 6, **FACTORY), (12, 4), on_table),
+    "EdgeConv on edges": (lambda: deep_gcn.EdgeConv(4, 6, order="norm_act", **FACTORY), (12, 4), on_edges),
+    "EdgeConv without norm": (lambda: deep_gcn.EdgeConv(4, 6, norm=None, **FACTORY), (12, 4), on_table),
+    "EdgeConv of instances": (lambda: deep_gcn.EdgeConv(4, 6, norm="instance", **FACTORY), (12, 4), on_table),
+    "MRConv": (lambda: deep_gcn.MRConv(4, 6, **FACTORY), (12, 4), on_table),
+    "MRConv on edges": (lambda: deep_gcn.MRConv(4, 6, **FACTORY), (12, 4), on_edges),
+    "GINConv": (lambda: deep_gcn.GINConv(4, 6, **FACTORY), (12, 4), on_table),
+    "SAGEConv": (lambda: deep_gcn.SAGEConv(4, 6, **FACTORY), (12, 4), on_table),
+    "SAGEConv on edges": (lambda: deep_gcn.SAGEConv(4, 6, **FACTORY), (12, 4), on_edges),
+    "SAGEConv of means": (lambda: deep_gcn.SAGEConv(4, 6, "mean", norm=None, **FACTORY), (12, 4), on_table),
+    "SAGEConv of differences": (lambda: deep_gcn.SAGEConv(4, 6, "mean", True, **FACTORY), (12, 4), on_edges),
+    "PlainGCNBlock": (lambda: deep_gcn.PlainGCNBlock(4, 6, k=3, **FACTORY), (12, 4), on_clouds),
+    "ResGCNBlock": (lambda: deep_gcn.ResGCNBlock(6, k=3, **FACTORY), (12, 6), on_clouds),
+    "DenseGCNBlock": (lambda: deep_gcn.DenseGCNBlock(4, 6, k=3, **FACTORY), (12, 4), on_clouds),
+    "DeepGCN": (lambda: narrow(deep_gcn.DeepGCN(4, 3, **NET), 20), (12, 4), on_clouds),
+    "DeepGCNClassifier": (
+        lambda: deep_gcn.DeepGCNClassifier(4, 3, embedding_dim=8, **NET),
+        (12, 4),
+        lambda m, x: m(x.view(4, 3, 4)),
+    ),
+    "DeepGCNPartSegmenter": (lambda: deep_gcn.DeepGCNPartSegmenter(4, 3, embedding_dim=8, **NET), (12, 4), on_clouds),
+    "StaticDeepGCN": (lambda: narrow(deep_gcn.StaticDeepGCN(4, 3, **NET), 13), (12, 4), on_edges),
+    "PointRendHead": (lambda: point_rend.PointRendHead(4, 3, fc_dim=5, **FACTORY), (420,), of_points),
+    "PointRendHead of one": (lambda: point_rend.PointRendHead(4, 3, 5, 2, False, True, **FACTORY), (420,), of_points),
+    "PointRendSemantic": (
+        lambda: point_rend.PointRendSemantic(4, 3, 5, num_points=9, subdivision_num_points=30, **FACTORY),
+        (1200,),
+        of_maps,
+    ),
+    "CoarseMaskHead": (
+        lambda: point_rend.CoarseMaskHead(4, 2, 3, 5, **FACTORY),
+        (1568,),
+        lambda m, x: m(x.view(2, 4, 14, 14)),
+    ),
+    "PointRendMask": (
+        lambda: point_rend.PointRendMask(
+            4, 2, fc_dim=5, coarse_conv_dim=3, coarse_fc_dim=5, num_points=9, subdivision_num_points=49, **FACTORY
+        ),
+        (1200,),
+        of_boxes,
+    ),
+    "ImplicitPointRendMask": (
+        lambda: point_rend.ImplicitPointRendMask(
+            4,
+            2,
+            fc_dim=3,
+            num_fc=1,
+            parameter_conv_dim=3,
+            parameter_fc_dim=4,
+            num_points=9,
+            subdivision_num_points=49,
+            **FACTORY,
+        ),
+        (1200,),
+        of_boxes,
+    ),
+    "ResidualMLP": (lambda: big_bigan.ResidualMLP(4, **PLAIN), (12, 4), lambda m, x: m(x)),
+    "Score": (lambda: big_bigan.Score(4, spectral_norm=False, **FACTORY), (12, 4), lambda m, x: m(x)),
+    "UnaryHead": (
+        lambda: big_bigan.UnaryHead(4, **PLAIN, projection_spectral_norm=False),
+        (12, 4),
+        lambda m, x: m(x)[1],
+    ),
+    "JointHead": (
+        lambda: big_bigan.JointHead(3, 4, **PLAIN, projection_spectral_norm=False),
+        (12, 7),
+        lambda m, x: m(x[:, :3], x[:, 3:]),
+    ),
+    "BigBiGANHeads": (lambda: big_bigan.BigBiGANHeads(3, 4, **PLAIN, projection_spectral_norm=False), (12, 7), scores),
+    "BigBiGANDiscriminator": (
+        lambda: big_bigan.BigBiGANDiscriminator(
+            nn.Linear(3, 3, **FACTORY), 3, 4, **PLAIN, projection_spectral_norm=False
+        ),
+        (12, 7),
+        scores,
+    ),
+    "LatentHead": (
+        lambda: big_bigan.LatentHead(4, 3, width=6, depth=2, **FACTORY),
+        (12, 4),
+        lambda m, x: torch.cat(m(x)),
+    ),
+}
+WITHOUT_LAYERS = {"DilatedKNN", "ImplicitPointHead"}
+
+
+def test_every_public_module_is_here() -> None:
+    public = {name for package in (big_bigan, deep_gcn, point_rend) for name in package.__all__}
+    modules = {
+        name for name in public if any(_is_module(getattr(p, name, None)) for p in (big_bigan, deep_gcn, point_rend))
+    }
+    assert modules <= {name.split()[0] for name in MODULES} | WITHOUT_LAYERS
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    kinds = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m.weight is not None}
+
+
+def made(name: str) -> nn.Module:
+    """The module with numbers everywhere, so that no weight is zero and norms have negative factors."""
+    torch.manual_seed(0)
+    model = MODULES[name][0]().double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(p[0].numel(), 1) ** 0.5)
+    return model
+
+
+# Each change with what it makes of weight and bias. What a change returns is undone after the call.
+def forward_hook(model: nn.Module, name: str) -> Any:
+    model.get_submodule(name).register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def pre_hook(model: nn.Module, name: str) -> Any:
+    model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def pre_hook_with_kwargs(model: nn.Module, name: str) -> Any:
+    def hook(module: nn.Module, inputs: Any, kwargs: Any) -> Any:
+        return (2 * inputs[0],), kwargs
+
+    model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def backward_hook(model: nn.Module, name: str) -> Any:
+    model.get_submodule(name).register_full_backward_hook(lambda module, inputs, outputs: called.append(name))
+
+
+def backward_pre_hook(model: nn.Module, name: str) -> Any:
+    model.get_submodule(name).register_full_backward_pre_hook(lambda module, outputs: called.append(name))
+
+
+def global_hook(model: nn.Module, name: str) -> Any:
+    layer = model.get_submodule(name)
+    return every.register_module_forward_hook(lambda module, inputs, output: 2 * output if module is layer else None)
+
+
+def subclass(model: nn.Module, name: str) -> Any:
+    layer = model.get_submodule(name)
+    kind = type(layer)
+    layer.__class__ = type("Double", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+
+
+def patched_forward(model: nn.Module, name: str) -> Any:
+    layer = model.get_submodule(name)
+    layer.forward = functools.partial(lambda old, x: 2 * old(x), layer.forward)
+
+
+class Adapted(nn.Module):
+    """A layer and what is trained beside it, with the attributes of the layer."""
+
+    def __init__(self, base: Any):
+        super().__init__()
+        self.base, self.low = base, copy.deepcopy(base)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.low(x)
+
+
+def wrapper(model: nn.Module, name: str) -> Any:
+    model.set_submodule(name, Adapted(model.get_submodule(name)))
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def parametrised(model: nn.Module, name: str) -> Any:
+    parametrize.register_parametrization(model.get_submodule(name), "weight", Double())
+
+
+def weight_norm(model: nn.Module, name: str) -> Any:
+    parametrizations.weight_norm(model.get_submodule(name))
+
+
+def pruned(model: nn.Module, name: str) -> Any:
+    prune.identity(model.get_submodule(name), "weight")
+    model.get_submodule(name).weight_mask.fill_(2)
+
+
+def offloaded(model: nn.Module, name: str) -> Any:
+    """As accelerate does it with a hook: the weight is there only during the call."""
+    layer = model.get_submodule(name)
+    weight, away = layer.weight, nn.Parameter(layer.weight.detach().to("meta"))
+    layer.weight = away
+    layer.register_forward_pre_hook(lambda *_: setattr(layer, "weight", weight))
+    layer.register_forward_hook(lambda *_: setattr(layer, "weight", away))
+    called.extend([weight])
+
+
+def sharded(model: nn.Module, name: str) -> Any:
+    fully_shard(model.get_submodule(name), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+
+
+CHANGES: dict[Callable[[nn.Module, str], Any], tuple[int, int]] = {
+    forward_hook: (2, 2),
+    pre_hook: (2, 1),
+    pre_hook_with_kwargs: (2, 1),
+    backward_hook: (1, 1),
+    backward_pre_hook: (1, 1),
+    global_hook: (2, 2),
+    subclass: (2, 2),
+    patched_forward: (2, 2),
+    wrapper: (2, 2),
+    parametrised: (2, 1),
+    weight_norm: (1, 1),
+    pruned: (2, 1),
+    offloaded: (1, 1),
+    sharded: (1, 1),
+}
+ON_NORMS = (
+    forward_hook,
+    backward_hook,
+    global_hook,
+    subclass,
+    patched_forward,
+    parametrised,
+    pruned,
+    offloaded,
+    wrapper,
+)
+called: list[Any] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder: Path = tmp_path_factory.mktemp("gloo")
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("name", MODULES)
+def test_layers_are_called(name: str, change: Callable[[nn.Module, str], Any]) -> None:
+    """A layer whose output or input is doubled does what one with doubled parameters does."""
+    _, shape, run = MODULES[name]
+    for layer_name, layer in layers(made(name)).items():
+        if not isinstance(layer, nn.Linear | nn.Conv2d) and change not in ON_NORMS:
+            continue
+        expected, model = made(name), made(name)
+        with torch.no_grad():
+            twin = layers(expected)[layer_name]
+            twin.weight *= CHANGES[change][0]
+            if twin.bias is not None:
+                twin.bias *= CHANGES[change][1]
+        called.clear()
+        handle = change(model, layer_name)
+        results = []
+        for one in (expected, model):
+            x = features(*shape).double().requires_grad_()
+            output = run(one, x)
+            (grad,) = torch.autograd.grad(output.square().sum(), x, retain_graph=True)
+            output.square().sum().backward()
+            results.append((output, grad))
+        if handle is not None:
+            handle.remove()
+        torch.testing.assert_close(*results, msg=lambda text, n=layer_name: f"{n}: {text}")
+        missing = [n for n, p in model.named_parameters() if p.grad is None and not p.is_meta]
+        without = [n for n, p in expected.named_parameters() if p.grad is None]
+        assert len(missing) == len(without), f"{layer_name}: no gradient for {missing}"
+        if change in (backward_hook, backward_pre_hook):
+            assert called, layer_name
+        if change is offloaded:
+            assert called[0].grad is not None, layer_name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_quantised_layers_are_called(name: str) -> None:
+    _, shape, run = MODULES[name]
+    model = made(name).float().eval()
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
+    watched = copy.deepcopy(quantised)
+    kind = torch.ao.nn.quantized.dynamic.Linear
+    linear = [n for n, m in watched.named_modules() if isinstance(m, kind)]
+    for layer in linear:
+        watched.get_submodule(layer).register_forward_hook(lambda m, inputs, output, n=layer: called.append(n))
+    called.clear()
+    with torch.no_grad():
+        x = features(*shape)
+        torch.testing.assert_close(run(quantised, x), run(watched, x))
+    assert {*called} == {*linear}
+    assert not layers(quantised).keys() & {n for n, m in layers(model).items() if type(m) is nn.Linear}
+
+
+def test_methods_beside_forward_gather_shards() -> None:
+    """FSDP2 gathers parameters around `forward`; hosts call other methods too."""
+    maps, coarse, points = features(1, 4, 15, 20), features(1, 3, 10, 10), torch.rand(1, 6, 2)
+    refine = point_rend.PointRendSemantic(4, 3, 5)
+    expected = refine.predict(coarse, maps, points)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    fully_shard(refine, mesh=mesh)
+    torch.testing.assert_close(refine.predict(coarse, maps, points), expected)
+    refine.point_loss(coarse, maps, torch.ones(1, 40, 40, dtype=torch.int64)).backward()
+    assert all(p.grad is not None for p in refine.parameters())
+    boxes, labels = [torch.tensor([[4.0, 4, 40, 40]])], [torch.tensor([1])]
+    head = point_rend.PointRendMask(4, 2, fc_dim=5, coarse_conv_dim=3, coarse_fc_dim=5)
+    expected = head(maps, boxes, labels, size=28)
+    fully_shard(head, mesh=mesh)
+    torch.testing.assert_close(head.refine(head.coarse(maps, boxes), maps, boxes, labels, 28), expected)
+    trunk = Trunk(3, 3)
+    discriminator = big_bigan.BigBiGANDiscriminator(trunk, 3, 4, width=6, depth=2)
+    fully_shard(trunk, mesh=mesh)
+    fully_shard(discriminator, mesh=mesh)
+    discriminator(features(5, 3), features(5, 4)).x.sum().backward()
+    assert trunk.weight.grad is not None
+
+
+class Trunk(nn.Linear):
+    """An image network in timm's manner."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+def test_parts_of_the_point_head_refuse_layers_that_must_be_called() -> None:
+    head = point_rend.PointRendHead(4, 3, 5)
+    head.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="layers: expected plain"):
+        head.fine_shares([features(2, 4, 6)])
+
+
+@pytest.mark.parametrize("activation", ["pre", "post"])
+def test_hooks_keep_what_they_saw(activation: str) -> None:
+    mlp = big_bigan.ResidualMLP(4, 6, 2, activation)
+    seen = []
+    for name in ("fc1", "fc2", "skip"):
+        mlp.blocks[0].get_submodule(name).register_forward_hook(lambda *a: seen.append((a[2], a[2].clone())))
+    mlp(features(8, 4))
+    assert all(torch.equal(kept, copied) for kept, copied in seen)
+
+
+def test_spectral_norm_beside_other_parametrisations() -> None:
+    layer = big_bigan.ResidualMLP(4, 6, 2).blocks[0].fc1
+    host = nn.Linear(4, 6)
+    host.load_state_dict({"weight": layer.parametrizations.weight.original, "bias": layer.bias})
+    parametrizations.spectral_norm(host)
+    host.load_state_dict(layer.state_dict())
+    x = features(8, 4)
+    with parametrize.cached():
+        torch.testing.assert_close(layer(x) + layer(x), host(x) + host(x))
+    torch.testing.assert_close(layer.state_dict(), host.state_dict())
+    for one in (layer, host):
+        parametrize.register_parametrization(one, "weight", Double())
+    torch.testing.assert_close(layer(x), host(x))
+    several = big_bigan.ResidualMLP(4, 6, 2, spectral_norm=False).blocks[0].fc1
+    host = nn.Linear(4, 6)
+    host.load_state_dict(several.state_dict())
+    for one in (several, host):
+        torch.manual_seed(0)
+        parametrizations.spectral_norm(one, n_power_iterations=3)
+    torch.testing.assert_close(several(x), host(x))
+
+
+def test_traces_as_one_graph() -> None:
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x: Tensor) -> tuple[Tensor, bool]:
+        return layer(x), readable(layer, nn.Linear)
+
+    layer = nn.Linear(4, 4)
+    assert run(torch.ones(1, 4))[1]
+
+
+def fresh(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODULES[name][0]()
+    if isinstance(model, big_bigan.BigBiGANDiscriminator):
+        model.trunk = nn.Flatten()
+    return model
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_reset_parameters_resets_everything(name: str) -> None:
+    model, garbage = fresh(name), fresh(name)
+    for tensor in (*garbage.parameters(), *garbage.buffers()):
+        nn.init.constant_(tensor.detach(), 7)
+    for one in (model, garbage):
+        torch.manual_seed(1)
+        one.reset_parameters()
+    torch.testing.assert_close(garbage.state_dict(), model.state_dict())
