@@ -44,7 +44,7 @@ def leaf(function: Callable[P, R]) -> Callable[P, R]:
         if tracer is None:
             return function(*args, **kwargs)
         node: Any = tracer.create_proxy("call_function", call, args, kwargs)
-        return node  # type: ignore[no-any-return]
+        return node
 
     return call
 

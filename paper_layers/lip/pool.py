@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core.tracing import Leaf
 from paper_layers.lip.logit import BottleneckLogit, LogitHead
 from paper_layers.ops import _checks
 from paper_layers.ops.lip_pool2d import lip_pool2d
@@ -55,7 +56,7 @@ def _make_logit(
     raise ValueError(f"logit: expected one of {choices}, a module or a function, got {logit!r}")
 
 
-class LIPPool2d(nn.Module):
+class LIPPool2d(Leaf):
     r"""Pool each window by importances that the network learns: local importance-based pooling.
 
     .. math:: O_o = \frac{\sum_{i \in \Omega_o} e^{G(X)_i} X_i}{\sum_{i \in \Omega_o} e^{G(X)_i}}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._index import flat_index
@@ -179,6 +180,7 @@ class _EdgeConvBackward(Function):
         return one_by_one(_EdgeConvBackward.apply, info.batch_size, in_dims, arguments)
 
 
+@leaf
 def edge_conv(
     center: Tensor,
     neighbor: Tensor,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops import _soft_triple as kernels
 from paper_layers.ops._autograd import Function
@@ -261,6 +262,7 @@ def soft_triple(
     return logsumexp, target, distance
 
 
+@leaf
 def soft_triple_loss(
     embeddings: Tensor,
     centers: Tensor,

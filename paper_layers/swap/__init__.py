@@ -7,10 +7,11 @@ New parameters take device and dtype from the nearest ones of the model, and are
 and swap before DDP or FSDP wrap the model. When an error is raised, nothing has been changed.
 """
 
+from paper_layers.swap._lip_conv import LIPConv2d
 from paper_layers.swap.adv_prop import plain_batch_norm, split_batch_norm
 from paper_layers.swap.big_bigan import bigan_discriminator
 from paper_layers.swap.graph import graph_conv
-from paper_layers.swap.lip import LIPConv2d, pooling, strided_conv
+from paper_layers.swap.lip import pooling, strided_conv
 from paper_layers.swap.point_rend import pointrend
 
 __all__ = [

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from timm.layers import BatchNormAct2d
-from timm.layers.norm_act import SyncBatchNormAct
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 
 from paper_layers.adv_prop.norm import SplitBatchNorm, SplitBatchNorm2d

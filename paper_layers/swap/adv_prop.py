@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -93,6 +94,11 @@ def split_batch_norm(
                 )
     kinds: list[type[SplitBatchNorm]] = []
     for norm, name in norms.items():
+        if isinstance(norm, _BatchNorm) and hasattr(norm, "aux_bn"):
+            raise ValueError(
+                f"{called(name)}: expected a norm that is not split, got {type(norm).__name__} of another package; "
+                "split the norms of the plain model, and load its state dict, which has the same keys"
+            )
         kind = _split_class(type(norm))
         if kind is None:
             raise ValueError(
@@ -169,7 +175,7 @@ def _split_class(kind: type[nn.Module]) -> type[SplitBatchNorm] | None:
     return _split_of_timm().get(kind) if kind.__module__.startswith("timm.") else _SPLIT.get(kind)
 
 
-def _plain_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+def _plain_class(kind: Any) -> type[nn.Module] | None:
     if kind not in _PLAIN and kind.__module__ == f"{__package__}._timm":
         return {split: plain for plain, split in _split_of_timm().items()}.get(kind)
     return _PLAIN.get(kind)
