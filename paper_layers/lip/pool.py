@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from paper_layers._core.tracing import Leaf
+from paper_layers._core.tracing import Leaf, leaf
 from paper_layers.lip.logit import BottleneckLogit, LogitHead
 from paper_layers.ops import _checks
 from paper_layers.ops.lip_pool2d import lip_pool2d
@@ -54,6 +54,12 @@ def _make_logit(
         return nn.Identity()
     choices = ", ".join(map(repr, _FORMS))
     raise ValueError(f"logit: expected one of {choices}, a module or a function, got {logit!r}")
+
+
+@leaf
+def _check_channels(input: Tensor, c: int) -> None:
+    if input.dim() not in (3, 4) or input.shape[-3] != c:
+        raise ValueError(f"input: expected shape (N, {c}, H, W) or ({c}, H, W), got {tuple(input.shape)}")
 
 
 class LIPPool2d(Leaf):
@@ -143,9 +149,7 @@ class LIPPool2d(Leaf):
 
     def forward(self, input: Tensor, source: Tensor | None = None) -> Tensor:
         """Pool `input` by the logits of `source`, the tensor that the logit module sees (default: `input`)."""
-        if input.dim() not in (3, 4) or input.shape[-3] != self.channels:
-            c = self.channels
-            raise ValueError(f"input: expected shape (N, {c}, H, W) or ({c}, H, W), got {tuple(input.shape)}")
+        _check_channels(input, self.channels)
         logit = self.logit(input if source is None else source)
         return lip_pool2d(input, logit.to(input.dtype), self.kernel_size, self.stride, self.padding, self.ceil_mode)
 
