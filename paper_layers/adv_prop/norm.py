@@ -292,6 +292,11 @@ class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
     `nn.BatchNorm2d`, and the same under ``aux_bn.0.`` and so on, as in timm. A plain checkpoint fills every branch.
     `momentum` and `eps` of this module hold for all branches.
 
+    All branches are batch norms of torch's class, so that loops that freeze norms or exempt them from weight decay find
+    them. `torch.optim.swa_utils.update_bn` renews the main branch's statistics from whole batches and leaves the other
+    branches alone; inside `paper_layers.adv_prop.branch` it renews that branch's. A batch that `torch.utils.checkpoint`
+    computes again counts once. A part without images leaves its branch's statistics alone.
+
     Args:
         num_features: Channels of the input.
         eps: Added to the variance.

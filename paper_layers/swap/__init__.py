@@ -2,9 +2,10 @@
 
 Every function here changes `model` in place and returns it. A chosen module becomes another one where it stands: the
 same object with a new class, as in torch's lazy modules and parametrizations. So it stays wherever it is registered,
-under one name or several or as the root, and keeps its training mode and its hooks (and a convolution its parameters).
-New parameters take device and dtype from the nearest ones of the model, and are trainable: give them to the optimizer,
-and swap before DDP or FSDP wrap the model. When an error is raised, nothing has been changed.
+under one name or several or as the root, and keeps its training mode, its hooks and your attributes (and a convolution
+its parameters). New parameters take device and dtype from the nearest ones of the model, and are trainable: give them
+to the optimizer. A model that DDP or FSDP wraps, or that is scripted, is refused: swap first. A compiled model is
+compiled again. When an error is raised, nothing has been changed.
 """
 
 from paper_layers.swap._lip_conv import LIPConv2d

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.fx.experimental.optimization import fuse
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -148,6 +148,10 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
+def fully_sharded(model: nn.Module) -> Any:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
 def part_of(model: nn.Module) -> nn.Module:
     return nn.Sequential(*sharded(model))
 
@@ -158,6 +162,8 @@ WRAPS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "DDP inside": (lambda model: nn.Sequential(DistributedDataParallel(model)), "model.0: .*DistributedDataParallel"),
     "FSDP2": (sharded, "FSDPModule"),
     "part of FSDP2": (part_of, "model.0: .*DTensors"),
+    "FSDP1": (fully_sharded, "FullyShardedDataParallel"),
+    "part of FSDP1": (lambda model: nn.Sequential(*fully_sharded(model).module), "model.0: .*FullyShardedDataParallel"),
     "script": (torch.jit.script, "scripted"),
 }
 
