@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from paper_layers.adv_prop.ball import Ball, Values
 from paper_layers.adv_prop.branch import branch
 from paper_layers.adv_prop.norm import SplitBatchNorm
-from paper_layers.adv_prop.step import Criterion, split_norms
+from paper_layers.adv_prop.step import Criterion, loss_of, split_norms, split_output
 
 _WEIGHT = 0.5  # Of an image's loss with noise, and of its loss when attacked.
 
@@ -95,14 +95,15 @@ def fast_adv_prop_backward(
             backward(loss)
 
     with _rescaled(norms, [len(x) / clean, len(x) / attacked]):
-        logits = model(torch.cat([x[:clean], noisy.to(x.dtype)]))
-        loss = clean * criterion(logits[:clean], y[:clean]) + _WEIGHT * attacked * criterion(logits[clean:], y[clean:])
+        parts = split_output(model(torch.cat([x[:clean], noisy.to(x.dtype)])), sizes)
+        losses = [loss_of(part, labels, criterion) for part, labels in zip(parts, y.split(sizes), strict=True)]
+        loss = clean * losses[0] + _WEIGHT * attacked * losses[1]
         first = loss / len(x)
         differentiate(first)
         assert noisy.grad is not None
         adversarial = ball.moved(noisy.detach(), noisy.grad, 1).to(x.dtype)
         with branch(model, 1):
-            loss = _WEIGHT * attacked * criterion(model(adversarial), y[clean:])
+            loss = _WEIGHT * attacked * loss_of(model(adversarial), y[clean:], criterion)
         # DistributedDataParallel waits for a gradient of every parameter.
         nothing = sum(0 * parameter.sum() for norm in norms for parameter in norm.parameters(recurse=False))
         second = loss / len(x) + nothing

@@ -12,22 +12,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paper_layers._core.recompute import recomputing
+from paper_layers._core.tracing import Leaf
 from paper_layers.ops import _checks
+from paper_layers.ops._split_batch_norm import statistics_dtype
 from paper_layers.ops.split_batch_norm import check_split_sizes, normalize_splits, update_statistics
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class AuxiliaryNorm(_BatchNorm):
-    """Parameters and statistics of an auxiliary branch: the norm that it belongs to computes with them."""
+    """Parameters and statistics of an auxiliary branch: the norm that it belongs to computes with them.
+
+    Its classes for 1, 2 and 3 dimensions are batch norms of torch's classes, which loops over modules find.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Refused: eps, momentum and mode are those of the norm that it belongs to."""
+        """Refuse: eps, momentum and mode are those of the norm that it belongs to."""
         raise RuntimeError("aux_bn: expected to be run by its SplitBatchNorm, as in `with branch(model, 1)`")
 
+    def reset_running_stats(self) -> None:
+        """Do nothing: its SplitBatchNorm knows whether the images that follow a reset come to this branch."""
+
+    def forget(self) -> None:
+        """Reset the running statistics."""
+        super().reset_running_stats()
+
+    def reset_parameters(self) -> None:
+        """Initialize afresh."""
+        super().reset_parameters()
+        self.forget()
+
     def extra_repr(self) -> str:
-        """Only what is its own."""
+        """Return what is its own."""
         return str(self.num_features)
+
+
+class AuxiliaryNorm1d(AuxiliaryNorm, nn.BatchNorm1d):
+    """An auxiliary branch of a `SplitBatchNorm1d`."""
+
+
+class AuxiliaryNorm2d(AuxiliaryNorm, nn.BatchNorm2d):
+    """An auxiliary branch of a `SplitBatchNorm2d`."""
+
+
+class AuxiliaryNorm3d(AuxiliaryNorm, nn.BatchNorm3d):
+    """An auxiliary branch of a `SplitBatchNorm3d`."""
 
 
 class AuxiliaryNorms(nn.ModuleList):
@@ -44,12 +74,14 @@ class AuxiliaryNorms(nn.ModuleList):
         super().add_module(name, module)
 
 
-class SplitBatchNorm(_BatchNorm):
+class SplitBatchNorm(Leaf, _BatchNorm):
     """What the norms of all dimensions share. Attributes are those of torch's, and `num_splits`, `split_sizes`."""
 
     aux_bn: AuxiliaryNorms
+    auxiliary_class: type[AuxiliaryNorm] = AuxiliaryNorm
     _branch: int | None = None  # Set by `branch`, as is the next.
     _update_statistics = True
+    _name = ""  # Set by a swap, for errors.
 
     def __init__(
         self,
@@ -71,9 +103,19 @@ class SplitBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **settings)
         self.num_splits = num_splits
         self.split_sizes = None if split_sizes is None else tuple(split_sizes)
-        self.aux_bn = AuxiliaryNorms(
-            AuxiliaryNorm(num_features, eps, momentum, affine, track_running_stats, **settings)
-            for _ in range(num_splits - 1)
+        self.aux_bn = self.new_auxiliaries(self, num_splits, **settings)
+
+    @classmethod
+    def new_auxiliaries(cls, main: Any, num_splits: int, **factory: Any) -> AuxiliaryNorms:
+        """Return the auxiliary branches of a norm, initialized afresh.
+
+        Their own momentum counts for nothing, unless `torch.optim.swa_utils.update_bn` takes it away: see `forward`.
+        """
+        options = {"affine": main.affine, "track_running_stats": main.track_running_stats, **factory}
+        if main.affine and main.bias is None:
+            options["bias"] = False
+        return AuxiliaryNorms(
+            cls.auxiliary_class(main.num_features, main.eps, **options) for _ in range(num_splits - 1)
         )
 
     @property
@@ -82,15 +124,20 @@ class SplitBatchNorm(_BatchNorm):
         return [self, *self.aux_bn]
 
     def reset_running_stats(self) -> None:
-        """Forget the statistics of all branches."""
-        super().reset_running_stats()
-        for norm in getattr(self, "aux_bn", ()):  # torch's constructor calls this before there are any.
-            norm.reset_running_stats()
+        """Forget the statistics of one branch: the one that `branch` has set, else the main one.
+
+        So `torch.optim.swa_utils.update_bn` forgets what it then computes, and no more.
+        """
+        if self._branch:
+            self.aux_bn[self._branch - 1].forget()  # type: ignore[operator]
+        else:
+            super().reset_running_stats()
 
     def reset_parameters(self) -> None:
         """Initialize all branches afresh."""
         super().reset_parameters()
-        for norm in getattr(self, "aux_bn", ()):
+        super().reset_running_stats()
+        for norm in getattr(self, "aux_bn", ()):  # torch's constructor calls this before there are any.
             norm.reset_parameters()
 
     def sizes(self, batch_size: int) -> list[int]:
@@ -98,8 +145,8 @@ class SplitBatchNorm(_BatchNorm):
         if self.split_sizes is None:
             if batch_size % self.num_splits:
                 raise ValueError(
-                    f"input: expected a batch that num_splits={self.num_splits} divides, got {batch_size}; "
-                    "set split_sizes for uneven parts"
+                    f"input: expected a batch that num_splits={self.num_splits} divides, got {batch_size}"
+                    f"{self._name and f' in {self._name}'}; set split_sizes for uneven parts"
                 )
             return [batch_size // self.num_splits] * self.num_splits
         if not isinstance(self.split_sizes[0], float):
@@ -109,38 +156,80 @@ class SplitBatchNorm(_BatchNorm):
         return [end - start for start, end in itertools.pairwise([0, *ends])]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise a batch: in training its parts, in eval all of it by the main norm, unless a branch is set."""
+        """Normalise a batch: in training its parts, in eval all of it by the main norm, unless a branch is set.
+
+        While `torch.optim.swa_utils.update_bn` runs, the main norm has all of a batch in training as well. Parts
+        without values leave the statistics of their branch alone.
+        """
         self._check_input_dim(input)
         if input.shape[1] != self.num_features:
             raise ValueError(f"input: expected {self.num_features} channels, got shape {tuple(input.shape)}")
         norms = self.branches
         if self._branch is not None:
             norms = norms[self._branch : self._branch + 1]
-        elif not self.training:
+        elif not self.training or self._is_recalibrated():
             norms = norms[:1]
         if not self.training and norms[0].running_mean is not None:
             norm = norms[0]
             return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=self.eps)
-        sizes = [input.shape[0]] if len(norms) == 1 else self.sizes(input.shape[0])
-        weight, bias = (
-            None if getattr(self, name) is None else [getattr(norm, name) for norm in norms]
-            for name in ("weight", "bias")
-        )
-        output, mean, var, counts = self._normalize(input, weight, bias, sizes)
-        if self.training and self.track_running_stats and self._update_statistics and self.running_mean is not None:
+        output, mean, var, counts = self._normalize(input, norms, self._parts(input, norms))
+        if (
+            self.training
+            and self.track_running_stats
+            and self._update_statistics
+            and self.running_mean is not None
+            and not recomputing()
+        ):
+            if 0 in counts:
+                chosen = [i for i, count in enumerate(counts) if count]
+                norms, counts = [norms[i] for i in chosen], [counts[i] for i in chosen]
+                mean, var = mean[chosen], var[chosen]
             momenta = [self._count_batch(norm) for norm in norms]
             means: list[Any] = [norm.running_mean for norm in norms]
             variances: list[Any] = [norm.running_var for norm in norms]
             update_statistics(means, variances, mean, var, counts, momenta)
         return output
 
+    def _is_recalibrated(self) -> bool:
+        """Return True while `update_bn` runs: it sets the momentum of every norm to None, and wants no gradients."""
+        return not torch.is_grad_enabled() and any(norm.momentum is None for norm in self.aux_bn)
+
+    def _parts(self, input: Tensor, norms: Sequence[_BatchNorm]) -> list[int]:
+        """How many samples each of these branches gets."""
+        sizes = [input.shape[0]] if len(norms) == 1 else self.sizes(input.shape[0])
+        if sum(sizes) != input.shape[0]:
+            raise ValueError(f"split_sizes: expected sizes that sum to the batch, {input.shape[0]}, got {sizes}")
+        return sizes
+
     def _normalize(
-        self, input: Tensor, weight: list[Tensor] | None, bias: list[Tensor] | None, sizes: list[int]
+        self, input: Tensor, norms: Sequence[_BatchNorm], sizes: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
         """Output, means, biased variances and numbers of values of the splits: synchronised norms override it."""
+        counts = [size * input.shape[2:].numel() for size in sizes]
+        if 0 in counts:
+            return self._normalize_some(input, norms, sizes, counts)
         sizes = check_split_sizes(input, sizes)
-        output, mean, var = normalize_splits(input, weight, bias, sizes, self.eps)
-        return output, mean, var, [size * input.shape[2:].numel() for size in sizes]
+        output, mean, var = normalize_splits(input, *affine_of(norms), sizes, self.eps)
+        return output, mean, var, counts
+
+    def _normalize_some(
+        self, input: Tensor, norms: Sequence[_BatchNorm], sizes: list[int], counts: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
+        """Where some parts, or all, have no values; their parameters have gradients of zero, as torch's have."""
+        filled = [i for i, count in enumerate(counts) if count]
+        mean = input.new_zeros(len(norms), input.shape[1], dtype=statistics_dtype(input.dtype))
+        var = mean.clone()
+        outputs = [
+            F.batch_norm(part, None, None, norm.weight, norm.bias, training=True)
+            for part, norm, count in zip(input.split(sizes), norms, counts, strict=True)
+            if not count
+        ]
+        if filled:
+            output, mean[filled], var[filled], _ = SplitBatchNorm._normalize(
+                self, input, [norms[i] for i in filled], [sizes[i] for i in filled]
+            )
+            outputs.append(output)
+        return torch.cat(outputs), mean, var, counts
 
     def _count_batch(self, norm: _BatchNorm) -> float | Tensor:
         """Count one more batch; returns its share in the running statistics."""
@@ -164,6 +253,12 @@ class SplitBatchNorm(_BatchNorm):
         return f"{super().extra_repr()}, num_splits={self.num_splits}{sizes}"
 
 
+def affine_of(norms: Sequence[_BatchNorm]) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """Weights and biases, each None where the norms have none."""
+    weight, bias = ([getattr(norm, name) for norm in norms] for name in ("weight", "bias"))
+    return None if weight[0] is None else weight, None if bias[0] is None else bias
+
+
 def _check_setting(split_sizes: Sequence[int] | Sequence[float], num_splits: int) -> None:
     kinds = {type(size) for size in split_sizes}
     if kinds not in ({int}, {float}):
@@ -176,15 +271,17 @@ def _check_setting(split_sizes: Sequence[int] | Sequence[float], num_splits: int
         raise ValueError(f"split_sizes: expected proportions that sum to 1, got {split_sizes!r}")
 
 
-class SplitBatchNorm1d(SplitBatchNorm):
+class SplitBatchNorm1d(SplitBatchNorm, nn.BatchNorm1d):
     """Split batch norm of (N, C) or (N, C, L): see `SplitBatchNorm2d`."""
+
+    auxiliary_class = AuxiliaryNorm1d
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 3):
             raise ValueError(f"input: expected shape (N, C) or (N, C, L), got {tuple(input.shape)}")
 
 
-class SplitBatchNorm2d(SplitBatchNorm):
+class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
     r"""A main batch norm and auxiliary ones, which share the batch in training: AdvProp's split.
 
     .. math:: y_s = \frac{x_s - \mathrm{E}[x_s]}{\sqrt{\mathrm{Var}[x_s] + \epsilon}} \gamma_s + \beta_s
@@ -194,6 +291,11 @@ class SplitBatchNorm2d(SplitBatchNorm):
     pass. In eval, the main norm has the whole batch; `paper_layers.adv_prop.branch` runs another one. Keys are those of
     `nn.BatchNorm2d`, and the same under ``aux_bn.0.`` and so on, as in timm. A plain checkpoint fills every branch.
     `momentum` and `eps` of this module hold for all branches.
+
+    All branches are batch norms of torch's class, so that loops that freeze norms or exempt them from weight decay find
+    them. `torch.optim.swa_utils.update_bn` renews the main branch's statistics from whole batches and leaves the other
+    branches alone; inside `paper_layers.adv_prop.branch` it renews that branch's. A batch that `torch.utils.checkpoint`
+    computes again counts once. A part without images leaves its branch's statistics alone.
 
     Args:
         num_features: Channels of the input.
@@ -225,13 +327,17 @@ class SplitBatchNorm2d(SplitBatchNorm):
         torch.Size([1, 16, 32, 32])
     """
 
+    auxiliary_class = AuxiliaryNorm2d
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 4:
             raise ValueError(f"input: expected shape (N, C, H, W), got {tuple(input.shape)}")
 
 
-class SplitBatchNorm3d(SplitBatchNorm):
+class SplitBatchNorm3d(SplitBatchNorm, nn.BatchNorm3d):
     """Split batch norm of (N, C, D, H, W): see `SplitBatchNorm2d`."""
+
+    auxiliary_class = AuxiliaryNorm3d
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 5:

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from paper_layers.adv_prop.norm import SplitBatchNorm
+
+# Of the losses of auxiliary logits: Inception v3 has one, GoogLeNet two; as in the papers and torchvision's recipes.
+_SHARES = {1: 0.4, 2: 0.3}
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Criterion = Callable[[Any, Tensor], Tensor]
@@ -25,6 +29,10 @@ def adv_prop_loss(
     send the first half through their main branch and the second through the auxiliary one. A mean over the joined batch
     would be half of it. With K steps of PGD a training step costs about K + 2 times a plain one.
 
+    A model may return anything: every tensor is split, and the criterion gets the parts. Of named tuples with `logits`
+    and auxiliary ones, as torchvision's Inception v3 and GoogLeNet return in training, it gets each logits: one
+    auxiliary loss counts 0.4, each of two 0.3.
+
     Under autocast, with a GradScaler and with DistributedDataParallel it is used as any loss. For their joined
     statistics, split the norms of `nn.SyncBatchNorm.convert_sync_batchnorm(model)`.
 
@@ -33,7 +41,7 @@ def adv_prop_loss(
         x: Images (N, C, ...).
         y: Labels, as the criterion takes them.
         attack: ``attack(model, x, y)`` makes images like x, as `pgd` does.
-        criterion: ``criterion(logits, y)`` of either half.
+        criterion: ``criterion(logits, y)`` of either half; of other outputs than logits, ``criterion(output, y)``.
 
     Returns:
         The sum of two losses.
@@ -66,8 +74,27 @@ def adv_prop_loss(
     if adversarial.shape != x.shape or adversarial.dtype != x.dtype:
         got = f"{adversarial.dtype} of shape {tuple(adversarial.shape)}"
         raise ValueError(f"attack: expected images like x, {x.dtype} of shape {tuple(x.shape)}, got {got}")
-    clean_logits, logits = model(torch.cat([x, adversarial])).split(len(x))
-    return criterion(clean_logits, y) + criterion(logits, y)
+    clean_logits, logits = split_output(model(torch.cat([x, adversarial])), [len(x)] * 2)
+    return loss_of(clean_logits, y, criterion) + loss_of(logits, y, criterion)
+
+
+def split_output(output: Any, sizes: list[int]) -> list[Any]:
+    """Split every tensor that a model returns into those of parts of the batch."""
+
+    def part(number: int) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor.split(sizes)[number], output)
+
+    return [part(number) for number in range(len(sizes))]
+
+
+def loss_of(output: Any, y: Tensor, criterion: Criterion) -> Tensor:
+    """The criterion of logits, and a share of that of auxiliary logits beside them, as torchvision's models have."""
+    if not isinstance(output, tuple) or not hasattr(output, "logits"):
+        return criterion(output, y)
+    fields = output._asdict()  # type: ignore[attr-defined]
+    auxiliary = [value for name, value in fields.items() if name.startswith("aux_logits") and value is not None]
+    weight = _SHARES.get(len(auxiliary), 0.0)
+    return criterion(output.logits, y) + weight * sum(criterion(logits, y) for logits in auxiliary)
 
 
 def split_norms(model: nn.Module) -> list[SplitBatchNorm]:

@@ -9,22 +9,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from paper_layers.adv_prop.norm import SplitBatchNorm
+from paper_layers.adv_prop.norm import SplitBatchNorm, affine_of
+from paper_layers.ops._split_batch_norm import statistics_dtype
 from paper_layers.ops._split_batch_norm_steps import (
     split_backward_input,
     split_backward_sums,
     split_normalize,
     split_statistics,
 )
-from paper_layers.ops.split_batch_norm import check_split_sizes, parameters
+from paper_layers.ops.split_batch_norm import parameters
 
 
 class SplitSyncBatchNorm(SplitBatchNorm):
     """Split batch norm whose parts are synchronised, each by itself, over all processes: see `SplitBatchNorm2d`.
 
     In training a branch has the statistics of its parts in all of them, as `nn.SyncBatchNorm` has of whole batches.
-    Batches may differ in size, and be on a CPU. All processes must run the same branches.
+    Batches may differ in size, be empty, and be on a CPU, where DistributedDataParallel refuses an `nn.SyncBatchNorm`:
+    so this is none. All processes must run the same branches; a batch that one of them cannot split is an error in all.
 
     Args:
         *args: As in `SplitBatchNorm2d`, and the keyword arguments as well.
@@ -48,18 +51,52 @@ class SplitSyncBatchNorm(SplitBatchNorm):
         if input.dim() < 2:
             raise ValueError(f"input: expected shape (N, C, ...), got {tuple(input.shape)}")
 
-    def _normalize(
-        self, input: Tensor, weight: list[Tensor] | None, bias: list[Tensor] | None, sizes: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
+    def _is_synchronised(self) -> bool:
         group = self.process_group
-        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1):
-            return super()._normalize(input, weight, bias, sizes)
-        sizes = check_split_sizes(input, sizes, values=1)  # Of this process: others have some as well.
-        splits = len(sizes)
-        stacked = [parameters(name, values, splits, input) for name, values in (("weight", weight), ("bias", bias))]
+        return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+    def _parts(self, input: Tensor, norms: Sequence[_BatchNorm]) -> list[int]:
+        try:
+            return super()._parts(input, norms)
+        except ValueError:
+            if self._is_synchronised():  # The others wait for this process's values: tell them that none will come.
+                rows = torch.zeros(len(norms), 1 + 2 * input.shape[1], dtype=statistics_dtype(input.dtype))
+                rows[:, 0] = -1 - input.shape[0]
+                _gather(rows.to(input.device), self.process_group)
+            raise
+
+    def _normalize(
+        self, input: Tensor, norms: Sequence[_BatchNorm], sizes: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
+        if not self._is_synchronised():
+            return super()._normalize(input, norms, sizes)
+        splits, affine = len(sizes), zip(("weight", "bias"), affine_of(norms), strict=True)
+        stacked = [parameters(name, values, splits, input) for name, values in affine]
         flat = input.flatten(2) if input.dim() > 2 else input[..., None]
-        output, mean, var, counts = _Synchronised.apply(flat, *stacked, (sizes, self.eps, group))
-        return output.reshape(input.shape), mean, var, counts
+        output, mean, var, count = _Synchronised.apply(flat, *stacked, (sizes, self.eps, self.process_group))
+        return output.reshape(input.shape), mean, var, count.flatten().tolist()
+
+
+def _gather(own: Tensor, group: Any) -> Tensor:
+    """Rows of all processes: how many values each of their splits has, and what goes with it."""
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group)
+    return torch.stack(parts)
+
+
+def _check_counts(counts: Tensor) -> None:
+    """Counts (ranks, S) of all processes: the same error in each of them."""
+    for rank, (first, *_) in enumerate(counts.tolist()):
+        if first < 0:
+            raise ValueError(
+                "input: expected a batch that the norms of every process can split, "
+                f"got {int(-1 - first)} on rank {rank}"
+            )
+    if 1 in (totals := counts.sum(0).tolist()):
+        raise ValueError(
+            "split_sizes: expected at least 2 values per channel in each split over all processes, "
+            f"got {[int(total) for total in totals]}"
+        )
 
 
 class _Synchronised(torch.autograd.Function):
@@ -68,29 +105,50 @@ class _Synchronised(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, options: tuple[list[int], float, Any]
     ) -> tuple[Tensor, ...]:
         sizes, eps, group = ctx.options = options
-        mean, var = split_statistics(input, sizes)
-        count = mean.new_tensor(sizes)[:, None] * input.shape[2]
-        own = torch.cat([count, mean, var], 1)
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, own, group)
-        counts, means, variances = torch.stack(parts).split([1, *mean.shape[1:], *mean.shape[1:]], 2)
+        some, own_sizes = ctx.own = _filled(sizes, input.shape[2])
+        own = input.new_zeros(len(sizes), 1 + 2 * input.shape[1], dtype=statistics_dtype(input.dtype))
+        if own_sizes:
+            own[some, 1:] = torch.cat(split_statistics(input, own_sizes), 1)
+        own[:, 0] = own.new_tensor(sizes) * input.shape[2]
+        channels = input.shape[1]
+        counts, means, variances = _gather(own, group).split([1, channels, channels], 2)
+        _check_counts(counts[..., 0])
         count = counts.sum(0)
-        shares = counts / count
+        shares = counts / count.clamp(min=1)
         mean = (shares * means).sum(0)
         var = (shares * (variances + (means - mean).square())).sum(0)
         ctx.mark_non_differentiable(mean, var, count)
         ctx.has_bias = bias is not None
         ctx.save_for_backward(input, weight, mean, var, count)
-        return split_normalize(input, weight, bias, mean, var, sizes, eps), mean, var, count
+        if not own_sizes:
+            return torch.empty_like(input), mean, var, count
+        chosen = (None if values is None else values[some] for values in (weight, bias, mean, var))
+        return split_normalize(input, *chosen, own_sizes, eps), mean, var, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         input, weight, mean, var, count = ctx.saved_tensors
-        sizes, eps, group = ctx.options
-        grad_weight, grad_bias = split_backward_sums(grad, input, mean, var, sizes, eps)  # Of this process alone.
-        sums = torch.stack([grad_weight, grad_bias])
+        _, eps, group = ctx.options
+        some, own_sizes = ctx.own
+        sums = mean.new_zeros(2, *mean.shape)
+        if own_sizes:
+            own = split_backward_sums(grad, input, mean[some], var[some], own_sizes, eps)
+            sums[:, some] = torch.stack(own)
+        grad_weight, grad_bias = sums.clone()  # Of this process alone.
         dist.all_reduce(sums, group=group)
-        means = sums / count
-        grad_input = split_backward_input(grad, input, weight, mean, var, means[0], means[1], sizes, eps)
+        if own_sizes:
+            means = sums / count.clamp(min=1)
+            chosen = (None if values is None else values[some] for values in (weight, mean, var, *means))
+            grad_input = split_backward_input(grad, input, *chosen, own_sizes, eps)
+        else:
+            grad_input = torch.empty_like(input)
         return grad_input, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, None
+
+
+def _filled(sizes: list[int], pixels: int) -> tuple[Any, list[int]]:
+    """Which splits have values in this process, as an index, and their sizes."""
+    if all(size * pixels for size in sizes):
+        return slice(None), sizes
+    some = [i for i, size in enumerate(sizes) if size * pixels]
+    return some, [sizes[i] for i in some]

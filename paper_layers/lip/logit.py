@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core.tracing import Leaf
+
 BOUND = 12.0  # The gate keeps logits in (0, BOUND).
 
 
-class InstanceNorm2d(nn.InstanceNorm2d):
+class InstanceNorm2d(Leaf, nn.InstanceNorm2d):
     """Affine instance norm that also takes maps of one pixel, empty batches, and a starting weight."""
 
     def __init__(

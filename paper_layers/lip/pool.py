@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core.tracing import Leaf, leaf
 from paper_layers.lip.logit import BottleneckLogit, LogitHead
 from paper_layers.ops import _checks
 from paper_layers.ops.lip_pool2d import lip_pool2d
@@ -55,7 +56,13 @@ def _make_logit(
     raise ValueError(f"logit: expected one of {choices}, a module or a function, got {logit!r}")
 
 
-class LIPPool2d(nn.Module):
+@leaf
+def _check_channels(input: Tensor, c: int) -> None:
+    if input.dim() not in (3, 4) or input.shape[-3] != c:
+        raise ValueError(f"input: expected shape (N, {c}, H, W) or ({c}, H, W), got {tuple(input.shape)}")
+
+
+class LIPPool2d(Leaf):
     r"""Pool each window by importances that the network learns: local importance-based pooling.
 
     .. math:: O_o = \frac{\sum_{i \in \Omega_o} e^{G(X)_i} X_i}{\sum_{i \in \Omega_o} e^{G(X)_i}}
@@ -142,9 +149,7 @@ class LIPPool2d(nn.Module):
 
     def forward(self, input: Tensor, source: Tensor | None = None) -> Tensor:
         """Pool `input` by the logits of `source`, the tensor that the logit module sees (default: `input`)."""
-        if input.dim() not in (3, 4) or input.shape[-3] != self.channels:
-            c = self.channels
-            raise ValueError(f"input: expected shape (N, {c}, H, W) or ({c}, H, W), got {tuple(input.shape)}")
+        _check_channels(input, self.channels)
         logit = self.logit(input if source is None else source)
         return lip_pool2d(input, logit.to(input.dtype), self.kernel_size, self.stride, self.padding, self.ceil_mode)
 

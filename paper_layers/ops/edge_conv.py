@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paper_layers._core.aliases import distinct
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._index import check_rows, flat_index
@@ -202,6 +203,7 @@ class _EdgeConvBackward(Function):
         return one_by_one(_EdgeConvBackward.apply, info.batch_size, in_dims, arguments)
 
 
+@leaf
 def edge_conv(
     center: Tensor,
     neighbor: Tensor,

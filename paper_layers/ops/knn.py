@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paper_layers._core.aliases import distinct
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._index import batch_starts, check_rows, check_starts, cloud_count, flat_index
@@ -230,6 +231,7 @@ class _KNNBackward(Function):
         return one_by_one(_KNNBackward.apply, info.batch_size, in_dims, arguments)
 
 
+@leaf
 def knn(
     query: Tensor,
     points: Tensor | None = None,

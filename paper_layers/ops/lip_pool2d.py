@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._layout import memory_format
@@ -213,6 +214,7 @@ class _LIPPool2dBackward(Function):
         return tuple(_unfold(info, g) for g in grads), (0, 0)
 
 
+@leaf
 def lip_pool2d(
     input: Tensor,
     logit: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paper_layers._core.aliases import distinct
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._index import check_rows, flat_index
@@ -164,6 +165,7 @@ class _NeighborReduceBackward(Function):
         return result.unflatten(0, (info.batch_size, rows)), 0
 
 
+@leaf
 def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relative: bool = False) -> Tensor:
     r"""Reduce the rows of each node's neighbours, or their differences to its own, without storing them.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paper_layers._core.aliases import distinct
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._layout import memory_format
@@ -340,6 +341,7 @@ def _check_scales(spatial_scale: float | Sequence[float], levels: int) -> list[f
     return [float(scale) for scale in scales]
 
 
+@leaf
 def point_sample(
     input: Tensor | Sequence[Tensor],
     points: Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops._library import define, library
 from paper_layers.ops._uncertainty import (
@@ -54,6 +55,7 @@ torch.library.register_vmap("paper_layers::sample_uncertain_points", _vmap, lib=
 torch._decomp.register_decomposition(_op)(_decomposition)
 
 
+@leaf
 def sample_uncertain_points(
     logits: Tensor,
     num_points: int,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paper_layers._core.aliases import distinct
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks, _values
 from paper_layers.ops import _soft_triple as kernels
 from paper_layers.ops._autograd import Function
@@ -262,6 +263,7 @@ def soft_triple(
     return logsumexp, target, distance
 
 
+@leaf
 def soft_triple_loss(
     embeddings: Tensor,
     centers: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paper_layers._core.aliases import distinct
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops import _split_batch_norm as formulas
 from paper_layers.ops._autograd import Function
@@ -246,6 +247,7 @@ def update_statistics(
             running.lerp_(new.to(running.dtype), momentum)
 
 
+@leaf
 def split_batch_norm(
     input: Tensor,
     split_sizes: Sequence[int],

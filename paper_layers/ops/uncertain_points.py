@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops._library import define, library
 from paper_layers.ops._uncertainty import (
@@ -47,6 +48,7 @@ torch.library.register_vmap("paper_layers::uncertain_points", _vmap, lib=library
 torch._decomp.register_decomposition(_op)(_decomposition)
 
 
+@leaf
 def uncertain_points(logits: Tensor, num_points: int, *, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Find the pixels that a segmentation is least sure of.
 

@@ -2,15 +2,17 @@
 
 Every function here changes `model` in place and returns it. A chosen module becomes another one where it stands: the
 same object with a new class, as in torch's lazy modules and parametrizations. So it stays wherever it is registered,
-under one name or several or as the root, and keeps its training mode and its hooks (and a convolution its parameters).
-New parameters take device and dtype from the nearest ones of the model, and are trainable: give them to the optimizer,
-and swap before DDP or FSDP wrap the model. When an error is raised, nothing has been changed.
+under one name or several or as the root, and keeps its training mode, its hooks and your attributes (and a convolution
+its parameters). New parameters take device and dtype from the nearest ones of the model, and are trainable: give them
+to the optimizer. A model that DDP or FSDP wraps, or that is scripted, is refused: swap first. A compiled model is
+compiled again. When an error is raised, nothing has been changed.
 """
 
+from paper_layers.swap._lip_conv import LIPConv2d
 from paper_layers.swap.adv_prop import plain_batch_norm, split_batch_norm
 from paper_layers.swap.big_bigan import bigan_discriminator
 from paper_layers.swap.graph import graph_conv
-from paper_layers.swap.lip import LIPConv2d, pooling, strided_conv
+from paper_layers.swap.lip import pooling, strided_conv
 from paper_layers.swap.point_rend import pointrend
 
 __all__ = [

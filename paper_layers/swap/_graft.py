@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ class Grafted(nn.Module):
 
     prefix: str  # Of the new class's name.
     added: str  # The name of the child that we add.
+    arguments: tuple[inspect.Parameter, ...] = ()  # What our forward takes beside the host's arguments.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the two classes: the one that is made of them cannot be found by its name."""
@@ -31,8 +34,29 @@ class SequentialGraft(Grafted):
 
 @functools.cache
 def graft(ours: Any, host: Any) -> Any:
-    """The host's class with ours before it."""
-    return type(f"{ours.prefix}{host.__name__}", (ours, host), {"__module__": ours.__module__, "__doc__": ours.__doc__})
+    """The host's class with ours before it, and a forward with the signature of the host's."""
+    members = {"__module__": ours.__module__, "__doc__": ours.__doc__}
+    if ours.arguments:
+        members["forward"] = _with_signature(ours.forward, host.forward, ours.arguments)
+    return type(f"{ours.prefix}{host.__name__}", (ours, host), members)
+
+
+def _with_signature(function: Any, host: Any, arguments: tuple[inspect.Parameter, ...]) -> Any:
+    """A copy of a function that tells tools by `inspect.signature` to take the host's arguments, and some more."""
+    parameters = inspect.signature(host).parameters
+    old = [parameter for name, parameter in parameters.items() if name not in {new.name for new in arguments}]
+    # Each kind in its place: `**kwargs` comes last.
+    merged = sorted([*old, *arguments], key=lambda parameter: parameter.kind)
+    same = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    same.__kwdefaults__, same.__doc__, same.__annotations__ = (
+        function.__kwdefaults__,
+        function.__doc__,
+        function.__annotations__,
+    )
+    same.__dict__["__signature__"] = inspect.Signature(merged)
+    return same
 
 
 def _blank(ours: Any, host: Any) -> Any:

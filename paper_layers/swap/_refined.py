@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import Parameter
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ class SemanticHost(Grafted):
     prefix, added = "PointRend", "point_rend"
     point_rend: PointRendSemantic
     _point_rend_taps: list[Tap]  # Of the coarse logits, and of the fine features.
+    arguments = (Parameter("target", Parameter.KEYWORD_ONLY, default=None),)
 
     def forward(self, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:
         """What the host returns, with refined logits in evaluation, and those of points in training without target.

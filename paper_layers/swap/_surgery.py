@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
-_GUESSED_SIZE = 224
+from paper_layers.swap._wrapped import check_free
 
 Filter = Callable[[nn.Module, str], bool]
-M = TypeVar("M", bound=nn.Module)
+
+_OF_ALL_MODULES = vars(nn.Module()).keys()
 
 
 def select(
@@ -24,23 +22,32 @@ def select(
     fits: Callable[[Any], bool],
     done: Callable[[Any], bool],
     filter: Filter | None,
+    resembles: Callable[[Any], str | None] = lambda module: None,
 ) -> dict[Any, str]:
     """The modules that fit and that `filter` accepts, each with the name that it was accepted under.
 
-    Empty if there is none, but one that is `done`, by an earlier swap.
+    Empty if there is none, but one that is `done`, by an earlier swap. `resembles` says what to call a module in an
+    error that could be meant, but does not fit.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a Module, got {type(model).__name__}")
+    check_free(model)
     everything = list(model.named_modules(remove_duplicate=False))
     found = [(name, m) for name, m in everything if fits(m)]
     chosen = {m: name for name, m in reversed(found) if filter is None or filter(m, name)}
     if not chosen and not any(done(m) for _, m in everything):
         rejected = f" that filter accepts ({len(found)} without it)" if found else ""
-        raise ValueError(f"model: expected at least one {wanted} to swap{rejected}, got none in {type(model).__name__}")
+        raise ValueError(
+            f"model: expected at least one {wanted} to swap{rejected}, got none in {type(model).__name__}"
+            f"{_passed_over(resembles(m) for m in model.modules() if not fits(m))}"
+        )
     for module, name in chosen.items():
         if "forward" in vars(module):
             raise ValueError(f"{called(name)}: expected the forward of its class, got one set on the object")
     return dict(reversed(chosen.items()))
+
+
+def _passed_over(names: Iterable[str | None]) -> str:
+    counts = Counter(name for name in names if name)
+    return f"; it has {', '.join(f'{n} {name}' for name, n in counts.items())}, left alone" if counts else ""
 
 
 def exactly(*kinds: type[nn.Module]) -> Callable[[Any], bool]:
@@ -52,12 +59,20 @@ def called(name: str) -> str:
     return f"model.{name}" if name else "model"
 
 
-def become(old: nn.Module, new: nn.Module) -> None:
-    """Turn `old` into `new` where it stands. It keeps its hooks (the very dictionaries) and training mode."""
+def become(old: Any, new: nn.Module) -> None:
+    """Turn `old` into `new` where it stands. It keeps its mode, hooks (the very dictionaries) and the user's own state.
+
+    The arguments of the old class, its `__constants__`, are dropped.
+    """
     new.train(old.training)
-    kept = {key: value for key, value in vars(old).items() if "_hook" in key}
+    state = {key: value for key, value in vars(old).items() if key not in type(old).__constants__}
+    for key, value in vars(new).items():
+        if key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            state[key].update(value)
+        elif key not in _OF_ALL_MODULES:
+            state[key] = value
     old.__class__ = type(new)
-    old.__dict__ = {**vars(new), **kept}
+    old.__dict__ = state
 
 
 def placement(model: nn.Module, name: str) -> dict[str, Any]:
@@ -67,49 +82,3 @@ def placement(model: nn.Module, name: str) -> dict[str, Any]:
         if tensor.is_floating_point():
             return {"device": tensor.device, "dtype": tensor.dtype}
     return placement(model, name.rpartition(".")[0]) if name else {}
-
-
-def trial_run(
-    model: nn.Module, modules: Iterable[M], example_input: Any, watch: Callable[[M, M], Any]
-) -> tuple[Any, Exception | None]:
-    """Run a copy of the model on the meta device: no data, no random numbers, no hooks but those that are set here.
-
-    Args:
-        model: Any module, which is left as it is.
-        modules: Some of its modules.
-        example_input: A tensor or a tuple of arguments; None for two images with the channels of the first `nn.Conv2d`.
-        watch: ``watch(module, copy)`` is called for each of the modules, to set a hook on the copy.
-
-    Returns:
-        The output, or None and the error that broke the run off. Any host may raise anything.
-    """
-    args = _guess_input(model) if example_input is None else example_input
-    args = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), args)
-    try:
-        with torch.no_grad(), torch.device("meta"), torch.random.fork_rng([]), torch.compiler.set_stance("force_eager"):
-            twin, twins = _meta_copy(model, modules)
-            for module, copied in twins.items():
-                watch(module, copied)
-            return (twin(*args) if isinstance(args, tuple) else twin(args)), None
-    except Exception as error:
-        return None, error
-
-
-def _meta_copy(model: nn.Module, modules: Iterable[M]) -> tuple[nn.Module, dict[M, M]]:
-    """The model without data and hooks, and what has become of some of its modules."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for key, value in chain(vars(module).items(), module._parameters.items(), module._buffers.items()):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value.detach().to("meta")
-            elif "_hooks" in key:
-                memo[id(value)] = OrderedDict()
-    return copy.deepcopy(model, memo), {module: memo[id(module)] for module in modules}
-
-
-def _guess_input(model: nn.Module) -> Tensor:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            size = (2, module.in_channels, _GUESSED_SIZE, _GUESSED_SIZE)
-            return torch.empty(size, dtype=module.weight.dtype, device="meta")
-    raise ValueError("example_input: expected an input for a model that has no nn.Conv2d to guess one from, got None")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paper_layers.adv_prop.norm import (
@@ -19,34 +19,12 @@ from paper_layers.adv_prop.sync import SplitSyncBatchNorm
 from paper_layers.ops._checks import integer
 from paper_layers.swap._surgery import Filter, called, select
 
-
-class _Activated(SplitBatchNorm):
-    """What timm's fused norms do after the norm; `plain_class` is what they were."""
-
-    drop: nn.Module
-    act: nn.Module
-    plain_class: type[nn.Module]
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The norm, then dropout and activation."""
-        return self.act(self.drop(super().forward(input)))
-
-
-class SplitBatchNormAct2d(_Activated, SplitBatchNorm2d):
-    """timm's BatchNormAct2d, split."""
-
-
-class SplitSyncBatchNormAct(_Activated, SplitSyncBatchNorm):
-    """timm's SyncBatchNormAct, split."""
-
-
 _SPLIT: dict[type[nn.Module], type[SplitBatchNorm]] = {
     nn.BatchNorm1d: SplitBatchNorm1d,
     nn.BatchNorm2d: SplitBatchNorm2d,
     nn.BatchNorm3d: SplitBatchNorm3d,
     nn.SyncBatchNorm: SplitSyncBatchNorm,
 }
-_SPLIT_OF_TIMM = {"BatchNormAct2d": SplitBatchNormAct2d, "SyncBatchNormAct": SplitSyncBatchNormAct}
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {split: plain for plain, split in _SPLIT.items()}
 
 
@@ -116,6 +94,11 @@ def split_batch_norm(
                 )
     kinds: list[type[SplitBatchNorm]] = []
     for norm, name in norms.items():
+        if isinstance(norm, _BatchNorm) and hasattr(norm, "aux_bn"):
+            raise ValueError(
+                f"{called(name)}: expected a norm that is not split, got {type(norm).__name__} of another package; "
+                "split the norms of the plain model, and load its state dict, which has the same keys"
+            )
         kind = _split_class(type(norm))
         if kind is None:
             raise ValueError(
@@ -123,16 +106,14 @@ def split_batch_norm(
                 "which may compute something else; filter can leave it out"
             )
         kinds.append(kind)
-    for norm, kind in zip(norms, kinds, strict=True):
-        options: dict[str, Any] = {"device": "meta", "num_splits": num_splits, "split_sizes": split_sizes}
-        new = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, **options)
-        for auxiliary in new.aux_bn:
+    for (norm, name), kind in zip(norms.items(), kinds, strict=True):
+        auxiliaries = kind.new_auxiliaries(norm, num_splits, device="meta")
+        for auxiliary in auxiliaries:
             _copy_tensors(norm, auxiliary)
-            auxiliary.train(norm.training)
-        if issubclass(kind, _Activated):
-            norm.plain_class = type(norm)
         norm.__class__ = kind
-        norm.num_splits, norm.split_sizes, norm.aux_bn = new.num_splits, new.split_sizes, new.aux_bn
+        norm.num_splits, norm.split_sizes, norm.aux_bn = setting.num_splits, setting.split_sizes, auxiliaries
+        norm._name = called(name)
+        auxiliaries.train(norm.training)
     return model
 
 
@@ -175,7 +156,7 @@ def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter: Filter | None
             raise ValueError(
                 f"branch: expected at most {norm.num_splits - 1}, the last of {called(name)}, got {branch}"
             )
-        if type(norm) not in _PLAIN and not hasattr(norm, "plain_class"):
+        if _plain_class(type(norm)) is None:
             raise ValueError(
                 f"{called(name)}: expected a split norm of this package's classes, got {type(norm).__name__}; "
                 "filter can leave it out"
@@ -184,15 +165,26 @@ def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter: Filter | None
         kept = norm.branches[branch]
         norm._parameters.update(kept._parameters)
         norm._buffers.update(kept._buffers)
-        norm.__class__ = vars(norm).pop("plain_class", None) or _PLAIN[type(norm)]
+        norm.__class__ = _plain_class(type(norm))
         del norm.aux_bn, norm.num_splits, norm.split_sizes
+        vars(norm).pop("_name", None)
     return model
 
 
 def _split_class(kind: type[nn.Module]) -> type[SplitBatchNorm] | None:
-    if kind.__module__.startswith("timm."):  # By name, as there may be no timm.
-        return _SPLIT_OF_TIMM.get(kind.__name__)
-    return _SPLIT.get(kind)
+    return _split_of_timm().get(kind) if kind.__module__.startswith("timm.") else _SPLIT.get(kind)
+
+
+def _plain_class(kind: Any) -> type[nn.Module] | None:
+    if kind not in _PLAIN and kind.__module__ == f"{__package__}._timm":
+        return {split: plain for plain, split in _split_of_timm().items()}.get(kind)
+    return _PLAIN.get(kind)
+
+
+def _split_of_timm() -> dict[type[nn.Module], type[SplitBatchNorm]]:
+    from paper_layers.swap._timm import SPLIT  # Not before there is a module of timm's: timm may not be installed.
+
+    return SPLIT
 
 
 def _copy_tensors(norm: nn.Module, auxiliary: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import Parameter
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from paper_layers.big_bigan.pooling import POOLS, pooled
 from paper_layers.big_bigan.scores import TERMS, chosen_terms
 from paper_layers.swap._graft import Grafted, SequentialGraft, Tap, graft
 from paper_layers.swap._surgery import Filter, placement
+from paper_layers.swap._wrapped import check_free
 
 
 class Seen(Tap):
@@ -31,12 +33,21 @@ class BigBiGANHost(Grafted):
     big_bigan: BigBiGANHeads
     _big_bigan_tap: Seen
     _big_bigan_pool: str
+    arguments = (Parameter("latents", Parameter.POSITIONAL_OR_KEYWORD, default=None),)
 
-    def forward(self, images: Tensor, latents: Tensor | None = None) -> Scores:
-        """`Scores` (N,) of images and latents (N, latent_dim), in float32 also under autocast."""
+    def forward(self, *images: Any, latents: Tensor | None = None, **kwargs: Any) -> Scores:
+        """`Scores` (N,) of images and latents (N, latent_dim), in float32 also under autocast.
+
+        Args:
+            *images: The host's argument, and `latents` after it.
+            latents: None for the scores of images alone.
+            **kwargs: The host's argument, by its name.
+        """
+        if len(images) > 1:
+            *images, latents = images  # type: ignore[assignment]
         self._big_bigan_tap.open()
         try:
-            super().forward(images)
+            super().forward(*images, **kwargs)
         finally:
             seen = self._big_bigan_tap.close()
         if seen is None:
@@ -106,8 +117,7 @@ def bigan_discriminator(
         >>> scores.x.shape, scores.z.shape, scores.xz.shape
         (torch.Size([8]), torch.Size([8]), torch.Size([8]))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a Module, got {type(model).__name__}")
+    check_free(model)
     terms = chosen_terms(terms)
     if "x" not in terms:
         raise ValueError(f"terms: expected 'x' among them, which the last layer gives, got {terms!r}")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from paper_layers.lip.pool import LIPPool2d, Logit
-from paper_layers.swap._surgery import Filter, M, become, called, exactly, placement, select, trial_run
+from paper_layers.swap._lip_conv import FOLDS, LIPConv2d, Refusal, own_logit, stride_pool
+from paper_layers.swap._surgery import Filter, become, called, exactly, placement, select
+from paper_layers.swap._trial import M, trial_run
 
+_FUNCTIONS = re.compile(r"\b(?:max|avg)_pool2d\(")
 # What a pool may be told that LIP cannot do, and the values that ask for nothing.
 _UNSUPPORTED = {"dilation": (1, (1, 1), [1, 1]), "return_indices": (False,), "divisor_override": (None,)}
-
-
-def _own(logit: Logit, placement: dict[str, Any]) -> Logit:
-    """What one of several pools gets as its logit: of a module, a copy of its own."""
-    return copy.deepcopy(logit).to(**placement) if isinstance(logit, nn.Module) else logit
 
 
 def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: Any) -> dict[M, int]:
@@ -33,7 +34,7 @@ def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: A
 
         copied.register_forward_pre_hook(hook, with_kwargs=True)
 
-    _, failure = trial_run(model, modules, example_input, watch)
+    _, failure = trial_run(model, modules, example_input, watch, lambda: all(seen.values()))
     for module, name in modules.items():
         if not seen[module] and failure is not None:
             raise ValueError(
@@ -90,7 +91,7 @@ def pooling(
         torch.Size([2, 16, 15, 15])
     """
     kinds = exactly(nn.MaxPool2d, nn.AvgPool2d)
-    pools = select(model, "nn.MaxPool2d or nn.AvgPool2d", kinds, exactly(LIPPool2d), filter)
+    pools = select(model, "nn.MaxPool2d or nn.AvgPool2d", kinds, exactly(LIPPool2d), filter, _pool_like)
     for pool, name in pools.items():
         for option, neutral in _UNSUPPORTED.items():
             value = getattr(pool, option, neutral[0])
@@ -108,56 +109,12 @@ def pooling(
             key: getattr(pool, key) for key in ("kernel_size", "stride", "padding", "ceil_mode")
         }
         lip = LIPPool2d(
-            channels[pool], logit=_own(logit, place), bottleneck_width=bottleneck_width, **geometry, **place
+            channels[pool], logit=own_logit(logit, place), bottleneck_width=bottleneck_width, **geometry, **place
         )
         built.append(lip)
     for pool, new in zip(pools, built, strict=True):
         become(pool, new)
     return model
-
-
-class LIPConv2d(nn.Conv2d):
-    """A strided convolution that does its stride by LIP: the convolution at every pixel, then LIP pooling.
-
-    The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; `LIPPool2d` has the equation. Its
-    window is the smallest odd number not below the stride and its centres lie where the strided convolution
-    would have been computed, so output sizes are those of `nn.Conv2d`. The state dict adds `pool.*` to its keys.
-
-    Args:
-        *args: As in `nn.Conv2d`, and the keyword arguments as well.
-        logit: As in `LIPPool2d`.
-        bottleneck_width: As in `LIPPool2d`.
-
-    Example:
-        >>> import torch
-        >>> LIPConv2d(16, 32, kernel_size=3, stride=2, padding=1)(torch.randn(2, 16, 28, 28)).shape
-        torch.Size([2, 32, 14, 14])
-    """
-
-    pool: LIPPool2d
-
-    def __init__(self, *args: Any, logit: Logit = "bottleneck", bottleneck_width: int = 128, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._take_stride(_stride_pool(self, logit, bottleneck_width))
-
-    def _take_stride(self, pool: LIPPool2d) -> None:
-        self.pool = pool
-        self.stride = (1, 1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve at every pixel, then pool."""
-        return self.pool(super().forward(input))
-
-
-def _stride_pool(conv: nn.Conv2d, logit: Logit, bottleneck_width: int) -> LIPPool2d:
-    place = placement(conv, "")
-    rows, columns = conv.stride
-    kernel_size = (rows | 1, columns | 1)
-    padding = (rows // 2, columns // 2)  # Half the kernel, as rows | 1 is 2 * (rows // 2) + 1.
-    pool = LIPPool2d(
-        conv.out_channels, kernel_size, (rows, columns), padding, _own(logit, place), bottleneck_width, **place
-    )
-    return pool.train(conv.training)
 
 
 def strided_conv(
@@ -166,14 +123,15 @@ def strided_conv(
     """Turn every strided `nn.Conv2d` of a finished model into the same one with stride 1, followed by LIP pooling.
 
     The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; see `LIPConv2d`. The convolutions
-    keep their `Parameter` objects and state-dict keys, and cost as many times more as their stride has pixels: leave
-    patch embeddings out with `filter`.
+    keep their `Parameter` objects and state-dict keys, and cost as many times more as their stride has pixels. So patch
+    embeddings, whose kernel is their stride and above 3, are left alone unless there is a `filter` that accepts them.
+    Fold norms into convolutions and re-parametrise blocks (RepVGG, MobileOne) before: it is an error afterwards.
 
     Args:
         model: Any module; changed in place.
         logit: As in `LIPPool2d`; of a module, each pool gets a copy.
         bottleneck_width: As in `LIPPool2d`.
-        filter: ``filter(module, name) -> bool``, which convolutions to swap; default all.
+        filter: ``filter(module, name) -> bool``, which convolutions to swap; default all but patch embeddings.
 
     Returns:
         `model`; unchanged if it already holds a `LIPConv2d` and `filter` accepts no further convolution.
@@ -193,11 +151,50 @@ def strided_conv(
         torch.Size([2, 16, 16, 16])
     """
     plain = exactly(nn.Conv2d)
-    convs = select(
-        model, "strided nn.Conv2d", lambda conv: plain(conv) and max(conv.stride) > 1, exactly(LIPConv2d), filter
-    )
-    pools = [_stride_pool(conv, logit, bottleneck_width) for conv in convs]
-    for conv, pool in zip(convs, pools, strict=True):
+
+    def fits(module: Any) -> bool:
+        wanted = filter is not None or module is model or not _embeds_patches(module)
+        return plain(module) and max(module.stride) > 1 and wanted
+
+    convs = select(model, "strided nn.Conv2d", fits, exactly(LIPConv2d), filter, _conv_like)
+    pools = [stride_pool(conv, logit, bottleneck_width, placement(conv, "")) for conv in convs]
+    for (conv, name), pool in zip(convs.items(), pools, strict=True):
         conv.__class__ = LIPConv2d
-        cast(LIPConv2d, conv)._take_stride(pool)
+        cast(LIPConv2d, conv).take_stride(pool)
+        _refuse_to_fold(model, name)
     return model
+
+
+def _pool_like(module: nn.Module) -> str | None:
+    kind = type(module)
+    if isinstance(module, _MaxPoolNd | _AvgPoolNd):
+        return kind.__name__
+    if not kind.__module__.startswith(("torch.nn.", "paper_layers.")) and "forward" in vars(kind):
+        try:
+            if _FUNCTIONS.search(inspect.getsource(kind.forward)):
+                return f"{kind.__name__} with calls of max_pool2d or avg_pool2d, which are no modules"
+        except (OSError, TypeError):  # No source.
+            pass
+    return None
+
+
+def _conv_like(module: Any) -> str | None:
+    if not isinstance(module, _ConvNd) or module.transposed or max(module.stride) == 1:
+        return None
+    if type(module) is nn.Conv2d:
+        return "nn.Conv2d with kernel_size equal to stride (patch embeddings: a filter that accepts them swaps them)"
+    return type(module).__name__
+
+
+def _embeds_patches(conv: Any) -> bool:
+    """Whether a convolution cuts an image into patches, which no pooling would do as well."""
+    return type(conv) is nn.Conv2d and conv.kernel_size == conv.stride and min(conv.stride) > 3
+
+
+def _refuse_to_fold(model: nn.Module, name: str) -> None:
+    """Make blocks around a convolution refuse to fold it: they read its weight, whatever its class."""
+    for end in range(name.count(".") + 1):
+        block = model.get_submodule(".".join(name.split(".")[:end]))
+        for method in FOLDS:
+            if callable(getattr(type(block), method, None)):
+                vars(block)[method] = Refusal(method, called(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ from paper_layers.point_rend.mask import PointRendMask
 from paper_layers.point_rend.semantic import PointRendSemantic
 from paper_layers.swap._graft import Tap, graft
 from paper_layers.swap._refined import MaskHost, SemanticHost, SequentialHost, logits_of
-from paper_layers.swap._surgery import Filter, placement, select, trial_run
+from paper_layers.swap._surgery import Filter, placement, select
+from paper_layers.swap._trial import trial_run
 
 _WANTED = "torchvision FCN, DeepLabV3, LRASPP or Mask R-CNN (fine and coarse name the modules of another model)"
 _STRIDE = 4  # Of the paper's fine features.
@@ -205,9 +207,14 @@ def _module(host: nn.Module, argument: str, name: Any) -> nn.Module:
         raise TypeError(f"{argument}: expected the name of a module, got {name!r}")
     found = dict(host.named_modules(remove_duplicate=False)).get(name) if name else None
     if found is None:
-        children = ", ".join(child for child, _ in host.named_children())
+        names = [known for known, _ in host.named_modules() if known]
+        close = (
+            difflib.get_close_matches(name, names, n=4) or [known for known in names if known.endswith(f".{name}")][:4]
+        )
+        listed = ", ".join(close or [child for child, _ in host.named_children()])
         raise ValueError(
-            f"{argument}: expected the name of a module in {type(host).__name__} (it has {children}), got {name!r}"
+            f"{argument}: expected the name of a module in {type(host).__name__} "
+            f"({'close to it are' if close else 'it has'} {listed}), got {name!r}"
         )
     return found
 

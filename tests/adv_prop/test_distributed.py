@@ -72,6 +72,32 @@ def run_norm(model: Any, halves: list[tuple[Tensor, Tensor]]) -> Record:
     return record(model, output=output.split(rows), grad=x.grad.split(rows), one=one)
 
 
+def sizes_of(rank: int) -> dict[str, list[int]]:
+    """Images of each branch: a rank without images, a branch without, a branch that only one rank has."""
+    return {"rank": [[3, 2], [0, 0]][rank], "branch": [[3, 0], [4, 0]][rank], "one": [[3, 2], [4, 0]][rank]}
+
+
+def run_empty(model: Any, halves: list[Tensor]) -> Record:
+    model.split_sizes = tuple(len(half) for half in halves)
+    x = torch.cat(halves).requires_grad_()
+    output = model(x)
+    output.square().sum().backward()
+    return record(model, output=output.split(model.split_sizes), grad=x.grad.split(model.split_sizes))
+
+
+def some(sizes: list[int], rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(n, 3, 2, 2, generator=generator).double() for n in sizes]
+
+
+def error(call: Any) -> str:
+    try:
+        call()
+    except ValueError as raised:
+        return str(raised)
+    return "none"
+
+
 def run_step(model: Any, batches: list[tuple[Tensor, Tensor]]) -> Record:
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if isinstance(model, DistributedDataParallel):
@@ -106,6 +132,11 @@ def worker(rank: int, folder: str) -> None:
         found["step", synchronised] = run_step(ddp, [data(EVEN)[rank]])
         if not synchronised:
             found["fast"] = run_fast(ddp, [data(EVEN)[rank]])
+    for name, own in sizes_of(rank).items():
+        found["empty", name] = run_empty(norm(), some(own, rank))
+    for name, batch in (("odd", 4 - rank), ("empty and odd", rank), ("one value", 2 * rank)):
+        x = torch.randn(batch, 3, 1, 1).double()
+        found["error", name] = error(functools.partial(norm(), x))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -159,3 +190,31 @@ def test_fast_step_shares_its_gradients(ranks: list[dict[Any, Record]]) -> None:
     means = [(one + other) / 2 for one, other in zip(*alone, strict=True)]
     for part in ranks:
         torch.testing.assert_close(part["fast"]["grads"], means)
+
+
+@pytest.mark.parametrize("name", sizes_of(0))
+def test_parts_without_images(ranks: list[dict[Any, Record]], name: str) -> None:
+    """What one process computes of all images; a branch that has none anywhere keeps its statistics."""
+    parts = [some(sizes_of(rank)[name], rank) for rank in range(2)]
+    expected = run_empty(norm(), [torch.cat(halves) for halves in zip(*parts, strict=True)])
+    found = [rank["empty", name] for rank in ranks]
+    for key in ("output", "grad"):
+        for half in (0, 1):
+            torch.testing.assert_close(torch.cat([part[key][half] for part in found]), expected[key][half])
+    for grads in zip(*(part["grads"] for part in found), expected["grads"], strict=True):
+        torch.testing.assert_close(grads[0] + grads[1], grads[2])
+    for part in found:
+        torch.testing.assert_close(part["state"], expected["state"])
+
+
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [
+        ("odd", ["norms of every process can split, got 3 on rank 1", "num_splits=2 divides, got 3"]),
+        ("empty and odd", ["norms of every process can split, got 1 on rank 1", "num_splits=2 divides, got 1"]),
+        ("one value", ["at least 2 values per channel in each split over all processes, got [1, 1]"] * 2),
+    ],
+)
+def test_errors_reach_every_rank(ranks: list[dict[Any, Any]], name: str, messages: list[str]) -> None:
+    for rank, message in zip(ranks, messages, strict=True):
+        assert message in rank["error", name]

@@ -11,8 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# isort: off
+from tests import torchvision_stub  # noqa: F401 (must come first)
+import torchvision
+# isort: on
+
 from paper_layers import swap
-from paper_layers.adv_prop import adv_prop_loss, branch, pgd
+from paper_layers.adv_prop import adv_prop_loss, branch, fast_adv_prop_backward, pgd
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +160,70 @@ def test_bad_input() -> None:
     frozen = swap.split_batch_norm(plain())
     frozen[1].eval()  # One of them may be frozen.
     adv_prop_loss(frozen, x, y, attack).backward()
+
+
+class Auxiliary(nn.Module):
+    """Returns in training what torchvision's GoogLeNet or Inception v3 does."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind, self.norm, self.fc = kind, nn.BatchNorm2d(3), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.fc(self.norm(x).mean((2, 3)))
+        others = [logits * (i + 2) for i in range(len(self.kind._fields) - 1)]
+        return self.kind(logits, *others) if self.training else logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [(torchvision.models.GoogLeNetOutputs, 0.3), (torchvision.models.InceptionOutputs, 0.4)],
+)
+def test_auxiliary_logits(kind: Any, weight: float) -> None:
+    """Each output of either half counts, the auxiliary ones by the share that they have in the papers."""
+    model = swap.split_batch_norm(Auxiliary(kind)).double()
+    x, y = torch.rand(3, 3, 4, 4).double(), torch.tensor([0, 1, 4])
+    attack = functools.partial(pgd, steps=1, bounds=(0, 1), random_start=0, targeted=False)
+    adversarial, twin = attack(model, x, y), copy.deepcopy(model)
+    loss = adv_prop_loss(model, x, y, attack)
+    expected = torch.zeros(())
+    for output in twin(torch.cat([x, adversarial])):
+        share = 1 if expected == 0 else weight
+        expected = expected + share * sum(F.cross_entropy(half, y) for half in output.split(3))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+    fast = swap.split_batch_norm(Auxiliary(kind), split_sizes=(0.5, 0.5))
+    fast_adv_prop_backward(fast, torch.rand(5, 3, 4, 4), torch.arange(5), bounds=(0, 1))
+    assert all(p.grad is not None for p in fast.parameters())
+
+
+def test_other_outputs_go_to_the_criterion_in_halves() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.norm(x).mean((2, 3))
+            return {"logits": x} if self.training else x
+
+    model, x, y = swap.split_batch_norm(Named()), torch.rand(3, 3, 4, 4), torch.tensor([0, 1, 2])
+    loss = adv_prop_loss(
+        model,
+        x,
+        y,
+        lambda model, x, y: x.clone(),
+        criterion=lambda output, y: F.cross_entropy(output["logits"], y),
+    )
+    torch.testing.assert_close(loss, 2 * F.cross_entropy(copy.deepcopy(model)(torch.cat([x, x]))["logits"][:3], y))
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_odd_last_batch(size: int) -> None:
+    model = swap.split_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5)))
+    x, y = torch.rand(size, 3, 8, 8), torch.arange(size) % 5
+    loss = adv_prop_loss(model, x, y, functools.partial(pgd, steps=1, bounds=(0, 1)))
+    loss.backward()
+    assert loss.isfinite()

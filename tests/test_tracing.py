@@ -1,0 +1,146 @@
+"""torch.fx, torchvision's and timm's feature extractors go around our layers as around torch's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+# isort: off
+from tests import torchvision_stub  # noqa: F401 (must come first)
+import timm
+import torchvision
+from timm.models._features_fx import GraphExtractNet
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+# isort: on
+
+import paper_layers
+from paper_layers import LazyLIPPool2d, LIPPool2d, SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d, lip, swap
+from paper_layers.adv_prop import SplitSyncBatchNorm
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def in_use(pool: LazyLIPPool2d) -> LazyLIPPool2d:
+    pool(torch.randn(1, 4, 8, 8))
+    return pool
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "pool": (lambda: LIPPool2d(4), (4, 4, 8, 8)),
+    "pool of a function": (lambda: LIPPool2d(4, logit=torch.zeros_like), (4, 4, 8, 8)),
+    "lazy pool": (lambda: in_use(LazyLIPPool2d()), (4, 4, 8, 8)),
+    "convolution": (lambda: swap.LIPConv2d(4, 6, 3, 2, 1), (4, 4, 8, 8)),
+    "1d": (lambda: SplitBatchNorm1d(4), (4, 4)),
+    "2d": (lambda: SplitBatchNorm2d(4), (4, 4, 8, 8)),
+    "3d": (lambda: SplitBatchNorm3d(4), (4, 4, 2, 8, 8)),
+    "sync": (lambda: SplitSyncBatchNorm(4), (4, 4, 8, 8)),
+    "timm": (lambda: swap.split_batch_norm(timm.layers.BatchNormAct2d(4)), (4, 4, 8, 8)),
+    "bottleneck logit": (lambda: lip.BottleneckLogit(4, 8), (4, 4, 8, 8)),
+    "bottleneck stem": (lambda: lip.BottleneckStem(4, 8), (4, 4, 8, 8)),
+    "logit head": (lambda: lip.LogitHead(4, 8), (4, 4, 8, 8)),
+    "transition": (lambda: lip.LIPTransition(4, 4), (4, 4, 8, 8)),
+    "bottleneck": (lambda: lip.LIPBottleneck(4, 2, 2), (4, 4, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers(layer: str) -> None:
+    """The traced model has the same modules, computes the same, trains, and moves statistics."""
+    build, shape = LAYERS[layer]
+    model = nn.Sequential(build(), nn.Identity())
+    twin, x = copy.deepcopy(model), torch.randn(shape, requires_grad=True)
+    traced = fx.symbolic_trace(model)
+    before = copy.deepcopy(traced.state_dict())
+    assert list(before) == list(twin.state_dict())
+    for _ in range(2):
+        outputs = traced(x), twin(x)
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.cos().sum().backward()
+    grads = [{name: p.grad for name, p in one.named_parameters()} for one in (traced, twin)]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(dict(traced.state_dict()), dict(twin.state_dict()))
+    torch.testing.assert_close(traced.eval()(x), twin.eval()(x))
+
+
+def test_hooks_run_once() -> None:
+    model = nn.Sequential(LIPPool2d(4, logit="projection"))
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    x, seen = torch.randn(2, 4, 8, 8), []
+    traced = fx.symbolic_trace(model)
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(traced(x), model(x))
+    assert len(seen) == 2
+
+
+class Doubled(LIPPool2d):
+    def forward(self, input: Tensor, source: Tensor | None = None) -> Tensor:
+        return 2 * super().forward(input, source)
+
+
+def test_subclass_and_root() -> None:
+    x, images = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 64, 64)
+    doubled, pool, net = nn.Sequential(Doubled(4)), LIPPool2d(4), lip.lip_resnet50(num_classes=3).eval()
+    torch.testing.assert_close(fx.symbolic_trace(doubled)(x), doubled(x))
+    torch.testing.assert_close(fx.symbolic_trace(pool, {"source": None})(x), pool(x))
+    torch.testing.assert_close(fx.symbolic_trace(net)(images), net(images))
+
+
+INDEX = torch.tensor([[1, 2], [0, 2], [0, 1]])
+FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+    "lip_pool2d": (lambda x: paper_layers.lip_pool2d(x, logit=x, kernel_size=2), (2, 3, 4, 4)),
+    "split_batch_norm": (lambda x: paper_layers.split_batch_norm(x, [1, 1]), (2, 3, 4, 4)),
+    "knn": (lambda x: paper_layers.knn(x, k=2)[0], (6, 3)),
+    "edge_conv": (lambda x: paper_layers.edge_conv(x, x, INDEX)[0], (3, 4)),
+    "neighbor_reduce": (lambda x: paper_layers.neighbor_reduce(x, INDEX), (3, 4)),
+    "point_sample": (lambda x: paper_layers.point_sample(x, x[:, 0, :, :2].sigmoid()), (2, 3, 4, 4)),
+    "uncertain_points": (lambda x: paper_layers.uncertain_points(x, 3)[0], (2, 3, 4, 4)),
+    "soft_triple_loss": (
+        lambda x: paper_layers.soft_triple_loss(x, torch.eye(4).view(2, 2, 4), INDEX[0, :1] - 1),
+        (1, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name: str) -> None:
+    """One node each, wherever they are called from."""
+    function, shape = FUNCTIONS[name]
+    traced, x = fx.symbolic_trace(function), torch.randn(shape)
+    assert any(node.target is getattr(paper_layers, name) for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(x), function(x))
+
+
+def test_sample_uncertain_points() -> None:
+    traced = fx.symbolic_trace(lambda x: paper_layers.sample_uncertain_points(x, 5))
+    assert traced(torch.randn(2, 3, 8, 8)).shape == (2, 5, 2)
+
+
+SWAPS = {
+    "pooling": lambda model: swap.pooling(model, "projection"),
+    "strided_conv": lambda model: swap.strided_conv(model, "projection"),
+    "split_batch_norm": swap.split_batch_norm,
+}
+
+
+@pytest.mark.parametrize("name", SWAPS)
+def test_feature_extractors(name: str) -> None:
+    """The nodes have the names that they had before the swap."""
+    host = torchvision.models.resnet18(num_classes=3)
+    names = get_graph_node_names(host)
+    model, x = SWAPS[name](copy.deepcopy(host)), torch.randn(4, 3, 32, 32)
+    assert get_graph_node_names(model) == names
+    twin = copy.deepcopy(model)
+    features = create_feature_extractor(model, ["layer2", "fc"])(x)
+    torch.testing.assert_close(features["fc"], twin(x))
+    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()))
+    extractor = GraphExtractNet(SWAPS[name](timm.create_model("resnet18")), {"layer2": "layer2"})
+    assert extractor(x).shape == (4, 128, 4, 4)
