@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv/.peers
+HOSTS := .venv/.hosts
 KERNELS := build/dev/.built
 SOURCES := $(shell find csrc -type f)
 # One GPU architecture, so that nvcc, where there is one, does not hold development up.
 CMAKE = $(BIN)/cmake -G Ninja -S csrc -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DPAPER_LAYERS_CUDA_ARCHITECTURES=90-real
 
-.PHONY: demo test lint bench claims sanitize emulate compat wheel clean
+.PHONY: demo test hosts fuzz lint bench claims sanitize emulate compat wheel clean
 
 demo: $(KERNELS)
 	$(BIN)/python -m demo
@@ -16,6 +17,14 @@ demo: $(KERNELS)
 # Two processes of one thread each: threads that wait for each other take twice as long. Tests of threads set their number.
 test: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Every swap on the models of other packages. `make test` runs the smallest of them.
+hosts: $(KERNELS) $(HOSTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/hosts -m "hosts or not hosts"
+
+# Random calls of all ops, against formulas in float64. FUZZ="--seed 7 --op knn" draws others.
+fuzz: $(KERNELS)
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -100,6 +109,11 @@ $(INSTALLED): requirements-dev.txt
 
 $(PEERS): requirements-peers.txt $(INSTALLED)
 	$(BIN)/pip install --quiet --no-build-isolation --requirement requirements-peers.txt
+	touch $@
+
+# What is pinned for development stays as it is.
+$(HOSTS): requirements-hosts.txt $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint requirements-dev.txt --requirement requirements-hosts.txt
 	touch $@
 
 clean:
