@@ -1,0 +1,103 @@
+"""Arguments that the raw ops must refuse, or at least survive, made of good ones."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Products of two of these wrap to -1, 0 or a small number. The first of each is more than any memory holds.
+HUGE = [(281479271743489, 65535), (6148914691236517205, 3), (2**56, 2**8), (2**62, 2)]
+
+
+def _changed(arguments: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> Iterator[tuple[Any, ...]]:
+    """The arguments with one tensor changed, also one within a list."""
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            yield (*arguments[:i], change(argument), *arguments[i + 1 :])
+        elif isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
+            for part in _changed(tuple(argument), change):
+                yield (*arguments[:i], list(part), *arguments[i + 1 :])
+
+
+def _shorter(tensor: Tensor, dim: int, size: int) -> Tensor:
+    return tensor.narrow(dim, 0, min(size, tensor.shape[dim])) if tensor.dim() > dim else tensor
+
+
+def wrong_arguments(arguments: tuple[Any, ...], device: str = "cpu") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """What is to be refused: one tensor at a time of another dtype, with a dimension more, or on another device."""
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "dtype": lambda t: t.long() if t.is_floating_point() or t.dtype == torch.bool else t.double(),
+        "a dimension more": lambda t: t[None],
+    }
+    if device != "cpu":
+        changes["device"] = Tensor.cpu
+    for name, change in changes.items():
+        for number, changed in enumerate(_changed(arguments, change)):
+            yield f"{name} of tensor {number}", changed
+
+
+def odd_arguments(arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """What is to be survived: tensors that are shorter, or empty, and integers out of range."""
+    for size in (0, 1):
+        for dim in range(4):
+            yield from _changed(arguments, lambda t, d=dim, s=size: _shorter(t, d, s))
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, int) and not isinstance(argument, bool):
+            for number in (-1, 0, 2**48, 2**62, 2**63 - 1, -(2**63)):
+                yield (*arguments[:i], number, *arguments[i + 1 :])
+    for number in (-2, -(2**63), 2**62, 2**63 - 1):
+        yield from _changed(arguments, lambda t, v=number: t if t.dtype != torch.int64 else torch.full_like(t, v))
+
+
+def sizes_without_elements(arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Of all sizes that occur, one becomes zero and two become huge, where no tensor has elements then."""
+    tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+    sizes = sorted({size for tensor in tensors for size in tensor.shape})
+
+    def resized(argument: Any, to: dict[int, int]) -> Any:
+        if isinstance(argument, list):
+            return [resized(a, to) for a in argument]
+        if isinstance(argument, Tensor):
+            shape = [to.get(size, size) for size in argument.shape]
+            return argument.new_empty(shape) if 0 in shape else argument if shape == [*argument.shape] else None
+        return to.get(argument, argument) if isinstance(argument, int) and not isinstance(argument, bool) else argument
+
+    for zero, first, second in itertools.product(sizes, repeat=3):
+        if zero in (first, second):
+            continue
+        for huge in HUGE:
+            try:
+                changed = tuple(resized(a, {second: huge[1], first: huge[0], zero: 0}) for a in arguments)
+            except RuntimeError:  # More elements than torch counts.
+                continue
+            if not any(a is not None and b is None for a, b in zip(arguments, changed, strict=True)):
+                yield changed
+
+
+def survives(calls: Callable[[], None], seconds: int = 60) -> bool:
+    """Whether a process of its own lives through the calls, and not for ever."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(seconds)
+        torch.set_num_threads(1)  # Those of the parent are not there.
+        try:
+            calls()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def attempt(op: Callable[..., Any], arguments: tuple[Any, ...]) -> Exception | None:
+    """The error of a call, on copies of what it may write to."""
+    copies = [a.clone() if isinstance(a, Tensor) and a.numel() else a for a in arguments]
+    try:
+        op(*copies)
+    except Exception as error:
+        return error
+    return None
