@@ -333,8 +333,9 @@ def _apart(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors, each a tensor of its own: under Dynamo no function takes the same tensor twice."""
     apart: list[Tensor | None] = []
     for tensor in tensors:
-        again = tensor is not None and any(tensor is other for other in apart)
-        apart.append(tensor.view_as(tensor) if again else tensor)
+        if tensor is not None and any(tensor is other for other in apart):
+            tensor = tensor.view_as(tensor)
+        apart.append(tensor)
     return apart
 
 
