@@ -21,7 +21,27 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"paper_layers::{name}", fake, lib=library)
-    return getattr(torch.ops.paper_layers, name).default
+    op = getattr(torch.ops.paper_layers, name).default
+    if op._schema.is_mutable:
+        library.impl(name, _without_negative_bits(op), "Negative")
+    return op
+
+
+def _without_negative_bits(op: Any) -> Callable[..., Any]:
+    """An op that writes to its arguments, for tensors with torch's lazy negative bit.
+
+    Torch's own fallback takes such an op to return what it has written to.
+    """
+
+    def call(*arguments: Any) -> Any:
+        plain = [a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in arguments]
+        result = op(*plain)
+        for argument, given, written in zip(op._schema.arguments, arguments, plain, strict=True):
+            if argument.alias_info is not None and argument.alias_info.is_write and given is not written:
+                given.copy_(written)
+        return result
+
+    return call
 
 
 def _load(name: str, unusable: str | None) -> None:
