@@ -79,6 +79,27 @@ Tensor soft_triple_chunk_backward(Tensor scores, const Tensor& any_inverse, cons
   return projection;
 }
 
+// The loss of a row, log(1 + e^excess), and its slope, where the log-sum-exp of the other classes exceeds the target.
+template <typename A>
+void cross_entropy(A excess, A* loss, A* slope) {
+  const A small = std::exp(-std::abs(excess)), one = 1;  // at most 1
+  *loss = (excess > 0 ? excess : excess == excess ? A(0) : excess) + std::log1p(small);
+  *slope = (excess > 0 ? one : small) / (one + small);
+}
+
+std::tuple<Tensor, Tensor> soft_triple_cross_entropy(const Tensor& any_others, const Tensor& any_target) {
+  check_tensor("target", any_target, any_others.sizes(), any_others);
+  const Tensor others = dense(any_others), target = dense(any_target);
+  Tensor loss = torch::stable::empty_like(others), slope = torch::stable::empty_like(others);
+  with_dtype(others.scalar_type(), [&](auto element) {
+    using A = decltype(element);
+    const A *const excess = others.const_data_ptr<A>(), *const than = target.const_data_ptr<A>();
+    A *const losses = loss.mutable_data_ptr<A>(), *const slopes = slope.mutable_data_ptr<A>();
+    for (int64_t i = 0; i < others.numel(); ++i) cross_entropy(excess[i] - than[i], losses + i, slopes + i);
+  });
+  return {loss, slope};
+}
+
 Tensor soft_triple_similarity(const Tensor& scores, const Tensor& any_inverse, double gamma) {
   const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
   const Tensor inverse = dense(any_inverse);
@@ -113,10 +134,13 @@ Tensor soft_triple_similarity_backward(Tensor scores, const Tensor& any_inverse,
 STABLE_TORCH_LIBRARY_IMPL(paper_layers, CPU, m) {
   m.impl("soft_triple", TORCH_BOX(&paper_layers::soft_triple));
   m.impl("soft_triple_backward", TORCH_BOX(&paper_layers::soft_triple_backward));
+  m.impl("soft_triple_logits", TORCH_BOX(&paper_layers::soft_triple_logits));
+  m.impl("soft_triple_logits_backward", TORCH_BOX(&paper_layers::soft_triple_logits_backward));
   m.impl("soft_triple_centers", TORCH_BOX(&paper_layers::soft_triple_centers));
   m.impl("soft_triple_add_centers_", TORCH_BOX(&paper_layers::soft_triple_add_centers));
   m.impl("soft_triple_chunk", TORCH_BOX(&paper_layers::soft_triple_chunk_forward));
   m.impl("soft_triple_chunk_backward_", TORCH_BOX(&paper_layers::soft_triple_chunk_backward));
+  m.impl("soft_triple_cross_entropy", TORCH_BOX(&paper_layers::soft_triple_cross_entropy));
   m.impl("soft_triple_similarity", TORCH_BOX(&paper_layers::soft_triple_similarity));
   m.impl("soft_triple_similarity_backward_", TORCH_BOX(&paper_layers::soft_triple_similarity_backward));
 }

@@ -1,12 +1,9 @@
 // SoftTriple as a whole on the CPU: a thread takes some classes at a time through all steps, matrix products included,
-// while its caches hold them.
+// while its caches hold them. Which classes go together depends on the centers alone, so a row's results depend neither
+// on the threads nor on the batch around it.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
-#include <map>
-#include <mutex>
-#include <type_traits>
+#include <atomic>
 
 #include "common/huge_pages.h"
 
@@ -22,32 +19,14 @@ void with_dtype(ScalarType dtype, Function function) {
 Tensor empty(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape); }
 Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 
-// The classes at a time, from shapes alone: so many that multiplying by the embeddings is worth their packing, and few
-// enough to stay in a core's own cache.
+// The classes at a time: enough rows of centers to be worth packing what they are multiplied by, few enough to stay in
+// a core's own cache, and work for several threads.
 int64_t classes_at_a_time(const SoftTripleLoss& loss) {
   if (loss.chunk_size > 0) return std::min(loss.chunk_size, std::max<int64_t>(1, loss.classes));
-  const int64_t size = std::max<int64_t>(1, std::clamp<int64_t>(2 * loss.rows, 256, 512) / loss.centers);
-  const int64_t parts = (loss.classes + size - 1) / size;
-  if (parts <= 1) return size;
-  const int64_t even = (parts + 3) / 4 * 4;  // as much for each of two or four threads
-  return (loss.classes + even - 1) / even;
-}
-
-// A matrix in memory of ours. It is none that autograd knows.
-template <typename A>
-Tensor matrix(const A* data, int64_t rows, int64_t columns, bool transposed = false) {
-  constexpr ScalarType dtype = std::is_same_v<A, float> ? ScalarType::Float : ScalarType::Double;
-  const std::vector<int64_t> shape = {rows, columns}, strides = {transposed ? 1 : columns, transposed ? rows : 1};
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(const_cast<A*>(data), shape, strides, cpu, dtype);
-}
-
-// These go past the dispatcher: threads of the pool do not know that autograd and autocast are off.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& to) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), a.get(), b.get()));
-}
-void add_product(const Tensor& a, const Tensor& b, const Tensor& to) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), b.get(), 1, 1));
+  const int64_t least = 48 / loss.centers + 1, most = std::max(least, 384 / loss.centers);
+  const int64_t size = std::clamp((loss.classes + 7) / 8, least, most);
+  const int64_t parts = std::max<int64_t>(1, (loss.classes + size - 1) / size);
+  return std::max<int64_t>(1, (loss.classes + parts - 1) / parts);  // evenly
 }
 
 // Classes [first, first + count) of centers, or of their gradients.
@@ -62,61 +41,70 @@ Tensor memory(const SoftTripleLoss& loss, const Tensor& like, std::vector<int64_
   return torch::stable::new_empty(like, shape, loss.dtype);
 }
 
-// Parts of the classes, and how many threads at most work on them.
+// Parts of the classes. Groups of them, in order, have a sum of the embeddings' gradients each.
 struct Parts {
-  int64_t size, count, threads;
+  static constexpr int64_t kGroups = 16;
+  int64_t size, count, groups, threads;
 
   explicit Parts(const SoftTripleLoss& loss)
       : size(classes_at_a_time(loss)),
         count((loss.classes + size - 1) / size),
-        threads(std::min<int64_t>(count, torch::stable::get_num_threads())) {}
+        groups(std::min(count, kGroups)),
+        threads(std::min<int64_t>(groups, torch::stable::get_num_threads())) {}
+
+  int64_t first_of(int64_t group) const { return group * count / groups; }
 };
 
-// The embeddings as unit vectors.
+// The embeddings as unit vectors, and these as columns.
 template <typename A>
 struct Unit {
-  Tensor lengths, rows;
-  A *inverse, *data;
+  Tensor lengths, rows, transposed;
+  A *inverse, *data, *columns;
 
   Unit(const SoftTripleLoss& loss, const Tensor& embeddings)
       : lengths(memory(loss, embeddings, {loss.rows})),
         rows(memory(loss, embeddings, {loss.rows, loss.channels})),
+        transposed(memory(loss, embeddings, {loss.channels, loss.rows})),
         inverse(lengths.mutable_data_ptr<A>()),
-        data(rows.mutable_data_ptr<A>()) {
+        data(rows.mutable_data_ptr<A>()),
+        columns(transposed.mutable_data_ptr<A>()) {
     const Tensor wide = dense(torch::stable::to(embeddings, loss.dtype));
     PAPER_LAYERS_DISPATCH(unit_vectors(loss.rows, loss.channels, wide.const_data_ptr<A>(), inverse, data));
+    PAPER_LAYERS_DISPATCH(transpose_matrix(data, loss.channels, loss.rows, loss.channels, columns));
   }
 };
 
-// Calls body(worker, first class, classes, their centers, their scores) for all parts. Returned are the workers, each
-// below parts.threads, by their first parts.
+// What a thread works on: some classes, their centers (classes K, d) and the scores (classes K, B).
+template <typename A>
+struct Part {
+  int64_t worker, group, first, count;
+  const A* centers;
+  A* scores;
+};
+
+// Calls body(part) for all parts, those of a group in turn. Workers are below parts.threads.
 template <typename A, typename Body>
-std::map<int64_t, int64_t> for_each_part(const SoftTripleLoss& loss, const Parts& parts, const Tensor& centers,
-                                         const Unit<A>& unit, const Body& body) {
-  if (parts.count == 0) return {};
+void for_each_part(const SoftTripleLoss& loss, const Parts& parts, const Tensor& centers, const Unit<A>& unit,
+                   const Body& body) {
   const int64_t size = parts.size, all_scores = product({size, loss.centers, loss.rows});
   const int64_t grain = grain_size(1 << 20, {all_scores, loss.channels});
   const Tensor buffer = memory(loss, unit.rows, {parts.threads, all_scores});
   A* const buffers = buffer.mutable_data_ptr<A>();
-  std::mutex mutex;
-  std::map<int64_t, int64_t> workers;
-  parallel_for(0, parts.count, grain, [&](int64_t begin, int64_t end) {
-    int64_t worker;
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      worker = workers.size();
-      workers[begin] = worker;
-    }
+  std::atomic<int64_t> workers = 0;
+  parallel_for(0, parts.groups, grain, [&](int64_t begin, int64_t end) {
+    const int64_t worker = workers++;
     A* const scores = buffers + worker * all_scores;
-    const Tensor columns = matrix(unit.data, loss.channels, loss.rows, true);
-    for (int64_t first = begin * size; first < std::min(end * size, loss.classes); first += size) {
-      const int64_t count = std::min(size, loss.classes - first), rows = count * loss.centers;
-      const Tensor part = dense(torch::stable::to(part_of(centers, first, count), loss.dtype));
-      multiply(matrix(part.const_data_ptr<A>(), rows, loss.channels), columns, matrix(scores, rows, loss.rows));
-      body(worker, first, count, part.const_data_ptr<A>(), scores);
+    for (int64_t group = begin; group < end; ++group) {
+      for (int64_t p = parts.first_of(group); p < parts.first_of(group + 1); ++p) {
+        const int64_t first = p * size, count = std::min(size, loss.classes - first);
+        const Tensor wide = dense(torch::stable::to(part_of(centers, first, count), loss.dtype));
+        const A* const rows = wide.const_data_ptr<A>();
+        PAPER_LAYERS_DISPATCH(multiply<A>({rows, loss.channels, 1}, unit.columns, loss.rows, count * loss.centers,
+                                          loss.channels, loss.rows, false, scores, loss.rows));
+        body(Part<A>{worker, group, first, count, rows, scores});
+      }
     }
   });
-  return workers;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_triple(const Tensor& embeddings, const Tensor& centers,
@@ -139,20 +127,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_triple(const Tensor& emb
     A *const own = target.mutable_data_ptr<A>(), *const lengths = inverse.mutable_data_ptr<A>();
     A* const pulls = distances ? pull.mutable_data_ptr<A>() : nullptr;
     std::fill_n(own, loss.rows, A(0));
-    const auto body = [&](int64_t, int64_t first, int64_t count, const A* part, const A* scores) {
+    for_each_part<A>(loss, parts, centers, unit, [&](const Part<A>& part) {
+      const int64_t first = part.first;
       A *const inverses = lengths + first * K, *const to = of_parts + first / parts.size * width;
-      const SoftTripleCenters of_centers{count, K, loss.channels, distances};
-      const SoftTripleChunk chunk{count, K, loss.rows};
-      PAPER_LAYERS_DISPATCH(soft_triple_centers(of_centers, part, inverses, sums.data() + first / parts.size,
+      const SoftTripleCenters of_centers{part.count, K, loss.channels, distances};
+      const SoftTripleChunk chunk{part.count, K, loss.rows};
+      PAPER_LAYERS_DISPATCH(soft_triple_centers(of_centers, part.centers, inverses, sums.data() + first / parts.size,
                                                 distances ? pulls + first * K * K : nullptr));
-      PAPER_LAYERS_DISPATCH(soft_triple_chunk_forward(chunk, factors, scores, inverses,
-                                                      labels.const_data_ptr<int64_t>(), first, to, own));
-    };
-    for_each_part<A>(loss, parts, centers, unit, body);
+      PAPER_LAYERS_DISPATCH(soft_triple_chunk_forward<A>(chunk, factors, part.scores, inverses,
+                                                         labels.const_data_ptr<int64_t>(), first, to, own));
+    });
     PAPER_LAYERS_DISPATCH(log_sum_exp(of_parts, parts.count, width, loss.rows, logsumexp.mutable_data_ptr<A>()));
     *distance.mutable_data_ptr<A>() = static_cast<A>(std::accumulate(sums.begin(), sums.end(), 0.0));
   });
   return {logsumexp, target, distance, inverse, pull};
+}
+
+// The gradients of embeddings and centers, where weigh(part, inverse lengths, projections) makes a part's scores their
+// gradients and writes the sums of gradients times cosines.
+template <typename A, typename Weigh>
+std::tuple<Tensor, Tensor> pull_back(const SoftTripleLoss& loss, const Tensor& embeddings, const Tensor& centers,
+                                     const Tensor& inverse, const Tensor& pull, A grad_distance, const Weigh& weigh) {
+  const Parts parts(loss);
+  const int64_t K = loss.centers, B = loss.rows, d = loss.channels;
+  const bool distances = pull.numel() > 0;
+  Tensor grad_embeddings = torch::stable::new_zeros(embeddings, embeddings.sizes(), loss.dtype);
+  Tensor grad_centers = empty(centers, {loss.classes, K, d});
+  use_huge_pages(grad_centers);
+  const Unit<A> unit(loss, embeddings);
+  const bool direct = grad_centers.scalar_type() == loss.dtype;
+  const Tensor share = memory(loss, embeddings, {parts.groups, B, d});
+  const Tensor projection = memory(loss, embeddings, {parts.threads, parts.size * K});
+  const Tensor wide_grad = memory(loss, embeddings, {direct ? 0 : parts.threads, parts.size * K * d});
+  A *const shares = share.mutable_data_ptr<A>(), *const projections = projection.mutable_data_ptr<A>();
+  for_each_part<A>(loss, parts, centers, unit, [&](const Part<A>& part) {
+    const int64_t first = part.first, rows = part.count * K;
+    A* const projected = projections + part.worker * parts.size * K;
+    const A* const inverses = inverse.const_data_ptr<A>() + first * K;
+    const A* const pulls = distances ? pull.const_data_ptr<A>() + first * K * K : nullptr;
+    A* const grad = direct ? grad_centers.mutable_data_ptr<A>() + first * K * d
+                           : wide_grad.mutable_data_ptr<A>() + part.worker * parts.size * K * d;
+    weigh(part, inverses, projected);
+    const bool more = first > parts.first_of(part.group) * parts.size;
+    PAPER_LAYERS_DISPATCH(
+        multiply<A>({part.scores, 1, B}, part.centers, d, B, rows, d, more, shares + part.group * B * d, d));
+    PAPER_LAYERS_DISPATCH(multiply<A>({part.scores, B, 1}, unit.data, d, rows, B, d, false, grad, d));
+    PAPER_LAYERS_DISPATCH(soft_triple_add_centers<A>({part.count, K, d, distances}, part.centers, inverses, projected,
+                                                     pulls, grad_distance, grad));
+    if (direct) return;
+    const std::vector<int64_t> shape = {part.count, K, d};
+    Tensor to = part_of(grad_centers, first, part.count);
+    torch::stable::copy_(to, torch::stable::from_blob(grad, shape, to.strides(), to.device(), loss.dtype));
+  });
+  A* const grad = grad_embeddings.mutable_data_ptr<A>();
+  parallel_for(0, B, 1 + 32768 / (1 + parts.groups * d), [&](int64_t begin, int64_t end) {
+    for (int64_t group = 0; group < parts.groups; ++group) {
+      for (int64_t i = begin * d; i < end * d; ++i) grad[i] += shares[group * B * d + i];
+    }
+  });
+  PAPER_LAYERS_DISPATCH(unit_vectors_backward(B, d, unit.data, unit.inverse, grad));
+  return {torch::stable::to(grad_embeddings, embeddings.scalar_type()), grad_centers};
 }
 
 std::tuple<Tensor, Tensor> soft_triple_backward(const Tensor& any_grad_logsumexp, const Tensor& any_grad_target,
@@ -162,54 +196,78 @@ std::tuple<Tensor, Tensor> soft_triple_backward(const Tensor& any_grad_logsumexp
                                                 const Tensor& any_pull, double la, double gamma, double margin,
                                                 int64_t chunk_size) {
   const SoftTripleLoss loss = soft_triple_loss_problem(embeddings, centers, any_labels, chunk_size);
-  const bool distances = any_pull.numel() > 0;
   check_loss_backward(loss, any_grad_logsumexp, any_grad_target, grad_distance, any_logsumexp, any_inverse, any_pull);
   const Tensor grad_logsumexp = dense(any_grad_logsumexp), grad_target = dense(any_grad_target),
                labels = dense(any_labels), logsumexp = dense(any_logsumexp), inverse = dense(any_inverse),
                pull = dense(any_pull);
+  std::tuple<Tensor, Tensor> result;
+  with_dtype(loss.dtype, [&](auto element) {
+    using A = decltype(element);
+    const SoftTripleFactors<A> factors(la, gamma, margin);
+    const auto weigh = [&](const Part<A>& part, const A* inverses, A* projected) {
+      const SoftTripleChunk chunk{part.count, loss.centers, loss.rows};
+      PAPER_LAYERS_DISPATCH(soft_triple_chunk_backward<A>(
+          chunk, factors, part.scores, inverses, labels.const_data_ptr<int64_t>(), part.first,
+          logsumexp.const_data_ptr<A>(), grad_logsumexp.const_data_ptr<A>(), grad_target.const_data_ptr<A>(),
+          projected));
+    };
+    result = pull_back<A>(loss, embeddings, centers, inverse, pull, *grad_distance.const_data_ptr<A>(), weigh);
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor> soft_triple_logits(const Tensor& embeddings, const Tensor& centers, double la, double gamma,
+                                              int64_t chunk_size) {
+  const SoftTripleLoss loss = soft_triple_problem(embeddings, centers, chunk_size);
   const Parts parts(loss);
-  const int64_t K = loss.centers, B = loss.rows, d = loss.channels;
-  Tensor grad_embeddings = torch::stable::new_zeros(embeddings, embeddings.sizes(), loss.dtype);
-  Tensor grad_centers = empty(centers, {loss.classes, K, d});
-  if (parts.count == 0) return {torch::stable::to(grad_embeddings, embeddings.scalar_type()), grad_centers};
-  use_huge_pages(grad_centers);
+  const int64_t K = loss.centers, B = loss.rows;
+  Tensor logits = memory(loss, embeddings, {B, loss.classes}), inverse = memory(loss, embeddings, {loss.classes, K});
   with_dtype(loss.dtype, [&](auto element) {
     using A = decltype(element);
     const Unit<A> unit(loss, embeddings);
-    const SoftTripleFactors<A> factors(la, gamma, margin);
-    const bool direct = grad_centers.scalar_type() == loss.dtype;
-    // For each worker: its share of the embeddings' gradient, and what its classes take.
-    const Tensor share = torch::stable::new_zeros(grad_embeddings, {parts.threads, B, d});
-    const Tensor projection = memory(loss, embeddings, {parts.threads, parts.size * K});
-    const Tensor wide_grad = memory(loss, embeddings, {direct ? 0 : parts.threads, parts.size * K * d});
-    A *const shares = share.mutable_data_ptr<A>(), *const projections = projection.mutable_data_ptr<A>();
-    const auto body = [&](int64_t worker, int64_t first, int64_t count, const A* part, A* scores) {
-      A* const projected = projections + worker * parts.size * K;
-      const A* const inverses = inverse.const_data_ptr<A>() + first * K;
-      const A* const pulls = distances ? pull.const_data_ptr<A>() + first * K * K : nullptr;
-      A* const grad = direct ? grad_centers.mutable_data_ptr<A>() + first * K * d
-                             : wide_grad.mutable_data_ptr<A>() + worker * parts.size * K * d;
-      const SoftTripleChunk chunk{count, K, B};
-      const SoftTripleCenters of_centers{count, K, d, distances};
-      PAPER_LAYERS_DISPATCH(soft_triple_chunk_backward(
-          chunk, factors, scores, inverses, labels.const_data_ptr<int64_t>(), first, logsumexp.const_data_ptr<A>(),
-          grad_logsumexp.const_data_ptr<A>(), grad_target.const_data_ptr<A>(), projected));
-      add_product(matrix(scores, B, count * K, true), matrix(part, count * K, d),
-                  matrix(shares + worker * B * d, B, d));
-      multiply(matrix(scores, count * K, B), unit.rows, matrix(grad, count * K, d));
-      PAPER_LAYERS_DISPATCH(soft_triple_add_centers(of_centers, part, inverses, projected, pulls,
-                                                    *grad_distance.const_data_ptr<A>(), grad));
-      if (direct) return;
-      Tensor to = part_of(grad_centers, first, count);
-      torch::stable::copy_(to, torch::stable::view(matrix(grad, count * K, d), to.sizes()));
-    };
-    A* const grad = grad_embeddings.mutable_data_ptr<A>();
-    for (const auto& [begin, worker] : for_each_part<A>(loss, parts, centers, unit, body)) {
-      for (int64_t i = 0; i < B * d; ++i) grad[i] += shares[worker * B * d + i];
-    }
-    PAPER_LAYERS_DISPATCH(unit_vectors_backward(B, d, unit.data, unit.inverse, grad));
+    const Tensor buffer = memory(loss, embeddings, {parts.threads, parts.size * B});
+    A *const to = logits.mutable_data_ptr<A>(), *const lengths = inverse.mutable_data_ptr<A>();
+    for_each_part<A>(loss, parts, centers, unit, [&](const Part<A>& part) {
+      A *const inverses = lengths + part.first * K, distance;
+      A* const similarity = buffer.mutable_data_ptr<A>() + part.worker * parts.size * B;
+      PAPER_LAYERS_DISPATCH(
+          soft_triple_centers<A>({part.count, K, loss.channels, false}, part.centers, inverses, &distance, nullptr));
+      PAPER_LAYERS_DISPATCH(soft_triple_similarity<A>({part.count, K, B}, static_cast<A>(1 / gamma), part.scores,
+                                                      inverses, similarity));
+      for (int64_t i = 0; i < B; ++i) {
+        A* const row = to + i * loss.classes + part.first;
+        for (int64_t c = 0; c < part.count; ++c) row[c] = similarity[c * B + i] * static_cast<A>(la);
+      }
+    });
   });
-  return {torch::stable::to(grad_embeddings, embeddings.scalar_type()), grad_centers};
+  return {logits, inverse};
+}
+
+std::tuple<Tensor, Tensor> soft_triple_logits_backward(const Tensor& any_grad, const Tensor& embeddings,
+                                                       const Tensor& centers, const Tensor& any_inverse, double la,
+                                                       double gamma, int64_t chunk_size) {
+  const SoftTripleLoss loss = soft_triple_problem(embeddings, centers, chunk_size);
+  check_logits_backward(loss, any_grad, any_inverse);
+  const Tensor grad = dense(any_grad), inverse = dense(any_inverse), no_pull = memory(loss, embeddings, {0});
+  const Parts parts(loss);
+  const int64_t B = loss.rows;
+  std::tuple<Tensor, Tensor> result;
+  with_dtype(loss.dtype, [&](auto element) {
+    using A = decltype(element);
+    const Tensor buffer = memory(loss, embeddings, {parts.threads, parts.size * B});
+    const auto weigh = [&](const Part<A>& part, const A* inverses, A* projected) {
+      A* const of_similarity = buffer.mutable_data_ptr<A>() + part.worker * parts.size * B;
+      for (int64_t i = 0; i < B; ++i) {
+        const A* const row = grad.const_data_ptr<A>() + i * loss.classes + part.first;
+        for (int64_t c = 0; c < part.count; ++c) of_similarity[c * B + i] = row[c] * static_cast<A>(la);
+      }
+      PAPER_LAYERS_DISPATCH(soft_triple_similarity_backward<A>({part.count, loss.centers, B},
+                                                               static_cast<A>(1 / gamma), part.scores, inverses,
+                                                               of_similarity, projected));
+    };
+    result = pull_back<A>(loss, embeddings, centers, inverse, no_pull, A(0), weigh);
+  });
+  return result;
 }
 
 }  // namespace

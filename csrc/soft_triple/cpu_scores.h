@@ -34,8 +34,7 @@ template <typename A>
 Scratch<Label<A>> labels_of_chunk(const SoftTripleChunk& chunk, const int64_t* labels, int64_t first) {
   Scratch<Label<A>> result(padded<A>(chunk.rows), -1);
   for (int64_t i = 0; i < chunk.rows; ++i) {
-    const uint64_t label = within(labels[i], first);
-    if (label < static_cast<uint64_t>(chunk.classes)) result[i] = static_cast<Label<A>>(label);
+    result[i] = static_cast<Label<A>>(class_in_chunk(labels[i], first, chunk.classes));
   }
   return result;
 }
@@ -99,7 +98,8 @@ class Relaxed {
   V sum_;
 };
 
-// Log-sum-exps over classes, of each row of the batch.
+// Log-sum-exps over classes, of each row of the batch. A logit of -infinity is none: differences from the largest one
+// have to be numbers, so that is finite.
 template <typename A>
 class LogSumExp {
   using V = Vec<A>;
@@ -107,7 +107,7 @@ class LogSumExp {
  public:
   // Starts with none; `partial` is memory for two rows.
   LogSumExp(A* partial, int64_t width) : largest_(partial), sum_(partial + width), width_(width) {
-    std::fill_n(largest_, width, -std::numeric_limits<A>::infinity());
+    std::fill_n(largest_, width, std::numeric_limits<A>::lowest());
     std::fill_n(sum_, width, A(0));
   }
 
@@ -154,7 +154,8 @@ void log_sum_exp(const A* parts, int64_t count, int64_t width, int64_t rows, A* 
   combine(partial, width, rows, to);
 }
 
-// Of the target's elements, those whose labels are of the chunk are written.
+// The log-sum-exp is that of a row's other classes: what a sum of all would round off is the whole loss of a row that
+// is far from them. Of the target's elements, those whose labels are of the chunk are written.
 template <typename A>
 void soft_triple_chunk_forward(const SoftTripleChunk& chunk, SoftTripleFactors<A> factors, const A* scores,
                                const A* inverse, const int64_t* labels, int64_t first, A* logsumexp, A* target) {
@@ -177,7 +178,9 @@ void soft_triple_chunk_forward(const SoftTripleChunk& chunk, SoftTripleFactors<A
       }
       for (int64_t i = 0; i < chunk.rows; ++i) {
         if (own[i] < start || own[i] >= start + count) continue;
-        target[i] = logits[(own[i] - start) * width + i] -= factors.la_margin;
+        A& logit = logits[(own[i] - start) * width + i];
+        target[i] = logit - factors.la_margin;
+        logit = -std::numeric_limits<A>::infinity();
       }
       sums.add(logits.data(), count);
     }
@@ -239,12 +242,11 @@ void soft_triple_chunk_backward(const SoftTripleChunk& chunk, SoftTripleFactors<
     typename V::BitLanes label;
     std::memcpy(&label, own.data() + i, sizeof(label));
     const auto is_own = label == static_cast<Label<A>>(c) - typename V::BitLanes{};
-    V logit = similarity * V(factors.la), extra(A(0));
+    V grad = load(grad_sums.data() + i) * exp(similarity * V(factors.la) - load(sums.data() + i));
     if (__builtin_expect(lanes_set(is_own), 0)) {
-      logit = V(is_own ? (logit - V(factors.la_margin)).lanes : logit.lanes);
-      extra = V(is_own ? load(grad_targets.data() + i).lanes : extra.lanes);
+      grad = V(is_own ? load(grad_targets.data() + i).lanes : grad.lanes);
     }
-    return V(factors.la) * multiply_add(load(grad_sums.data() + i), exp(logit - load(sums.data() + i)), extra);
+    return V(factors.la) * grad;
   };
   replace_by_gradients(chunk, factors.per_gamma, scores, inverse, projection, gradient);
 }

@@ -134,7 +134,7 @@ Tensor soft_triple_chunk_backward(Tensor scores, const Tensor& any_inverse, cons
     const SoftTripleFactors<A> factors(la, gamma, margin);
     projection = replace_by_gradients<A>(
         chunk, factors.per_gamma, scores, inverse,
-        LossGradient<A>{chunk.rows, factors, labels.const_data_ptr<int64_t>(), first, logsumexp.const_data_ptr<A>(),
+        LossGradient<A>{chunk.rows, chunk.classes, factors, labels.const_data_ptr<int64_t>(), first, logsumexp.const_data_ptr<A>(),
                         grad_logsumexp.const_data_ptr<A>(), grad_target.const_data_ptr<A>()});
   });
   return projection;

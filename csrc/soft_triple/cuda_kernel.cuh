@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "common/cuda_utils.cuh"
 #include "soft_triple/problem.h"
@@ -126,7 +127,12 @@ struct Relaxed {
 // Classes of which a thread sums up the logits.
 constexpr int64_t kClassesPerThread = 8;
 
-// The log-sum-exp of some classes for one row of the batch, as the largest and the sum relative to it.
+// Less than a logit; finite, so that the difference of two of them is a number.
+template <typename A>
+constexpr A kLowest = std::numeric_limits<A>::lowest();
+
+// The log-sum-exp of some classes but the row's own, for one row of the batch, as the largest and the sum relative to
+// it: what a sum of all would round off is the whole loss of a row that is far from the others.
 template <typename A>
 struct PartialLogSumExp {
   SoftTripleChunk chunk;
@@ -138,13 +144,15 @@ struct PartialLogSumExp {
 
   C10_DEVICE void operator()(int64_t index) const {
     const int64_t part = index / chunk.rows, row = index % chunk.rows;
-    const int64_t begin = part * kClassesPerThread;
-    const uint64_t label = within(labels[row], first);
+    const int64_t begin = part * kClassesPerThread, own = class_in_chunk(labels[row], first, chunk.classes);
     const int64_t end = begin + kClassesPerThread < chunk.classes ? begin + kClassesPerThread : chunk.classes;
-    A largest = -INFINITY, sum = 0;
+    A largest = kLowest<A>, sum = 0;
     for (int64_t c = begin; c < end; ++c) {
-      A logit = factors.la * Relaxed<A>(chunk, factors.per_gamma, scores, inverse, c, row).similarity;
-      if (static_cast<uint64_t>(c) == label) target[row] = logit -= factors.la_margin;
+      const A logit = factors.la * Relaxed<A>(chunk, factors.per_gamma, scores, inverse, c, row).similarity;
+      if (c == own) {
+        target[row] = logit - factors.la_margin;
+        continue;
+      }
       if (logit > largest) {
         sum *= std::exp(largest - logit);
         largest = logit;
@@ -163,7 +171,7 @@ struct CombineLogSumExps {
   A* to;
 
   C10_DEVICE void operator()(int64_t row) const {
-    A largest = -INFINITY, sum = 0;
+    A largest = kLowest<A>, sum = 0;
     for (int64_t p = 0; p < parts; ++p) {
       const A value = partials[2 * p * rows + row];
       largest = value > largest ? value : largest;
@@ -190,17 +198,15 @@ struct Similarity {
 // The gradient of a class's similarity to a row of the batch: of the loss ...
 template <typename A>
 struct LossGradient {
-  int64_t rows;
+  int64_t rows, classes;
   SoftTripleFactors<A> factors;
   const int64_t* labels;
   int64_t first;
   const A *logsumexp, *grad_logsumexp, *grad_target;
 
   C10_DEVICE A operator()(int64_t c, int64_t row, A similarity) const {
-    const bool own = within(labels[row], first) == static_cast<uint64_t>(c);
-    const A logit = factors.la * similarity - (own ? factors.la_margin : A(0));
-    const A share = grad_logsumexp[row] * std::exp(logit - logsumexp[row]);
-    return factors.la * (own ? share + grad_target[row] : share);
+    if (class_in_chunk(labels[row], first, classes) == c) return factors.la * grad_target[row];
+    return factors.la * grad_logsumexp[row] * std::exp(factors.la * similarity - logsumexp[row]);
   }
 };
 

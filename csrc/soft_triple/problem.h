@@ -51,9 +51,11 @@ inline void check_chunk_backward(const Tensor& labels, const Tensor& logsumexp, 
   check_tensor("grad_target", grad_target, batch, scores);
 }
 
-// A label counted from `first` on, beyond all classes where it is less. Unsigned: no label overflows.
-C10_HOST_DEVICE inline uint64_t within(int64_t label, int64_t first) {
-  return static_cast<uint64_t>(label) - static_cast<uint64_t>(first);
+// A label's class within a chunk that starts at class `first`, -1 where it is none of its. Unsigned numbers do not
+// overflow, whatever the label.
+C10_HOST_DEVICE inline int64_t class_in_chunk(int64_t label, int64_t first, int64_t classes) {
+  const uint64_t at = static_cast<uint64_t>(label) - static_cast<uint64_t>(first);
+  return label >= first && at < static_cast<uint64_t>(classes) ? static_cast<int64_t>(at) : -1;
 }
 
 // The loss's numbers, as the kernels take them.
@@ -129,8 +131,7 @@ struct SoftTripleLoss {
   ScalarType dtype;
 };
 
-inline SoftTripleLoss soft_triple_loss_problem(const Tensor& embeddings, const Tensor& centers, const Tensor& labels,
-                                               int64_t chunk_size) {
+inline SoftTripleLoss soft_triple_problem(const Tensor& embeddings, const Tensor& centers, int64_t chunk_size) {
   STD_TORCH_CHECK(embeddings.dim() == 2, "embeddings: expected shape (B, d), got ", to_string(embeddings.sizes()));
   STD_TORCH_CHECK(centers.dim() == 3 && centers.size(1) > 0 && centers.size(2) == embeddings.size(1),
                   "centers: expected shape (C, K, ", embeddings.size(1), ") with K at least 1, got ",
@@ -139,9 +140,22 @@ inline SoftTripleLoss soft_triple_loss_problem(const Tensor& embeddings, const T
   check_floating("centers", centers);
   check_same_device("centers", centers, "embeddings", embeddings);
   const bool wide = embeddings.scalar_type() == ScalarType::Double || centers.scalar_type() == ScalarType::Double;
-  check_labels(labels, {centers.size(0), centers.size(1), embeddings.size(0)}, embeddings);
   return {embeddings.size(0), embeddings.size(1), centers.size(0), centers.size(1), chunk_size,
           wide ? ScalarType::Double : ScalarType::Float};
+}
+
+inline SoftTripleLoss soft_triple_loss_problem(const Tensor& embeddings, const Tensor& centers, const Tensor& labels,
+                                               int64_t chunk_size) {
+  const SoftTripleLoss loss = soft_triple_problem(embeddings, centers, chunk_size);
+  check_labels(labels, {loss.classes, loss.centers, loss.rows}, embeddings);
+  return loss;
+}
+
+inline void check_logits_backward(const SoftTripleLoss& loss, const Tensor& grad, const Tensor& inverse) {
+  const std::vector<int64_t> logits = {loss.rows, loss.classes}, lengths = {loss.classes, loss.centers};
+  STD_TORCH_CHECK(grad.scalar_type() == loss.dtype, "grad: expected ", loss.dtype, ", got ", grad.scalar_type());
+  check_tensor("grad", grad, logits, grad);
+  check_tensor("inverse", inverse, lengths, grad);
 }
 
 inline void check_loss_backward(const SoftTripleLoss& loss, const Tensor& grad_logsumexp, const Tensor& grad_target,

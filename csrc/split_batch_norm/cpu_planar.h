@@ -167,7 +167,7 @@ void forward_planes(const SplitForward<T>& f) {
       const Moments moments = plane_moments(f.problem, f.input, split, channel);
       mean = moments.mean;
       f.mean[at] = static_cast<A>(mean);
-      f.var[at] = static_cast<A>(moments.squares / moments.count);
+      f.var[at] = static_cast<A>(moments.squares / std::max(moments.count, 1.0));
     }
     if (f.output) normalize_planes(f, split, channel, normalization(f, at, mean));
   });
@@ -202,8 +202,9 @@ void backward_planes(const SplitBackward<T>& b) {
       products /= std::sqrt(double(b.var[at]) + double(b.eps));
       b.products[at] = static_cast<A>(products);
       b.sums[at] = static_cast<A>(sums);
-      mean_product = products / problem.count(split);
-      mean_grad = sums / problem.count(split);
+      const double count = std::max<int64_t>(problem.count(split), 1);
+      mean_product = products / count;
+      mean_grad = sums / count;
     }
     if (!b.grad_input) return;
     const Pullback<A> of = pullback(b, at, mean_product, mean_grad);

@@ -2,6 +2,8 @@
 
 // Rows after which deviations are taken from a new mean, and bytes of such groups whose sums are merged in double.
 constexpr int64_t kGroup = 64, kChunkBytes = 1 << 17;
+// Rows whose mean is the first one.
+constexpr int64_t kFew = 8;
 
 // The processor prefetches within pages: rows of so many bytes or more are read side by side, shorter ones in the order
 // of memory.
@@ -67,13 +69,19 @@ struct RowMoments {
   A *sums, *products;  // Of the rows at hand: zero before and after.
 };
 
-// Deviations are from the mean of the rows before, at first from the first row: sums lose no digits to an offset that
-// all have.
+// Deviations are from the mean of the rows before, at first from that of a few rows: sums lose digits neither to an offset
+// that all have nor to a first row that is far from all others.
 template <typename T>
 void add_moments(const T* input, int64_t rows, int64_t channels, RowMoments<Accumulator<T>> of) {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  std::copy(input, input + channels, of.means);
+  const int64_t few = std::min(rows, kFew);
+  each_channels<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+    const V first = load(input + c, lanes);
+    V sum(A(0));
+    for (int64_t r = 1; r < few; ++r) sum = sum + (load(input + r * channels + c, lanes) - first);
+    store(of.means + c, multiply_add(sum, V(A(1) / A(few)), first), lanes);
+  });
   for (int64_t first = 0; first < rows; first += kGroup) {
     const int64_t end = std::min(rows, first + kGroup);
     const auto add = [&](int64_t r, auto block) __attribute__((always_inline)) {
@@ -134,7 +142,7 @@ void row_moments(const SplitForward<T>& f, const Chunks& chunks, Accumulator<T>*
   });
   for (int64_t at = 0; at < values; ++at) {
     f.mean[at] = static_cast<A>(means[at]);
-    f.var[at] = static_cast<A>(squares[at] / double(f.problem.count(at / channels)));
+    f.var[at] = static_cast<A>(squares[at] / double(std::max<int64_t>(f.problem.count(at / channels), 1)));
     rests[at] = static_cast<A>(means[at] - double(f.mean[at]));
   }
 }
@@ -222,7 +230,7 @@ void backward_rows(const SplitBackward<T>& b) {
   if (!b.grad_input) return;
   Scratch<A> of_grad(values), of_input(values), shifts(values);
   for (int64_t at = 0; at < values; ++at) {
-    const double count = b.has_means ? 1 : b.problem.count(at / channels);
+    const double count = b.has_means ? 1 : std::max<int64_t>(b.problem.count(at / channels), 1);
     const Pullback<A> of = pullback(b, at, b.products[at] / count, b.sums[at] / count);
     of_grad[at] = of.of_grad;
     of_input[at] = of.of_input;

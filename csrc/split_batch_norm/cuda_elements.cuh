@@ -42,7 +42,7 @@ struct FinishMoments {
     const int64_t first = image + channel * (E::rows ? 1 : int64_t(elements.run) * E::V);
     const double exact_mean = moments.count > 0 ? double(A(input[first])) + moments.mean : 0.0;
     mean[at] = static_cast<A>(exact_mean);
-    var[at] = static_cast<A>(moments.squares / moments.count);
+    var[at] = static_cast<A>(moments.count > 0 ? moments.squares / moments.count : 0.0);
     if (normalization.scale) normalization.set(at, exact_mean);
   }
 };
@@ -94,7 +94,8 @@ struct FinishSums {
 
   C10_DEVICE void operator()(int64_t at, const Sums<double>& of) const {
     const int64_t split = at / channels;
-    const double count = double((splits.images[split + 1] - splits.images[split]) * pixels);
+    const int64_t values = (splits.images[split + 1] - splits.images[split]) * pixels;
+    const double count = double(values > 0 ? values : 1);
     const double product = of.product / std::sqrt(double(pullback.var[at]) + double(pullback.eps));
     products[at] = static_cast<A>(product);
     sums[at] = static_cast<A>(of.grad);

@@ -93,8 +93,8 @@ struct Sums {
 };
 
 // The moments of what a thread reads, relative to the first value of the split: then an offset that all values have
-// costs no digits of the mean; and to the first one of the thread: then one value that is far from all costs none of
-// the variance.
+// costs no digits of the mean. Deviations are from the mean of the packs before, which is taken anew when their number
+// has doubled, and from then on after a few: then no value that is far from the others costs digits of the variance.
 template <typename T, typename E>
 struct ThreadMoments {
   using A = Accumulator<T>;
@@ -105,26 +105,43 @@ struct ThreadMoments {
     const Pack<T, E::V>* input;
   };
 
-  A origin[M], first[M] = {}, sum[M] = {}, square[M] = {}, count = 0;
+  static constexpr int kPacks = 16, kValues = E::V / M;
+
+  A origin[M], mean[M] = {}, squares[M] = {}, sum[M] = {}, square[M] = {}, count = 0;
+  int packs = 0, next = 1;  // Packs since the mean was taken, and when it is next.
 
   C10_DEVICE ThreadMoments(const Source& source, typename E::Index first_of_split, typename E::Index) {
     for (int m = 0; m < M; ++m) origin[m] = source.input[first_of_split][m];
   }
   C10_DEVICE void add(const Source& source, typename E::Index at) {
     const Pack<T, E::V> x = source.input[at];
-    for (int m = 0; m < M; ++m) first[m] = count == 0 ? A(x[m]) - origin[m] : first[m];
+    for (int m = 0; m < M; ++m) mean[m] = count == 0 && packs == 0 ? A(x[m]) - origin[m] : mean[m];
     for (int v = 0; v < E::V; ++v) {
       const int m = v % M;
-      const A deviation = A(x[v]) - origin[m] - first[m];
+      const A deviation = A(x[v]) - origin[m] - mean[m];
       sum[m] += deviation;
       square[m] += deviation * deviation;
     }
-    count += E::V / M;
+    if (++packs == next) take_mean();
   }
-  C10_DEVICE Total total(int m) const {
-    if (count == 0) return {};
-    const A mean = sum[m] / count, squares = square[m] - sum[m] * mean;
-    return {count, first[m] + mean, squares < 0 ? A(0) : squares};
+  C10_DEVICE Total total(int m) {
+    take_mean();
+    return {count, mean[m], squares[m]};
+  }
+
+ private:
+  C10_DEVICE void take_mean() {
+    if (packs == 0) return;
+    count += A(packs * kValues);
+    const A share = 1 / count;
+    for (int m = 0; m < M; ++m) {
+      const A change = sum[m] * share, more = square[m] - sum[m] * change;
+      mean[m] += change;
+      squares[m] += more < 0 ? A(0) : more;
+      sum[m] = square[m] = 0;
+    }
+    next = packs < kPacks && count > A(kValues) ? 2 * packs : packs;
+    packs = 0;
   }
 };
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from paper_layers.ops._library import define, library
@@ -77,8 +78,8 @@ def _forward(
     scores: Tensor, inverse: Tensor, labels: Tensor, first: int, la: float, gamma: float, margin: float
 ) -> tuple[Tensor, Tensor]:
     own = _is_target(labels, first, inverse.shape[0])
-    logits = la * (_cosines(scores, inverse, gamma)[2] - margin * own.to(scores.dtype))
-    return logits.logsumexp(0), logits.where(own, 0).sum(0)
+    logits = la * _cosines(scores, inverse, gamma)[2]
+    return logits.masked_fill(own, -torch.inf).logsumexp(0), (logits - la * margin).where(own, 0).sum(0)
 
 
 def _forward_fake(
@@ -102,8 +103,8 @@ def _backward(
 ) -> Tensor:
     s, p, similarity = _cosines(scores, inverse, gamma)
     own = _is_target(labels, first, inverse.shape[0])
-    share = (la * (similarity - margin * own.to(scores.dtype)) - logsumexp).exp()
-    return _weigh(scores, inverse, s, p, similarity, la * (grad_logsumexp * share + grad_target * own), gamma)
+    grad = torch.where(own, grad_target, grad_logsumexp * (la * similarity - logsumexp).exp())
+    return _weigh(scores, inverse, s, p, similarity, la * grad, gamma)
 
 
 def _weigh(
@@ -127,6 +128,16 @@ def _backward_fake(
     margin: float,
 ) -> Tensor:
     return torch.empty_like(inverse)
+
+
+def _cross_entropy(others: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    excess = others - target
+    # Up to 80 the logarithm is taken: float64 sees the difference.
+    return F.softplus(excess, threshold=80), excess.sigmoid()
+
+
+def _cross_entropy_fake(others: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return others.new_empty(others.shape), others.new_empty(others.shape)
 
 
 def _similarity(scores: Tensor, inverse: Tensor, gamma: float) -> Tensor:
@@ -171,7 +182,8 @@ known_labels = define(
 of_centers = define(
     "soft_triple_centers(Tensor centers, bool regularized) -> (Tensor, Tensor, Tensor)", _centers, _centers_fake
 )
-# Of classes from `first` on: the log-sum-exp of the chunk's logits and the row's own, 0 where it is not in the chunk.
+# Of classes from `first` on: the log-sum-exp of the chunk's logits but the row's own, and the row's own less margin,
+# or 0 where it is not in the chunk.
 chunk_forward = define(
     f"soft_triple_chunk(Tensor scores, {_CLASSES}, {_FACTORS}) -> (Tensor, Tensor)", _forward, _forward_fake
 )
@@ -181,6 +193,11 @@ chunk_backward = define(
     f"Tensor grad_target, {_FACTORS}) -> Tensor",
     _backward,
     _backward_fake,
+)
+# The loss of each row, from the log-sum-exp of its other classes and its own logit, and its slope. Torch's functions of
+# an element depend on the element's place in its vector, as a row's loss must not.
+rows_cross_entropy = define(
+    "soft_triple_cross_entropy(Tensor others, Tensor target) -> (Tensor, Tensor)", _cross_entropy, _cross_entropy_fake
 )
 # The same for the relaxed similarities (C, B) themselves.
 chunk_similarity = define(

@@ -29,11 +29,14 @@ def empty(like: Tensor) -> Tensor:
 
 
 def statistics(input: Tensor, split_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each split's channels, both of shape (S, C)."""
+    """Mean and variance of each split's channels, both of shape (S, C); 0 of a split without values."""
     parts = input.to(statistics_dtype(input.dtype)).split(list(split_sizes))
-    mean = torch.stack([part.mean((0, 2)) for part in parts])
-    var = torch.stack([part.var((0, 2), correction=0) for part in parts])
-    return mean, var
+    empty = [part.numel() == 0 for part in parts]
+    mean = [part.sum((0, 2)) if none else part.mean((0, 2)) for part, none in zip(parts, empty, strict=True)]
+    var = [
+        part.sum((0, 2)) if none else part.var((0, 2), correction=0) for part, none in zip(parts, empty, strict=True)
+    ]
+    return torch.stack(mean), torch.stack(var)
 
 
 def _to_rows(values: Tensor, split_sizes: Sequence[int]) -> Tensor:

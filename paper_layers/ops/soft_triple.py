@@ -129,13 +129,14 @@ def _formula(
     la, gamma, margin, regularized, _ = options
     own = torch.arange(centers.shape[0], device=labels.device) == labels[:, None]
     logits = relaxed_logits(embeddings, centers, la, gamma)
-    logits = logits - la * margin * own.to(logits.dtype)
+    # Finite: with one class alone, a log-sum-exp of -infinity has no second derivative.
+    others = logits.masked_fill(own, torch.finfo(logits.dtype).min).logsumexp(1)
     distance = logits.new_zeros(())
     if regularized:
         w = centers.to(logits.dtype)
         w = w * kernels.inverse_length(w)
         distance = ((2 - 2 * w @ w.mT).clamp(min=0) + kernels.ROOT).sqrt().triu(1).sum()
-    return logits.logsumexp(1), logits.where(own, 0).sum(1), distance
+    return others, (logits - la * margin).where(own, 0).sum(1), distance
 
 
 # Options are one argument: Dynamo tells whether forward takes a ctx by counting arguments.
@@ -208,6 +209,29 @@ class _SoftTripleBackward(Function):
         return one_by_one(_SoftTripleBackward.apply, info.batch_size, in_dims, arguments)
 
 
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(others: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.rows_cross_entropy(others, target)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        others, target, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # For the second derivative the slope is a function, too.
+            slope = (others - target).sigmoid()
+        share = grad * slope
+        return share, -share
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return one_by_one(_CrossEntropy.apply, info.batch_size, in_dims, arguments)
+
+
 def soft_triple(
     embeddings: Tensor,
     centers: Tensor,
@@ -219,14 +243,15 @@ def soft_triple(
     regularized: bool = True,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The parts of the SoftTriple loss: log-sum-exp of each row's logits, its target logit, distances of the centers.
+    r"""The parts of the SoftTriple loss: log-sum-exp of a row's other classes, its target logit, centers' distances.
 
     .. math:: z_{ic} = \lambda (S_{ic} - \delta [c = y_i]), \quad
               S_{ic} = \sum_k \operatorname{softmax}_k(x_i^\top w_{ck} / \gamma)\, x_i^\top w_{ck}
 
     with unit vectors x and w, of Qian et al., "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling", ICCV
     2019, equations 5 to 9. `soft_triple_loss` is made of them; they are apart so that classes may be spread over
-    several calls: log-sum-exps of parts of the classes give that of all, and targets add up.
+    several calls: log-sum-exps of parts of the classes give that of all, and targets add up. The row's own class is not
+    in the log-sum-exp: `cross_entropy` would find the small loss of a well separated row by subtracting large numbers.
 
     Args:
         embeddings: Shape (B, d), of any length; float32, float64, bfloat16 or float16.
@@ -240,7 +265,7 @@ def soft_triple(
             a chunk are ever in memory.
 
     Returns:
-        :math:`\log \sum_c \exp z_{ic}` and :math:`z_{i y_i}` or 0, of shape (B,), and the sum of
+        :math:`\log \sum_{c \ne y_i} \exp z_{ic}` and :math:`z_{i y_i}` or 0, of shape (B,), and the sum of
         :math:`\sqrt{2 + 10^{-5} - 2 w_{cj}^\top w_{ck}}` over classes and pairs j < k, of shape (); float32, or float64
         where an argument is.
 
@@ -250,17 +275,23 @@ def soft_triple(
 
     Example:
         >>> import torch
-        >>> from paper_layers.ops.soft_triple import soft_triple
-        >>> logsumexp, target, _ = soft_triple(torch.randn(8, 64), torch.randn(100, 10, 64), torch.arange(8))
-        >>> cross_entropy = (logsumexp - target).mean()
+        >>> from paper_layers.ops.soft_triple import cross_entropy, soft_triple
+        >>> others, target, _ = soft_triple(torch.randn(8, 64), torch.randn(100, 10, 64), torch.arange(8))
+        >>> loss = cross_entropy(others, target).mean()
     """
     size = check(embeddings, centers, la, gamma, chunk_size)
     labels = _checks.int64("labels", labels, embeddings.shape[0])
     _checks.same_device("labels", labels, "embeddings", embeddings)
     margin = _checks.number("margin", margin)
     options = (float(la), float(gamma), float(margin), bool(regularized), size)
-    logsumexp, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)
-    return logsumexp, target, distance
+    others, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)
+    return others, target, distance
+
+
+def cross_entropy(others: Tensor, target: Tensor) -> Tensor:
+    """The cross-entropy of each row, from the log-sum-exp of its other classes and its target logit, both (B,)."""
+    loss: Tensor = _CrossEntropy.apply(others, target)[0]
+    return loss
 
 
 @leaf
@@ -340,10 +371,10 @@ def soft_triple_loss(
     labels = kernels.known_labels(labels, classes, ignore_index)
     regularized = tau > 0 and count > 1
     options = (float(la), float(gamma), float(margin), regularized, size)
-    logsumexp, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)
+    others, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)
 
     regulariser = tau / (classes * count * (count - 1)) * distance if regularized else distance
-    losses = logsumexp - target
+    losses = cross_entropy(others, target)
     return reduced(losses if weights is None else losses * weights, labels >= 0, regulariser, reduction)
 
 

@@ -48,6 +48,7 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_weight, grad_bias = formulas.backward_sums(grad, input, mean, var, split_sizes, eps)
     count = torch.tensor(split_sizes, dtype=mean.dtype, device=mean.device)[:, None] * input.shape[2]
+    count = count.clamp(min=1)  # The mean of nothing is not used.
     means = (grad_weight / count, grad_bias / count)
     grad_input = formulas.backward_input(grad, input, weight, mean, var, *means, split_sizes, eps)
     return formulas.in_layout(grad_input, input), grad_weight, grad_bias
@@ -209,9 +210,11 @@ def check_split_sizes(input: Tensor, split_sizes: Sequence[int], values: int = 2
     if sum(split_sizes) != input.shape[0]:
         raise ValueError(f"split_sizes: expected sizes that sum to the batch, {input.shape[0]}, got {split_sizes!r}")
     pixels = input.shape[2:].numel()
-    if any(size * pixels < values for size in split_sizes):
+    if any(size < 0 for size in split_sizes):
+        raise ValueError(f"split_sizes: expected sizes of at least 0, got {split_sizes!r}")
+    if any(0 < size * pixels < values for size in split_sizes):
         raise ValueError(
-            f"split_sizes: expected at least {values} values per channel in each split, got {split_sizes!r} "
+            f"split_sizes: expected at least {values} values per channel in each split, or none, got {split_sizes!r} "
             f"for an input of shape {tuple(input.shape)}"
         )
     return split_sizes
@@ -241,10 +244,19 @@ def update_statistics(
     counts: Sequence[Any],
     momenta: Sequence[Any],
 ) -> None:
-    """Move each split's running statistics by its momentum towards the mean and the unbiased variance of `counts`."""
+    """Move each split's running statistics by its momentum towards the mean and the unbiased variance of `counts`.
+
+    Splits without values move nothing. Counts are numbers, or tensors of which the host does not know the values.
+    """
     for i, (count, momentum) in enumerate(zip(counts, momenta, strict=True)):
-        for running, new in ((running_mean[i], mean[i]), (running_var[i], var[i] * (count / (count - 1)))):
-            running.lerp_(new.to(running.dtype), momentum)
+        if not isinstance(count, Tensor) and count == 0:
+            continue
+        # Not times count / (count - 1), which is float32 where the count is a tensor of integers.
+        for running, new in ((running_mean[i], mean[i]), (running_var[i], var[i] * count / (count - 1))):
+            moved = new.to(running.dtype)
+            if isinstance(count, Tensor):
+                moved = torch.where(count > 0, moved, running)
+            running.lerp_(moved, momentum)
 
 
 @leaf
@@ -268,7 +280,8 @@ def split_batch_norm(
 
     Args:
         input: Batch of shape (N, C) or (N, C, ...); float32, float64, bfloat16 or float16.
-        split_sizes: Number of consecutive samples in each of S parts; they sum to N.
+        split_sizes: Number of consecutive samples in each of S parts; they sum to N. A part may be empty: it moves no
+            statistics.
         running_mean: Means to update in place: one tensor (S, C) or S tensors (C,).
         running_var: Variances to update in place, unbiased, likewise.
         weight: Weights :math:`\gamma`, likewise, in the input's dtype or float32; None for ones.
@@ -281,7 +294,7 @@ def split_batch_norm(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes, sizes or devices do not fit.
+        ValueError: Shapes, sizes or devices do not fit, or a part has one value per channel, whose variance is 0.
 
     Example:
         >>> import torch, paper_layers

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from paper_layers.ops.soft_triple import cross_entropy
+
 
 def gather_rows(rows: Tensor, sizes: list[int], group: Any) -> Tensor:
     """The rows (size, ...) of all ranks, one rank's after another's; without gradients."""
@@ -46,29 +48,33 @@ class Gather(torch.autograd.Function):
 
 
 class Join(torch.autograd.Function):
-    """From each rank's log-sum-exps (B,), targets (B,) and distance () to the cross-entropies and the sum of all."""
+    """From each rank's `soft_triple`, shapes (B,), (B,) and (), to the cross-entropies and the sum of the distances."""
 
     @staticmethod
-    def forward(logsumexp: Tensor, target: Tensor, distance: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-        highest = logsumexp.clone(memory_format=torch.contiguous_format)
+    def forward(others: Tensor, target: Tensor, distance: Tensor, group: Any) -> tuple[Tensor, ...]:
+        # Finite, also where no rank has a class but the row's own.
+        highest = others.clamp(min=torch.finfo(others.dtype).min).contiguous()
         dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-        sums = torch.cat([(logsumexp - highest).exp(), target, distance[None]])
+        own = (others - highest).exp()
+        sums = torch.cat([own, target, distance[None]])
         dist.all_reduce(sums, group=group)
         total, target, distance = sums.split([len(target), len(target), 1])
         joint = highest + total.log()
-        return joint - target, distance[0].clone(), (logsumexp - joint).exp()
+        slope = (joint - target).sigmoid()
+        share = slope * own / total.where(total != 0, 1)
+        return cross_entropy(joint, target), distance[0].clone(), slope, share
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.group = inputs[3]
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(output[2])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*output[2:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_distance: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_distance: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         mean = torch.cat([grad, grad_distance[None]])
         dist.all_reduce(mean, group=ctx.group)
         mean = mean / dist.get_world_size(ctx.group)
-        (share,) = ctx.saved_tensors
-        return mean[:-1] * share, -mean[:-1], mean[-1], None
+        slope, share = ctx.saved_tensors
+        return mean[:-1] * share, -mean[:-1] * slope, mean[-1], None

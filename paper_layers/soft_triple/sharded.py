@@ -175,8 +175,8 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         regularized = self.tau > 0 and count > 1
         options: dict[str, Any] = {"la": self.la, "gamma": self.gamma, "margin": self.margin}
         options |= {"regularized": regularized, "chunk_size": self.chunk_size}
-        logsumexp, target, distance = soft_triple(rows, own, labels - self.classes.start, **options)
-        losses, distance, _ = Join.apply(logsumexp, target, distance, group)
+        others, target, distance = soft_triple(rows, own, labels - self.classes.start, **options)
+        losses, distance, *_ = Join.apply(others, target, distance, group)
         if regularized:
             distance = self.tau / (self.num_classes * count * (count - 1)) * distance
         if counts is not None:

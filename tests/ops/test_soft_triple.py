@@ -15,7 +15,8 @@ from torch import Tensor
 from paper_layers import soft_triple_loss
 from paper_layers.ops import _soft_triple as kernels
 from paper_layers.ops import soft_triple as soft_triple_module
-from paper_layers.ops.soft_triple import soft_triple
+from paper_layers.ops import soft_triple_logits as logits_module
+from paper_layers.ops.soft_triple import cross_entropy, soft_triple
 from paper_layers.ops.soft_triple_logits import soft_triple_logits
 from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
 
@@ -183,6 +184,7 @@ def test_opcheck_of_the_whole() -> None:
     torch.library.opcheck(
         library.soft_triple_backward.default, (*grads, x, w, y, logsumexp, inverse, pull, *factors, 2)
     )
+    torch.library.opcheck(library.soft_triple_cross_entropy.default, (logsumexp, target))
     torch.library.opcheck(library.soft_triple_logits.default, (x, w, 20.0, 0.1, 2))
     logits, inverse = library.soft_triple_logits(x, w, 20.0, 0.1, 2)
     torch.library.opcheck(library.soft_triple_logits_backward.default, (logits, x, w, inverse, 20.0, 0.1, 2))
@@ -193,13 +195,22 @@ def whole_arguments() -> dict[str, tuple[Any, ...]]:
     x, w, y, factors = vectors(5, 6), vectors(37, 3, 6), torch.tensor([2, 0, -1, 36, 40]), (20.0, 0.1, 0.01)
     logsumexp, target, distance, inverse, pull = library.soft_triple(x.double(), w.double(), y, *factors, True, 8)
     saved = (x, w, y, logsumexp, inverse, pull)
+    logits, lengths = library.soft_triple_logits(x, w, 20.0, 0.1, 8)
+    excesses = torch.tensor([-torch.inf, -800.0, -40.0, -9.0, 0.0, 3.0, 79.0, 81.0, 900.0, torch.inf, torch.nan])
     return {
+        "soft_triple_cross_entropy": (excesses, torch.zeros_like(excesses)),
+        "soft_triple_logits": (x, w, 20.0, 0.1, 8),
+        "soft_triple_logits_backward": (logits.cos(), x, w, lengths, 20.0, 0.1, 8),
         "soft_triple": (x, w, y, *factors, True, 8),
         "soft_triple_backward": (target, logsumexp, distance, *saved, *factors, 8),
     }
 
 
-@pytest.mark.parametrize("name", [*TestSoftTriple.ops, "soft_triple", "soft_triple_backward"])
+WHOLE = ("soft_triple", "soft_triple_backward", "soft_triple_cross_entropy")
+LOGITS = ("soft_triple_logits", "soft_triple_logits_backward")
+
+
+@pytest.mark.parametrize("name", [*TestSoftTriple.ops, *WHOLE, *LOGITS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_kernels_equal_their_references(name: str, dtype: torch.dtype) -> None:
     """The references are what other devices run."""
@@ -212,6 +223,9 @@ def test_kernels_equal_their_references(name: str, dtype: torch.dtype) -> None:
         "soft_triple_similarity_backward_": kernels._similarity_backward,
         "soft_triple": soft_triple_module._forward,
         "soft_triple_backward": soft_triple_module._backward,
+        "soft_triple_cross_entropy": kernels._cross_entropy,
+        "soft_triple_logits": logits_module._logits,
+        "soft_triple_logits_backward": logits_module._logits_backward,
     }
     given = (TestSoftTriple.op_arguments(Case((vectors(5, 6), vectors(37, 3, 6)))) | whole_arguments())[name]
 
@@ -259,9 +273,64 @@ def test_parts_of_the_classes_make_the_whole(split: int, seed: int) -> None:
     """What a loss over several ranks relies on, also where a rank has no class."""
     x, w, y = vectors(6, 5, seed=seed).double(), vectors(9, 2, 5, seed=seed).double(), torch.arange(6) + seed % 4
     parts = [soft_triple(x, w[:split], y), soft_triple(x, w[split:], y - split)]
-    logsumexp, target, distance = (torch.stack(values) for values in zip(*parts, strict=True))
-    loss = (logsumexp.logsumexp(0) - target.sum(0)).mean() + 0.2 * distance.sum() / (9 * 2)
+    others, target, distance = (torch.stack(values) for values in zip(*parts, strict=True))
+    loss = cross_entropy(others.logsumexp(0), target.sum(0)).mean() + 0.2 * distance.sum() / (9 * 2)
     torch.testing.assert_close(loss, formula(x, w, y))
+
+
+def test_rows_far_from_other_classes_are_as_exact_as_in_plain_pytorch() -> None:
+    """Losses below 1e-3, which a log-sum-exp of 20 would round off, and their gradients."""
+    classes, labels = 40, torch.arange(160) % 40
+    centers = vectors(classes, 3, 64)
+    x = F.normalize(centers[labels, 0], dim=1) + 0.02 * vectors(160, 64)
+    errors = []
+    exact = Case((x, centers)).to(torch.float64).leaves()
+    want = formula(*exact, labels, tau=0, reduction="none")
+    assert (want < 1e-3).all()
+    expected = (want, *torch.autograd.grad(want.sum(), exact))
+    for function in (soft_triple_loss, formula):
+        leaves = Case((x, centers)).leaves()
+        loss = function(*leaves, labels, tau=0, reduction="none")
+        got = (loss, *torch.autograd.grad(loss.sum(), leaves))
+        errors.append([((g - w).abs() / w.abs()).median() for g, w in zip(got, expected, strict=True)])
+    assert all(mine <= plain for mine, plain in zip(*errors, strict=True))
+    assert max(errors[0]) < 2e-5
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_class_alone(reduction: str) -> None:
+    """No other class: a loss of zero, but for the regulariser, to any order."""
+    leaves = Case((vectors(3, 6), vectors(1, 2, 6))).to(torch.float64).leaves()
+    labels = torch.tensor([0, -100, 0])
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return soft_triple_loss(x, w, labels, reduction=reduction)
+
+    torch.testing.assert_close(loss(*leaves), formula(*leaves, labels, reduction=reduction))
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
+
+
+def test_labels_that_are_far_from_all_classes() -> None:
+    scores, inverse, _ = chunk()
+    extremes = torch.tensor([-(2**63), 2**63 - 1, -100]).repeat(7)[:19]
+    for first in (0, 5, -3, 2**62):
+        others, target = library.soft_triple_chunk(scores, inverse, extremes, first, 20.0, 0.1, 0.01)
+        assert not target.any()
+        torch.testing.assert_close(
+            others, library.soft_triple_chunk(scores, inverse, extremes * 0 - 1, 0, 20, 0.1, 0)[0]
+        )
+
+
+def test_ops_that_write_take_tensors_with_a_negative_bit() -> None:
+    for name, arguments in TestSoftTriple.op_arguments(Case((vectors(5, 6), vectors(37, 3, 6)))).items():
+        if not name.endswith("_"):
+            continue
+        plain = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        lazy = [torch._neg_view(-a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+        want, got = getattr(library, name)(*plain), getattr(library, name)(*lazy)
+        assert got is None or torch.equal(got, want)
+        assert torch.equal(lazy[0], plain[0])
 
 
 @by_dtype
@@ -351,15 +420,14 @@ def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:
 
 def test_results_do_not_vary() -> None:
     leaves, y = Case((vectors(50, 24), vectors(300, 3, 24))).leaves(), torch.arange(50)
-    runs = []
-    for threads in (1, 2, 2):
+    runs: list[tuple[Tensor, ...]] = []
+    for threads in (1, 2, 3):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         loss = soft_triple_loss(*leaves, y, chunk_size=128)
         runs.append((loss, *torch.autograd.grad(loss, leaves)))
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(runs[1], runs[2], strict=True))
-    torch.testing.assert_close(runs[0], runs[1])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 def test_kernels_check_what_they_are_handed() -> None:

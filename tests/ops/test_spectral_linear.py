@@ -223,3 +223,17 @@ def test_results_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_half_types_round_the_gradient_of_the_input_first() -> None:
+    """The slope of sigma is a sum over that gradient: near the largest number, the whole may or may not overflow."""
+    input, weight, grad = numbers(9, 30).half(), numbers(20, 30).half(), (40 * numbers(9, 20)).half()
+    left, right, sigma = vector(20, weight).float(), vector(30, weight).float(), torch.tensor(0.5)
+    got = linear_backward(grad, input, weight, left, right, sigma, True, True, True)[1].double()
+    x, w, g, u, v = (t.double() for t in (input, weight, grad / sigma, left, right))
+
+    def gradient(x: Tensor, w: Tensor, g: Tensor, u: Tensor, v: Tensor, sign: float) -> Tensor:
+        return g.mT @ x + sign * (g @ w * x).sum() / 0.5 * u.outer(v)
+
+    bound = 2.0**-10 * gradient(*(t.abs() for t in (x, w, g, u, v)), 1)
+    assert ((got - gradient(x, w, g, u, v, -1)).abs() <= bound).all()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import split_batch_norm
+from paper_layers.ops import split_batch_norm as module
 from tests.ops.battery import Case, OpBattery, assert_close, by_dtype
 
 NAMES = ("", "_backward", "_statistics", "_normalize", "_backward_sums", "_backward_input")
@@ -101,9 +102,8 @@ class TestSplitBatchNorm(OpBattery):
         "no sizes": (call(split_sizes=[]), TypeError, "split_sizes: expected at least one int"),
         "float sizes": (call(split_sizes=[0.5, 0.5]), TypeError, "split_sizes: expected at least one int"),
         "sum": (call(split_sizes=[2, 3]), ValueError, r"split_sizes: expected sizes that sum to the batch, 6, got"),
-        "negative": (call(split_sizes=[8, -2]), ValueError, "split_sizes: expected at least 2 values per channel"),
+        "negative": (call(split_sizes=[8, -2]), ValueError, "split_sizes: expected sizes of at least 0"),
         "one value": (call(input=images(6, 4), split_sizes=[5, 1]), ValueError, "at least 2 values per channel"),
-        "no pixels": (call(input=images(6, 4, 0, 3)), ValueError, "at least 2 values per channel"),
         "weight": (call(weight=torch.ones(4)), ValueError, r"weight: expected shape \(2, 4\) or 2 tensors \(4,\)"),
         "biases": (call(bias=[torch.ones(4)]), ValueError, r"bias: expected .*, got \[\(4,\)\]"),
         "dtype": (call(weight=torch.ones(2, 4).half()), TypeError, "weight: expected torch.float32.*float16"),
@@ -300,13 +300,68 @@ def test_same_for_any_number_of_threads() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (4, 0, 8), (4, 3, 0), (4, 20, 0)])
 def test_empty(shape: tuple[int, ...]) -> None:
-    """The ops themselves: the function refuses empty splits, but not images without channels."""
+    """Nothing comes of no values, and their moments are 0, in the kernels as in their reference."""
     ops, x, sizes = torch.ops.paper_layers, torch.zeros(shape), [shape[0] // 4, shape[0] - shape[0] // 4]
     output, mean, var = ops.split_batch_norm(x, None, None, sizes, 1e-5)
     grads = ops.split_batch_norm_backward(x, x, None, mean, var, sizes, 1e-5)
     assert output.shape == grads[0].shape == shape
     assert mean.shape == var.shape == grads[1].shape == grads[2].shape == (2, shape[1])
     assert not grads[2].any()
+    for got, want in zip((output, mean, var), module._reference(x, None, None, sizes, 1e-5), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(grads, module._backward_reference(x, x, None, mean, var, sizes, 1e-5), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("space", [(), (3, 5)])
+def test_empty_part(space: tuple[int, ...], layout: str) -> None:
+    """It moves no statistics, and the others are as without it; torch's batch norm takes an empty batch as well."""
+    x = LAYOUTS[layout](images(6, 20, *space)).double().requires_grad_()
+    running = torch.full((2, 3, 20), 7.0, dtype=torch.float64)
+    weight, bias = images(3, 20).double().requires_grad_(), images(3, 20).double().requires_grad_()
+    output = split_batch_norm(x, [2, 0, 4], *running, weight, bias)
+    assert (running[:, 1] == 7).all()
+    assert (running[:, ::2] != 7).all()
+    kept = (weight[::2], bias[::2])
+    torch.testing.assert_close(output, formula(x, *kept, split_sizes=[2, 4]))
+    leaves = (x, weight, bias)
+    grads = torch.autograd.grad(output.sin().sum(), leaves, create_graph=True)
+    wanted = torch.autograd.grad(formula(x, *kept, split_sizes=[2, 4]).sin().sum(), leaves, create_graph=True)
+    torch.testing.assert_close(grads, wanted)
+    second, expected = (torch.autograd.grad(g[0].square().sum(), leaves[:2]) for g in (grads, wanted))
+    torch.testing.assert_close(second, expected)
+
+    nothing = split_batch_norm(x[:0], [0, 0, 0], *running, weight, bias)
+    assert nothing.shape == F.batch_norm(x[:0], running[0, 1], running[1, 1], training=True).shape == x[:0].shape
+    assert (running[:, 1] == 7).all()
+
+
+def test_count_that_the_host_does_not_know() -> None:
+    """As a norm over several processes has it: its bits are the number's, and 0 moves nothing."""
+    moments = images(2, 3, 4).double().exp()
+    running = torch.ones(2, 2, 3, 4, dtype=torch.float64)
+    for got, counts in zip(running, ([5, 0, 7], torch.tensor([5, 0, 7])), strict=True):
+        module.update_statistics(*got, *moments, counts, [0.1] * 3)
+    assert torch.equal(*running)
+    torch.testing.assert_close(running[0, 1, 2], 0.9 + 0.1 * moments[1, 2] * 7 / 6, rtol=1e-15, atol=0)
+    assert (running[:, :, 1] == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(4096, 64), (256, 1000), (16, 32, 12, 12), (1000, 7)])
+def test_variance_is_as_exact_as_that_of_torch(shape: tuple[int, ...]) -> None:
+    """Where channels lie side by side; with a first value that is far from all others as well."""
+    for first in (1, 300):
+        x = images(*shape)
+        x[0] *= first
+        x = channels_last(x)
+        flat = x.flatten(2) if x.dim() > 2 else x[..., None]
+        got = torch.ops.paper_layers.split_batch_norm_statistics(flat, [len(x)])[1][0].double()
+        want = flat.double().var((0, 2), correction=0)
+        invstd = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 0)[2].double()
+        error, of_torch = ((value - want).abs().max() / want.max() for value in (got, 1 / invstd.square()))
+        assert error <= max(of_torch, 6e-7)
+        assert ((got - want).abs() / want).max() < 2e-6
 
 
 ARGUMENTS: list[Any] = [images(4, 3, 5), images(4, 3, 5), None, images(2, 3), images(2, 3), [1, 3], 1e-5]
