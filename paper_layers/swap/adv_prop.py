@@ -71,7 +71,7 @@ def split_batch_norm(
         SplitBatchNorm2d(
           16, ..., num_splits=2
           (aux_bn): AuxiliaryNorms(
-            (0): AuxiliaryNorm(16)
+            (0): AuxiliaryNorm2d(16)
           )
         )
         >>> model[1].weight is weight

@@ -207,14 +207,12 @@ def _module(host: nn.Module, argument: str, name: Any) -> nn.Module:
         raise TypeError(f"{argument}: expected the name of a module, got {name!r}")
     found = dict(host.named_modules(remove_duplicate=False)).get(name) if name else None
     if found is None:
+        children = ", ".join(child for child, _ in host.named_children())
         names = [known for known, _ in host.named_modules() if known]
-        close = (
-            difflib.get_close_matches(name, names, n=4) or [known for known in names if known.endswith(f".{name}")][:4]
-        )
-        listed = ", ".join(close or [child for child, _ in host.named_children()])
+        close = difflib.get_close_matches(name, names, n=4) or [known for known in names if known.endswith(f".{name}")]
         raise ValueError(
-            f"{argument}: expected the name of a module in {type(host).__name__} "
-            f"({'close to it are' if close else 'it has'} {listed}), got {name!r}"
+            f"{argument}: expected the name of a module in {type(host).__name__} (it has {children}), got {name!r}"
+            f"{'; close to it are ' + ', '.join(close[:4]) if close else ''}"
         )
     return found
 

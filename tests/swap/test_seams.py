@@ -291,7 +291,7 @@ def test_errors_name_what_came_close(surgery: Any, model: Any, message: str) -> 
 
 def test_errors_name_the_nearest_modules() -> None:
     model = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3)
-    with pytest.raises(ValueError, match=r"coarse: .*close to it are .*classifier\.4.*, got 'clasifier\.4'"):
+    with pytest.raises(ValueError, match=r"coarse: .*got 'clasifier\.4'; close to it are .*classifier\.4"):
         swap.pointrend(model, coarse="clasifier.4", fine="backbone.layer1")
     with pytest.raises(ValueError, match=r"fine: .*close to it are .*backbone\.layer1"):
         swap.pointrend(model, coarse="classifier", fine="layer1")
