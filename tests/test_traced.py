@@ -47,7 +47,7 @@ CASES: dict[str, Case] = {
     "BigBiGAN's perceptron": (lambda: big_bigan.ResidualMLP(6, 8), lambda m, x: m(x), ((3, 6),)),
 }  # fmt: skip
 
-WRITTEN = ("semantic, nothing to refine", "coarse head", "split norm", "BigBiGAN's perceptron")
+WRITTEN = ("semantic, nothing to refine", "coarse head", "split norm")
 
 
 class Called(nn.Module):

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
 
 from paper_layers._core.fusing import forward_method
 from paper_layers.ops import _checks, _values
@@ -149,7 +150,7 @@ class PointRendSemantic(nn.Module):
     def steps(self, coarse: Tensor, features: Tensor | Sequence[Tensor], size: Size) -> Iterator[Step]:
         """The refinement step by step, as `forward` does it: first the coarse map, last the map of this size."""
         self._check(coarse)
-        if torch.jit.is_tracing():  # Then sizes of tensors are tensors themselves, but a trace is for one size.
+        if is_tracing():  # Then sizes of tensors are tensors themselves, but a trace is for one size.
             size = cast(Size, tuple(map(int, size)))
         height, width = _checks.pair("size", size, 1)
         _, *sizes = halvings((height, width), (coarse.shape[2], coarse.shape[3]))

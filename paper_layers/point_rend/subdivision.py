@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
 from paper_layers.ops.uncertain_points import uncertain_points
 
@@ -96,7 +97,7 @@ def subdivide(
         values = predict(points)
         flat = logits.flatten(2)
         # Into the map that was just made, unless a tracer would lose what is written into a view.
-        scatter = flat.scatter if torch.jit.is_tracing() else flat.scatter_
+        scatter = flat.scatter if is_tracing() else flat.scatter_
         # Coarse and predicted logits may differ in dtype under autocast.
         logits = scatter(2, index[:, None].expand_as(values), values.to(logits.dtype)).view(logits.shape)
         yield Step(logits, points)

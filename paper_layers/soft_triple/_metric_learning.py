@@ -33,11 +33,11 @@ def _joined(kind: type, base: type) -> type:
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """Pickle and copy by the class that there is a name for: the other may have neither name nor base elsewhere."""
-    _, _, *state = nn.Module.__reduce_ex__(self, 2)
-    return _rebuild, (self._made_from,), *state
+    reduced: Any = nn.Module.__reduce_ex__(self, 2)
+    return _rebuild, (self._made_from,), *reduced[2:]
 
 
-def _rebuild(kind: type) -> Any:
+def _rebuild(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
