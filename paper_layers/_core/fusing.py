@@ -51,6 +51,9 @@ def readable(layer: Any, *kinds: type[nn.Module]) -> bool:
 
 def parameter_dtype(layer: nn.Module, otherwise: torch.dtype) -> torch.dtype:
     """The dtype of the layer's floating parameters, whatever it wraps; `otherwise` where it doesn't have any."""
+    for parameter in layer._parameters.values():  # The usual case, without the walk through all modules.
+        if parameter is not None and parameter.is_floating_point():
+            return parameter.dtype
     return next((p.dtype for p in layer.parameters() if p.is_floating_point()), otherwise)
 
 

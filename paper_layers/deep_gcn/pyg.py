@@ -133,7 +133,7 @@ class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
         _checks.integer("k", k, 1)
         # PyG's own refuses where neither pyg-lib nor torch-cluster is installed.
         pyg.MessagePassing.__init__(self, aggr=aggr, flow="source_to_target", **kwargs)
-        self.nn, self.k, self.num_workers = nn, k, num_workers
+        self.nn, self.k, self.num_workers = nn, int(k), num_workers
         self.reset_parameters()
 
     def forward(self, x: Tensor | Pair, batch: Tensor | tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:

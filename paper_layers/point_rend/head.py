@@ -117,7 +117,7 @@ class PointRendHead(nn.Module):
             labels = _checks.int64("labels", labels, fine.shape[0])
         if not self.splits:
             return self._call_layers(fine, coarse, labels)
-        return self.finish(self.fine_shares([fine])[0], self.coarse_shares(coarse, labels), labels)
+        return self.finish(self._fine_shares([fine])[0], self.coarse_shares(coarse, labels), labels)
 
     @property
     def splits(self) -> bool:
@@ -144,6 +144,9 @@ class PointRendHead(nn.Module):
             raise TypeError(
                 "layers: expected plain nn.Linear without hooks, whose products split, got others; call the head"
             )
+        return self._fine_shares(fine)
+
+    def _fine_shares(self, fine: Sequence[Tensor]) -> list[Tensor]:
         weights = self._layers[0].weight[:, : self.in_channels].split([level.shape[1] for level in fine], 1)
         return [_project(level, weight) for level, weight in zip(fine, weights, strict=True)]
 

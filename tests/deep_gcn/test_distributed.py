@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from paper_layers.deep_gcn import DeepGCN
+from paper_layers.deep_gcn import DeepGCN, EdgeConv
 from tests.ops.test_neighbor_reduce import features
 
 SIZES = (40, 56)  # uneven, so that ranks must weigh their statistics
@@ -63,3 +63,34 @@ def test_ranks_are_one_process(order: str, synchronized: bool, tmp_path: Path) -
     for _, grads, buffers in parts:
         torch.testing.assert_close(grads, [p.grad for p in net.parameters()])
         torch.testing.assert_close(buffers, list(net.buffers()))
+
+
+def worker_without_edges(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    conv: Any = nn.SyncBatchNorm.convert_sync_batchnorm(EdgeConv(6, 3).double())
+    results = []
+    for sizes in ((20, 0), (20, 1), (0, 0)):  # Edges of each rank; one alone is enough where others have some.
+        index = torch.full((20, 1), -1)
+        index[: sizes[rank]] = 3
+        output = conv(features(20, 6).double(), index)
+        output.square().sum().backward()
+        results.append([p.grad.clone() for p in conv.parameters()] + [b.clone() for b in conv.buffers()])
+    torch.save((output, results), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_rank_without_edges(tmp_path: Path) -> None:
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    mp.spawn(worker_without_edges, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    conv = EdgeConv(6, 3).double()
+    index = torch.full((20, 1), 3)
+    conv(features(20, 6).double(), index)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for output, (first, second, third) in parts:
+        torch.testing.assert_close(first[-3:], list(conv.buffers()))
+        torch.testing.assert_close(third[-3:-1], second[-3:-1])
+        assert torch.equal(output, torch.zeros_like(output))
+        assert all(tensor.isfinite().all() for tensor in third)
