@@ -66,7 +66,9 @@ def _oracle(call: Call, dtype: torch.dtype | None, seed: int, order: int) -> Par
     return run(call.formula, changed, seed, order)
 
 
-def differences(got: Tensor, exact: Tensor, plain: Tensor, moved: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def differences(
+    got: Tensor, exact: Tensor, plain: Tensor, moved: Sequence[Tensor], dtype: torch.dtype, terms: float
+) -> Tensor:
     """By how many times an allowed error each number is off; 0 for what cannot be judged.
 
     Args:
@@ -75,6 +77,7 @@ def differences(got: Tensor, exact: Tensor, plain: Tensor, moved: Sequence[Tenso
         plain: The formula in the dtype that the function computes in.
         moved: The formula in float64 for inputs that differ in the last bit.
         dtype: The dtype of the function's inputs.
+        terms: Size of numbers that cancel.
     """
     value = got.double()
     round_off = torch.finfo(got.dtype).eps / 2
@@ -83,7 +86,9 @@ def differences(got: Tensor, exact: Tensor, plain: Tensor, moved: Sequence[Tenso
     sensitivity = torch.stack([(m - exact).abs() for m in moved]).amax(0)
     sensitivity = torch.where(sensitivity.isfinite(), sensitivity, 0)
     wide = torch.finfo(_wide(dtype))
-    allowed = 2 * round_off * exact.abs() + 16 * sensitivity + 4 * sensitivity.mean() + 8 * error.max()
+    allowed = (
+        8 * wide.eps * terms + 2 * round_off * exact.abs() + 16 * sensitivity + 4 * sensitivity.mean() + 8 * error.max()
+    )
     allowed = allowed + 4 * max(torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps, wide.tiny)
     allowed = allowed + 16 * wide.eps * exact[exact.isfinite()].abs().mean().nan_to_num() / max(1, exact.numel()) ** 0.5
     away = torch.minimum((value - exact).abs(), (value - plain.double()).abs()) / allowed
@@ -145,7 +150,7 @@ def against_formula(call: Call, draw: Draw, seed: int) -> Iterator[str]:
         if not value.numel():
             continue
         sets = moved[call.in_half or (dtype in HALF and "gradient" in name)]
-        off = differences(value, want, plain[name], [m[name] for m in sets], dtype)
+        off = differences(value, want, plain[name], [m[name] for m in sets], dtype, call.terms)
         if bool((off > 1).any()):
             at = int(off.argmax())
             is_, should, simple = (some.flatten()[at].item() for some in (value, want, plain[name]))

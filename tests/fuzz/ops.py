@@ -68,6 +68,7 @@ class Call:
         gradients: Whether gradients follow the formula: rounding must not decide where they go.
         large: Whether the formula would take too long.
         in_half: Whether intermediate results of half types are rounded to them.
+        terms: Size of numbers that cancel in the formula.
     """
 
     function: Callable[..., Any]
@@ -79,6 +80,7 @@ class Call:
     gradients: bool = True
     large: bool = False
     in_half: bool = False
+    terms: float = 0.0
 
     def row(self, i: int) -> Call:
         """The call for one image or cloud."""
@@ -149,7 +151,7 @@ def draw_lip_pool2d(draw: Draw) -> Call:
 
 
 def draw_knn(draw: Draw) -> Call:
-    clouds, channels = draw.size(1, 2, 3), draw.size(1, 2, 3, 3, 9, 33)
+    clouds, channels = draw.pick(1, 2, 3), draw.size(1, 2, 3, 3, 9, 33)
     count = draw.pick(1000, 2000) if draw.large else draw.size(1, 2, 17, 65, 130)
     kind, metric = draw.kind("offset", "integers", "zeros", "tiny", "huge", "special"), draw.pick(*_METRICS)
     tensors = {"query": draw.floats(clouds, count, channels, kind=kind)}
@@ -168,7 +170,7 @@ def draw_knn(draw: Draw) -> Call:
             options["points_ptr" if name == "points" else "ptr"] = torch.tensor([0, *inner, len(x)])
         rows = ()
     options["include_self"] = include_self
-    return Call(knn, neighbors.neighbours, tensors, options, rows, exact, large=draw.large)
+    return Call(knn, neighbors.neighbours, tensors, options, rows, exact, large=draw.large, terms=metric == "cosine")
 
 
 _METRICS = ("sqeuclidean", "sqeuclidean", "cosine", "inner")
