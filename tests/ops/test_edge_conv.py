@@ -99,7 +99,10 @@ class TestEdgeConv(OpBattery):
         "edge_conv_backward": torch.ops.paper_layers.edge_conv_backward.default,
     }
     taken = frozenset(
-        [("edge_conv", "a dimension more of tensor 3"), ("edge_conv_backward", "a dimension more of tensor 6")]  # slopes
+        [
+            ("edge_conv", "a dimension more of tensor 3"),
+            ("edge_conv_backward", "a dimension more of tensor 6"),
+        ]  # slopes
     )
     bad_inputs = {  # noqa: RUF012
         "rank": (call(center=features(3)), ValueError, r"center: expected shape .*got \(3,\)"),
@@ -115,7 +118,11 @@ class TestEdgeConv(OpBattery):
             ValueError,
             r"smallest: expected shape \(3,\), got \(4,\)",
         ),
-        "out of bounds": (call(index=torch.full((8, 4), 10)), RuntimeError, "index: expected -1 or a row below 10, got 10"),
+        "out of bounds": (
+            call(index=torch.full((8, 4), 10)),
+            RuntimeError,
+            "index: expected -1 or a row below 10, got 10",
+        ),
     }
 
     @staticmethod

@@ -99,7 +99,11 @@ class TestNeighborReduce(OpBattery):
         "device": (call(index=table(8, 4, rows=10).to("meta")), ValueError, "index: .*cpu, got meta"),
         "reduce": (call(reduce="median"), ValueError, "reduce: expected one of max, min, sum, mean, got 'median'"),
         "centres": (call(relative=True), ValueError, "index: expected 10 rows with relative, got 8"),
-        "out of bounds": (call(index=torch.full((8, 4), 10)), RuntimeError, "index: expected -1 or a row below 10, got 10"),
+        "out of bounds": (
+            call(index=torch.full((8, 4), 10)),
+            RuntimeError,
+            "index: expected -1 or a row below 10, got 10",
+        ),
     }
 
     @staticmethod
