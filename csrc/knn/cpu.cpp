@@ -22,8 +22,7 @@ namespace {
 std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::optional<Tensor> query_ptr,
                                std::optional<Tensor> points_ptr, int64_t k, int64_t dilation, bool inner,
                                bool include_self, std::optional<Tensor> ranks) {
-  const KnnProblem problem =
-      knn_problem(query, points, query_ptr, points_ptr, k, dilation, inner, include_self, ranks);
+  check_knn(query, points, query_ptr, points_ptr, k, dilation, ranks);
   const ScalarType dtype = accumulation_dtype(query.scalar_type());
   const Tensor q = torch::stable::contiguous(torch::stable::to(query, dtype));
   const Tensor p = same_data(points, query) ? q : torch::stable::contiguous(torch::stable::to(points, dtype));
@@ -31,6 +30,9 @@ std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::o
   shape.back() = k;
   Tensor index = torch::stable::new_empty(q, shape, ScalarType::Long);
   Tensor distance = torch::stable::new_empty(q, shape, dtype);
+  // After the results, which are refused where there is no memory for one of each cloud.
+  const KnnProblem problem =
+      knn_problem(query, points, query_ptr, points_ptr, k, dilation, inner, include_self, ranks);
   if (index.numel() == 0) return {index, distance};
   use_huge_pages(index);
   use_huge_pages(distance);

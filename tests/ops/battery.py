@@ -281,7 +281,8 @@ class OpBattery(Battery):
                 try:
                     got = torch.autograd.grad(value, leaves)
                 except RuntimeError as error:
-                    assert "modified by an inplace operation" in str(error)
+                    if "modified by an inplace operation" not in str(error):
+                        raise
                 else:
                     torch.testing.assert_close(got, want)
 
@@ -302,7 +303,7 @@ class OpBattery(Battery):
 
                     def step(leaves: dict[Any, Tensor], case: Case = fixed) -> Tensor:
                         tensors = [leaves[i] for i in range(len(case.tensors))]
-                        changed = {n: leaves[n] if n in leaves else v for n, v in case.options.items()}
+                        changed = {n: leaves.get(n, v) for n, v in case.options.items()}
                         return self.function(*tensors, **changed)
 
                     call = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step

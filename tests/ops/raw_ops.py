@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,10 +81,10 @@ def sizes_without_elements(arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ..
 
 
 def survives(calls: Callable[[], None], seconds: int = 60) -> bool:
-    """Whether a process of its own lives through the calls, and not for ever."""
+    """Whether a process of its own lives through the calls, in so many seconds of the processor."""
     child = os.fork()
     if child == 0:
-        signal.alarm(seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         torch.set_num_threads(1)  # Those of the parent are not there.
         try:
             calls()

@@ -191,6 +191,10 @@ class TestKNN(OpBattery):
             ),
         ]
 
+    def alias_cases(self) -> list[Case]:
+        starts = {"ptr": torch.tensor([0, 3, 8]), "points_ptr": torch.tensor([0, 4, 8])}
+        return [Case((cloud(2, 8, 5), cloud(2, 8, 5)), {"k": 4}), Case((cloud(8, 3), cloud(8, 3)), {"k": 2, **starts})]
+
     @staticmethod
     def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
         query, points = case.tensors[0], case.tensors[-1]
