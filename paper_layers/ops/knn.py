@@ -221,8 +221,7 @@ class _KNNBackward(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, query, points, index = ctx.saved_tensors
 
-        # Distances are of second order: their gradient's gradient is the same function of the other tensors. It takes
-        # differences first, where a sum of two gradients would cancel.
+        # Distances are of second order: the gradient is linear in the points, and its own gradient the same function.
         to_grad = _backward_of_grad(query, points, index, ctx.inner, *grads)
         return to_grad, *_KNNBackward.apply(grad, *grads, index, ctx.inner), None, None
 

@@ -147,14 +147,6 @@ def test_gradient_of_cosine_of_any_length(length: float) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
 
 
-def test_second_derivative_cancels() -> None:
-    """Distances do not change where all points move alike, nor do their gradients."""
-    x = (cloud(2, 500, 6) * 100).requires_grad_()
-    (gradient,) = torch.autograd.grad(knn(x, k=9)[1].square().sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(gradient.sum(), x)
-    assert not second.any()
-
-
 def gradients(x: Tensor, y: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in (x, y) if t is not None]
     index, distance = knn(leaves[0], None if y is None else leaves[1], **options)
