@@ -75,10 +75,10 @@ sanitize: $(INSTALLED)
 # - what takes a GPU: streams, graphs, several devices, more than 2^31 elements;
 # - what takes a minute here and another case of it does not: farther-3;
 # - what CUDA has no kernel for: spectral_linear, and what_they_are_handed, of the loss as a whole;
-# - the CPU's own ways: threads, large_clouds, searches_itself;
+# - the CPU's own ways: threads, alone, one_another, large_clouds, searches_itself;
 # - messages about numbers out of range, which fail an assertion on a GPU: bad_inputs, refuses, checks_starts.
 EMULATED_TESTS := not (compile or export or stream or graph_capture or device or 32_bits \
-	or threads or farther-3 or large_clouds or searches_itself or what_they_are_handed or spectral_linear \
+	or threads or alone or one_another or farther-3 or large_clouds or searches_itself or what_they_are_handed or spectral_linear \
 	or bad_inputs or refuses or checks_starts)
 emulate: $(INSTALLED)
 	$(call stage,PAPER_LAYERS_EMULATE_CUDA)

@@ -298,7 +298,7 @@ def test_rows_far_from_other_classes_are_as_exact_as_in_plain_pytorch() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_one_class_alone(reduction: str) -> None:
+def test_one_class_only(reduction: str) -> None:
     """No other class: a loss of zero, but for the regulariser, to any order."""
     leaves = Case((vectors(3, 6), vectors(1, 2, 6))).to(torch.float64).leaves()
     labels = torch.tensor([0, -100, 0])
@@ -418,7 +418,7 @@ def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:
     assert 50 * rows * count * 4 <= beside < 0.1 * (4 * rows * classes * count)
 
 
-def test_results_do_not_vary() -> None:
+def test_same_for_any_number_of_threads() -> None:
     leaves, y = Case((vectors(50, 24), vectors(300, 3, 24))).leaves(), torch.arange(50)
     runs: list[tuple[Tensor, ...]] = []
     for threads in (1, 2, 3):
