@@ -1,0 +1,1 @@
+"""Helpers that every other folder of the package may use."""
