@@ -179,7 +179,9 @@ class Backward {
         shares_(problem, windows_.outputs(), covered_),
         exponents_(problem.height.covering_at_most()),
         row_scales_(exponents_.size()),
-        logit_row_(covered_.size() * depth_ + V::size),
+        input_row_(covered_.size() * depth_ + V::size),
+        logit_row_(input_row_.size()),
+        unresolved_(exponents_.size()),
         streaming_(problem.planes() * problem.height.length * problem.width.length * depth_ * int64_t(sizeof(T)) >
                    kStreamingBytes) {
     for (int64_t j = columns.begin; j < columns.end; ++j) {
@@ -188,48 +190,47 @@ class Backward {
   }
 
   // With shared_sums, the logits' gradients are added to it, else written to grad_logit.
-  void run(Plane<const T> grad, Plane<const T> input, Plane<const T> logit, Plane<const T> output, Plane<T> grad_input,
-           Plane<T> grad_logit, A* shared_sums) {
+  void run(Plane<const T> grad, Plane<const T> input, Plane<const T> logit, Plane<T> grad_input, Plane<T> grad_logit,
+           A* shared_sums) {
     input_ = input;
     logit_ = logit;
     grad_input_ = grad_input;
     grad_logit_ = grad_logit;
     shared_sums_ = shared_sums;
     windows_.begin(logit, input);
-    unresolved_.clear();
     int64_t row = rows_.begin;
     for (int64_t o = outputs_.begin; o < outputs_.end; ++o) {
-      share(grad, output, o);
+      share(grad, o);
       for (; row < rows_.end && problem_.height.covering(row).end <= o + 1; ++row) finish(row);
     }
     for (; row < rows_.end; ++row) finish(row);
     if (streaming_) finish_streaming();
-    for (const Unresolved& window : unresolved_) add(window);
   }
 
  private:
   struct Unresolved {
-    int64_t row, column, channel;
+    Window<T> window;
     A grad;
   };
 
   // The gradient's share of each window in a row of them.
-  void share(Plane<const T> grad_plane, Plane<const T> output_plane, int64_t o) {
+  void share(Plane<const T> grad_plane, int64_t o) {
     const T* grad = grad_plane.at(o, windows_.outputs().begin);
-    const T* output = output_plane.at(o, windows_.outputs().begin);
     A *shares = shares_.share(o), *products = shares_.product(o);
     Resolved<A> resolved;
-    const auto write = [&](int64_t i, auto lanes, V weights, V) __attribute__((always_inline)) {
+    const auto write = [&](int64_t i, auto lanes, V weights, V values) __attribute__((always_inline)) {
       resolved.look_at(weights, lanes);
-      const V share = load(grad + i, lanes) / weights;
+      const V scale = V(A(1)) / weights, share = load(grad + i, lanes) * scale;
       store(shares + i, share, lanes);
-      store(products + i, share * load(output + i, lanes), lanes);
+      store(products + i, share * (values * scale), lanes);
     };
-    exponents_[o % exponents_.size()] = windows_.template sum<false>(o, write);
+    exponents_[o % exponents_.size()] = windows_.template sum<true>(o, write);
+    std::vector<Unresolved>& unresolved = unresolved_at(o);
+    unresolved.clear();
     if (!resolved.all()) {
       each_unresolved(windows_, o, depth_, [&](int64_t i, int64_t column, int64_t channel) {
         shares[i] = products[i] = 0;
-        unresolved_.push_back({o, column, channel, static_cast<A>(grad[i])});
+        unresolved.push_back({{problem_, logit_, input_, o, column, channel}, static_cast<A>(grad[i])});
       });
     }
     shares_.keep(o);
@@ -242,19 +243,41 @@ class Backward {
       for (int64_t j = columns_.begin; j < columns_.end; ++j) clear(row, j);
       return;
     }
+    T* grad_input = grad_input_.at(row, covered_.begin);
+    bool resolved = true;
+    for (int64_t o = holding.begin; o < holding.end; ++o) resolved &= unresolved_at(o).empty();
+    if (!resolved) {
+      // Gradients are summed in A before they are rounded to T.
+      gradients(row, holding, input_row_.data(), logit_row_.data());
+      for (int64_t o = holding.begin; o < holding.end; ++o) {
+        for (const Unresolved& window : unresolved_at(o)) add(window, row);
+      }
+      store_row(input_row_.data(), grad_input);
+      write_logit_row(row);
+    } else if (shared_sums_ || logit_.depth != depth_) {
+      gradients(row, holding, grad_input, logit_row_.data());
+      write_logit_row(row);
+    } else {
+      gradients(row, holding, grad_input, grad_logit_.at(row, covered_.begin));
+    }
+    for (const int64_t j : gaps_) clear(row, j);
+  }
+
+  void store_row(const A* from, T* to) const {
+    cover<V::size>(covered_.size() * depth_, [&](int64_t i, auto lanes) { store(to + i, load(from + i), lanes); });
+  }
+
+  void write_logit_row(int64_t row) {
     if (shared_sums_) {
-      gradients<false>(row, holding, logit_row_.data());
       A* sums = shared_sums_ + (row - rows_.begin) * columns_.size() - columns_.begin;
       for (int64_t j = covered_.begin; j < covered_.end; ++j) sums[j] += logit_row_[j - covered_.begin];
     } else if (logit_.depth != depth_) {
-      gradients<true>(row, holding, logit_row_.data());
       for (int64_t j = covered_.begin; j < covered_.end; ++j) {
         *grad_logit_.at(row, j) = static_cast<T>(sum(logit_row_.data() + (j - covered_.begin) * depth_, depth_));
       }
     } else {
-      gradients<false>(row, holding, grad_logit_.at(row, covered_.begin));
+      store_row(logit_row_.data(), grad_logit_.at(row, covered_.begin));
     }
-    for (const int64_t j : gaps_) clear(row, j);
   }
 
   // Zero where no window reaches.
@@ -267,8 +290,14 @@ class Backward {
     }
   }
 
-  template <bool one_weight_a_pixel, typename L>
-  void gradients(int64_t row, Range holding, L* grad_logit) {
+  template <typename I, typename L>
+  void gradients(int64_t row, Range holding, I* grad_input, L* grad_logit) {
+    if (logit_.depth != depth_) gradients<true>(row, holding, grad_input, grad_logit);
+    else gradients<false>(row, holding, grad_input, grad_logit);
+  }
+
+  template <bool one_weight_a_pixel, typename I, typename L>
+  void gradients(int64_t row, Range holding, I* grad_input, L* grad_logit) {
     for (int64_t o = holding.begin; o < holding.end; ++o) {
       const int64_t exponent = exponents_[o % exponents_.size()];
       row_scales_[o - holding.begin] = power_of_two(windows_.weights().exponent(row) - exponent);
@@ -276,7 +305,6 @@ class Backward {
     const A* weights =
         windows_.weights().row(row) + (covered_.begin - windows_.columns().begin) * (one_weight_a_pixel ? 1 : depth_);
     const T* input = input_.at(row, covered_.begin);
-    T* grad_input = grad_input_.at(row, covered_.begin);
     const auto gather = [&](auto&& write) __attribute__((always_inline)) {
       shares_.gather(holding, row_scales_, [&](int64_t i, int64_t pixel, auto lanes, V share, V product)
           __attribute__((always_inline)) {
@@ -285,7 +313,7 @@ class Backward {
         write(grad_logit + i, weight * (load(input + i, lanes) * share - product), lanes);
       });
     };
-    if constexpr (std::is_same_v<T, A> && std::is_same_v<L, A>) {
+    if constexpr (std::is_same_v<I, A> && std::is_same_v<L, A>) {
       const auto address = reinterpret_cast<uintptr_t>(grad_input) | reinterpret_cast<uintptr_t>(grad_logit);
       if (streaming_ && covered_.size() * depth_ % V::size == 0 && (depth_ == 1 || depth_ % V::size == 0) &&
           address % sizeof(V) == 0) {
@@ -296,23 +324,19 @@ class Backward {
     gather([](auto* to, V value, auto lanes) __attribute__((always_inline)) { store(to, value, lanes); });
   }
 
-  // Add the gradients of a window that the sums could not resolve.
-  void add(const Unresolved& u) {
-    const Window<T> window(problem_, logit_, input_, u.row, u.column, u.channel);
+  std::vector<Unresolved>& unresolved_at(int64_t o) { return unresolved_[o % unresolved_.size()]; }
+
+  // Add the gradients of a window that the sums could not resolve to a row of them.
+  void add(const Unresolved& unresolved, int64_t row) {
+    const Window<T>& window = unresolved.window;
+    const Range columns = intersection(window.columns, covered_);
     const A average = window.average();
-    window.each([&](int64_t r, int64_t c) {
-      if (r < rows_.begin || r >= rows_.end || c < columns_.begin || c >= columns_.end) return;
-      const A grad = u.grad * window.share(r, c);
-      const A logit_grad = grad * (window.input_at(r, c) - average);
-      T& input_sum = grad_input_.at(r, c)[u.channel];
-      input_sum = static_cast<T>(static_cast<A>(input_sum) + grad);
-      if (shared_sums_) {
-        shared_sums_[(r - rows_.begin) * columns_.size() + c - columns_.begin] += logit_grad;
-      } else {
-        T& logit_sum = grad_logit_.at(r, c)[logit_.depth > 1 ? u.channel : 0];
-        logit_sum = static_cast<T>(static_cast<A>(logit_sum) + logit_grad);
-      }
-    });
+    for (int64_t c = columns.begin; c < columns.end; ++c) {
+      const int64_t i = (c - covered_.begin) * depth_ + window.channel;
+      const A grad = unresolved.grad * window.share(row, c);
+      input_row_[i] += grad;
+      logit_row_[i] += grad * (window.input_at(row, c) - average);
+    }
   }
 
   const LipPool2dProblem& problem_;
@@ -325,17 +349,17 @@ class Backward {
   std::vector<int64_t> gaps_;  // columns that no window holds
   std::vector<int64_t> exponents_;
   std::vector<A> row_scales_;
-  Scratch<A> logit_row_;
+  Scratch<A> input_row_, logit_row_;
+  std::vector<std::vector<Unresolved>> unresolved_;  // by row of windows, as the exponents
   const bool streaming_;
-  std::vector<Unresolved> unresolved_;
   Plane<const T> input_, logit_;
   Plane<T> grad_input_, grad_logit_;
   A* shared_sums_ = nullptr;
 };
 
 template <typename Windows, typename Shares, typename T>
-void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, const T* output,
-              T* grad_input, T* grad_logit) {
+void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, T* grad_input,
+              T* grad_logit) {
   // Planes that share logits are one piece of work, which adds up their gradients in order.
   const int64_t together = problem.shared ? problem.planes_per_image() : 1;
   const Tasks tasks(problem.planes() / together, problem.width.length, problem.height.length,
@@ -347,8 +371,8 @@ void backward(const LipPool2dProblem& problem, const T* grad, const T* input, co
       const auto grad_logits = problem.logit_plane(grad_logit, group * together);
       for (int64_t plane = group * together; plane < (group + 1) * together; ++plane) {
         task.run(problem.output_plane(grad, plane), problem.input_plane(input, plane),
-                 problem.logit_plane(logit, plane), problem.output_plane(output, plane),
-                 problem.input_plane(grad_input, plane), grad_logits, together > 1 ? sums.data() : nullptr);
+                 problem.logit_plane(logit, plane), problem.input_plane(grad_input, plane), grad_logits,
+                 together > 1 ? sums.data() : nullptr);
       }
       for (size_t i = 0; i < sums.size(); ++i) {
         *grad_logits.at(rows.begin + i / columns.size(), columns.begin + i % columns.size()) = static_cast<T>(sums[i]);
@@ -358,11 +382,11 @@ void backward(const LipPool2dProblem& problem, const T* grad, const T* input, co
 }
 
 template <typename T>
-void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, const T* output,
-              T* grad_input, T* grad_logit) {
+void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, T* grad_input,
+              T* grad_logit) {
   if (problem.channels_last) {
-    backward<ChannelsLastWindows<T>, ChannelsLastShares<T>>(problem, grad, input, logit, output, grad_input, grad_logit);
+    backward<ChannelsLastWindows<T>, ChannelsLastShares<T>>(problem, grad, input, logit, grad_input, grad_logit);
   } else {
-    backward<PlanarWindows<T>, PlanarShares<T>>(problem, grad, input, logit, output, grad_input, grad_logit);
+    backward<PlanarWindows<T>, PlanarShares<T>>(problem, grad, input, logit, grad_input, grad_logit);
   }
 }

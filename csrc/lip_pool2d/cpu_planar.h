@@ -21,7 +21,7 @@ class PlanarWindows {
       : height_(problem.height),
         width_(problem.width),
         outputs_(outputs),
-        taps_(problem, width_.taps(outputs), kBlockElements),
+        taps_(problem, width_.taps(outputs), kKeptElements),
         // Vectors of the sums over columns read past the last window, into elements of no consequence.
         weight_columns_((outputs.size() - 1) * width_.stride + width_.kernel + 4 * V::size),
         value_columns_(weight_columns_.size()),

@@ -10,10 +10,13 @@ constexpr double kSmallestSum = 0x1p-80;
 constexpr double kLargestLogit = 16384;
 // The exponents of blocks without a finite logit, and of blocks left to the windows' own computation.
 constexpr int64_t kNoExponent = -(int64_t(1) << 30), kLeftExponent = int64_t(1) << 30;
-// A block may keep the exponent of the one before it while its largest logit is this little below.
-constexpr int64_t kSlack = 16, kHeadroom = 2;
-// Elements in a block of weights that NCHW computes at once, and in a row of a tile; both fit the second-level cache.
-constexpr int64_t kBlockElements = 8192;
+// The exponent of a block is the multiple of this next above its largest logit, so that most blocks of an image share
+// one, and none depends on the blocks before it: results are equal however the work is shared out.
+constexpr int64_t kExponentStep = 18;
+// After a block whose exponent was not the last one's, this many blocks look at their logits first.
+constexpr int64_t kLooks = 16;
+// Elements in the weights that NCHW keeps, and in a row of a tile; both fit the second-level cache.
+constexpr int64_t kKeptElements = 8192;
 constexpr int64_t kTileElements = 16384;
 
 // 2^exponent for an exponent of at most zero; zero where float has no such normal number.
@@ -24,20 +27,21 @@ inline float power_of_two(int64_t exponent) {
   return result;
 }
 
-// Rows of weights over some columns; pixels have as many weights as logits. Rows are opened, filled in pieces of columns
-// with the exponent of the rows before, and closed: if that exponent does not suit, they are then computed again.
+// Rows of weights over some columns; pixels have as many weights as logits. Blocks of rows are opened, filled in pieces
+// of columns with the exponent of the block before, and closed: if that is not theirs, they are then computed again.
 template <typename T>
 class Weights {
   using A = Accumulator<T>;
   using V = Vec<A>;
 
  public:
-  // Rows are kept for a window, and more of them while they have at most `block` elements.
-  Weights(const LipPool2dProblem& problem, Range columns, int64_t block)
+  // A block is the rows that a step of the windows adds, and more of them while two blocks have at most `kept` elements.
+  Weights(const LipPool2dProblem& problem, Range columns, int64_t kept)
       : height_(problem.height.length),
         columns_(columns),
         row_elements_(columns.size() * problem.logit_depth()),
-        capacity_(capacity(problem, block)),
+        block_(block_rows(problem, kept)),
+        capacity_(power_of_two_above(std::min(height_, problem.height.kernel + block_ - 1))),
         weights_(capacity_ * row_elements_ + V::size),
         exponents_(capacity_) {}
 
@@ -45,24 +49,27 @@ class Weights {
   void begin(Plane<const T> logit, Plane<const T> input) {
     logit_ = logit;
     input_ = input;
-    rows_ = {0, 0};
+    end_ = 0;
   }
 
-  // Make these rows available, and those after them that fit.
+  // Make these rows available.
   void slide_to(Range rows) {
-    if (rows.end <= rows_.end) return;
-    open({rows.begin, std::min(height_, rows.begin + capacity_)});
+    open(rows);
     fill(columns_);
     close();
   }
 
-  // Prepare to fill the new ones among these rows.
+  // Make these rows available but for the last block of them, which is to be filled and closed.
   void open(Range rows) {
-    pending_ = {std::max(rows.begin, rows_.end), rows.end};
-    rows_ = rows;
-    if (last_exponent_ == kNoExponent) return compute_pending();
-    set_exponent(last_exponent_);
-    largest_ = V(-std::numeric_limits<A>::infinity());
+    while (end_ < rows.end) {
+      pending_.begin = std::max(end_, rows.begin / block_ * block_);
+      pending_.end = end_ = std::min(height_, pending_.begin + block_);
+      start();
+      if (end_ < rows.end) {
+        fill(columns_);
+        close();
+      }
+    }
   }
 
   void fill(Range columns) {
@@ -77,21 +84,23 @@ class Weights {
         __builtin_prefetch(next + j, 0, 2);
         __builtin_prefetch(next_input + j, 0, 2);
         const V logit = load(from + j, lanes);
-        largest = max_or_second(logit, largest);
+        largest = max_or_second(only(logit, lanes), largest);
         store(to + j, scaled_exp(logit), lanes);
       });
     });
     largest_ = largest;
   }
 
-  // Whether the rows were filled well. If not, they are now.
+  // Whether the block was filled with its own exponent. If not, it is now.
   bool close() {
     if (pending_.size() == 0) return true;
-    const A largest = largest_of(largest_) * A(1.4426950408889634);
-    const bool suits = largest <= last_exponent_ && largest >= last_exponent_ - kSlack;
-    if (!suits) compute_pending();
+    const bool own = exponent_of(largest_of(largest_)) == last_exponent_;
+    if (!own) {
+      compute_pending();
+      looks_ = kLooks;
+    }
     pending_ = {0, 0};
-    return suits;
+    return own;
   }
 
   const A* row(int64_t r) const { return weights_.data() + slot(r) * row_elements_; }
@@ -100,33 +109,54 @@ class Weights {
  private:
   int64_t slot(int64_t r) const { return r & (capacity_ - 1); }
 
-  // Rows that are kept, a power of two.
-  int64_t capacity(const LipPool2dProblem& problem, int64_t block) const {
+  // A power of two.
+  int64_t block_rows(const LipPool2dProblem& problem, int64_t kept) const {
+    const int64_t step = std::min({problem.height.kernel, problem.height.stride, int64_t(4)});
     int64_t rows = 1;
-    while (rows <= problem.height.kernel || (rows < height_ && 2 * rows * row_elements_ <= block)) rows *= 2;
+    while (2 * rows <= step || (rows < height_ && 4 * rows * row_elements_ <= kept)) rows *= 2;
     return rows;
+  }
+
+  static int64_t power_of_two_above(int64_t number) {
+    int64_t power = 1;
+    while (power < number) power *= 2;
+    return power;
+  }
+
+  // Of a block with this largest logit among those below infinity.
+  static int64_t exponent_of(A largest) {
+    if (largest < std::numeric_limits<A>::lowest()) return kNoExponent;
+    if (std::abs(largest) > A(kLargestLogit)) return kLeftExponent;
+    return kExponentStep * static_cast<int64_t>(std::ceil(largest * A(1.4426950408889634 / kExponentStep)));
   }
 
   void set_exponent(int64_t exponent) {
     for (int64_t r = pending_.begin; r < pending_.end; ++r) exponents_[slot(r)] = exponent;
   }
 
+  void start() {
+    if (last_exponent_ == kNoExponent || looks_ > 0) {
+      --looks_;
+      compute_pending();
+    } else {
+      set_exponent(last_exponent_);
+      largest_ = V(-std::numeric_limits<A>::infinity());
+    }
+  }
+
   void compute_pending() {
-    const A largest = largest_logit();
-    const bool none = largest < std::numeric_limits<A>::lowest();
-    if (!none && std::abs(largest) > A(kLargestLogit)) {
+    const int64_t exponent = exponent_of(largest_logit());
+    if (exponent == kLeftExponent) {
       // Nothing, of an exponent above all others: every window that takes part in it sums to zero.
-      set_exponent(kLeftExponent);
       for (int64_t r = pending_.begin; r < pending_.end; ++r) {
         std::fill_n(weights_.begin() + slot(r) * row_elements_, row_elements_, A(0));
       }
     } else {
-      const int64_t exponent = none ? 0 : static_cast<int64_t>(std::ceil(largest * A(1.4426950408889634))) + kHeadroom;
-      set_exponent(exponent);
+      if (exponent != kNoExponent) last_exponent_ = exponent;
+      set_exponent(exponent == kNoExponent ? 0 : exponent);
       fill(columns_);
-      if (none) set_exponent(kNoExponent);
-      else last_exponent_ = exponent;
     }
+    set_exponent(exponent);
     pending_ = {0, 0};
   }
 
@@ -141,13 +171,20 @@ class Weights {
     }
   }
 
+  // The lanes that are elements, the rest -infinity.
+  static PAPER_LAYERS_INLINE V only(V logit, Full) { return logit; }
+  static PAPER_LAYERS_INLINE V only(V logit, int64_t n) {
+    for (int64_t i = n; i < V::size; ++i) logit.lanes[i] = -std::numeric_limits<A>::infinity();
+    return logit;
+  }
+
   // The largest finite logit; -infinity where there is none.
   A largest_logit() const {
     const V none(-std::numeric_limits<A>::infinity()), finite(std::numeric_limits<A>::max());
     V result = none;
     each_run(columns_, [&](int64_t, const T* from, int64_t count) __attribute__((always_inline)) {
       cover<V::size>(count, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-        const V logit = load(from + j, lanes);
+        const V logit = only(load(from + j, lanes), lanes);
         result = max_or_second(V(logit.lanes <= finite.lanes ? logit.lanes : none.lanes), result);
       });
     });
@@ -156,12 +193,13 @@ class Weights {
 
   const int64_t height_;
   const Range columns_;
-  const int64_t row_elements_, capacity_;
+  const int64_t row_elements_, block_, capacity_;
   Plane<const T> logit_, input_;
-  Range rows_, pending_ = {0, 0};
+  int64_t end_;  // of the rows that are or were available
+  Range pending_ = {0, 0};
   Scratch<A> weights_;
   std::vector<int64_t> exponents_;
-  int64_t last_exponent_ = kNoExponent;
+  int64_t last_exponent_ = kNoExponent, looks_ = 0;
   V largest_;
 };
 
@@ -199,8 +237,8 @@ struct TapRows {
   std::vector<const T*> values;
   std::vector<A> scales;
 
-  TapRows(const LipPool2dProblem& problem, Range columns, int64_t block)
-      : source(problem, columns, block),
+  TapRows(const LipPool2dProblem& problem, Range columns, int64_t kept)
+      : source(problem, columns, kept),
         columns(columns),
         weights(problem.height.kernel),
         values(problem.height.kernel),

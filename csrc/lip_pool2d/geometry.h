@@ -1,6 +1,7 @@
 // The argument checks of lip_pool2d and the problem that follows from them, for the CPU and the CUDA kernels.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <limits>
@@ -30,13 +31,18 @@ inline void check_pair(const char* name, const std::vector<int64_t>& pair, int64
 }
 
 inline Side make_side(int64_t length, int64_t kernel, int64_t stride, int64_t padding, bool ceil_mode) {
+  STD_TORCH_CHECK(length >= 1, "input: expected at least one row and one column, got ", length);
   STD_TORCH_CHECK(2 * padding <= kernel, "padding: expected at most half of kernel_size ", kernel, ", got ", padding);
-  STD_TORCH_CHECK(kernel <= length + 2 * padding, "kernel_size: expected at most the padded input, ",
-                  length + 2 * padding, ", got ", kernel);
-  int64_t outputs = (length + 2 * padding - kernel + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  const int64_t largest = length + 2 * padding + (ceil_mode ? stride - 1 : 0);
+  STD_TORCH_CHECK(kernel <= largest, "kernel_size: expected at most the padded input",
+                  ceil_mode ? " plus stride - 1, " : ", ", largest, ", got ", kernel);
+  int64_t outputs = (largest - kernel) / stride + 1;
   // Every window starts inside the image or its left padding.
   if (ceil_mode && (outputs - 1) * stride >= length + padding) --outputs;
-  return {length, outputs, kernel, stride, padding};
+  // Positions of the kernel that lie beyond the image for every window are left out: they would cost memory.
+  const int64_t before = std::min(padding, (outputs - 1) * stride);
+  const int64_t reach = std::min(kernel - (padding - before), length + before);
+  return {length, outputs, reach, outputs > 1 ? stride : reach, before};
 }
 
 inline LipPool2dProblem lip_pool2d_problem(const Tensor& input, const Tensor& logit,
@@ -70,12 +76,9 @@ inline Sizes output_sizes(const LipPool2dProblem& problem) {
   return {problem.images, problem.channels, problem.height.outputs, problem.width.outputs};
 }
 
-// Grad and output of the backward.
-inline void check_like_output(const char* name, const Tensor& tensor, const Tensor& input,
-                              const LipPool2dProblem& problem) {
-  STD_TORCH_CHECK(equal(tensor.sizes(), output_sizes(problem)), name, ": expected shape ",
-                  to_string(output_sizes(problem)), ", got ", to_string(tensor.sizes()));
-  check_same_dtype_and_device(name, tensor, "input", input);
+inline void check_grad(const Tensor& grad, const Tensor& input, const LipPool2dProblem& problem) {
+  check_shape("grad", grad, output_sizes(problem));
+  check_same_dtype_and_device("grad", grad, "input", input);
 }
 
 inline MemoryFormat memory_format(const LipPool2dProblem& problem) {

@@ -30,6 +30,12 @@ class _Function(nn.Module):
         return getattr(self.function, "__name__", repr(self.function))
 
 
+def _plain(name: str, size: int | tuple[int, int], minimum: int) -> int | tuple[int, int]:
+    """Return a checked size in Python's own integers, as one number or a pair as it came."""
+    height, width = _checks.pair(name, size, minimum)
+    return (height, width) if isinstance(size, tuple | list) else height
+
+
 def _make_logit(
     logit: Logit,
     channels: int,
@@ -124,22 +130,17 @@ class LIPPool2d(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value in (("channels", channels), ("bottleneck_width", bottleneck_width)):
-            if not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        for name, size, minimum in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0)):
-            _checks.pair(name, size, minimum)
-        self.channels = channels
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.padding = padding
-        self.bottleneck_width = bottleneck_width
+        _checks.integer("channels", channels, 1)
+        _checks.integer("bottleneck_width", bottleneck_width, 1)
+        self.channels = int(channels)
+        self.kernel_size = _plain("kernel_size", kernel_size, 1)
+        self.stride = _plain("stride", stride, 1)
+        self.padding = _plain("padding", padding, 0)
+        self.bottleneck_width = int(bottleneck_width)
         self.ceil_mode = ceil_mode
         self.zero_init = zero_init
         self.form = logit if isinstance(logit, str) else "custom"
-        self.logit = _make_logit(logit, channels, bottleneck_width, zero_init, device, dtype)
+        self.logit = _make_logit(logit, self.channels, self.bottleneck_width, zero_init, device, dtype)
 
     def reset_parameters(self) -> None:
         """Initialize the logit module afresh; one's own only if it has a `reset_parameters`."""

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paper_layers._core.aliases import distinct
 from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._layout import memory_format
 from paper_layers.ops._library import define
 
+# Geometry is one argument: Dynamo tells whether forward takes a ctx by counting arguments.
+_Geometry = tuple[list[int], list[int], list[int], bool]
 _GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode"
 
 
@@ -35,18 +38,23 @@ def _output_shape(
 
 
 class _Taps:
-    """The windows of a padded image as kernel_size strided slices, one for each position in the window."""
+    """The windows of a padded image as strided slices, one for each position of the kernel that meets the image."""
 
     def __init__(self, input: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool):
         self.size = _output_shape(input, kernel_size, stride, padding, ceil_mode)[2:]
-        self.kernel_size, self.stride = kernel_size, stride
+        self.stride = stride
+        self.offsets = []
         # Room for the last window of ceil_mode beyond the padding, and none where no window reaches.
-        (top, left), (height, width) = padding, input.shape[2:]
-        span = [(n - 1) * s + k for n, s, k in zip(self.size, stride, kernel_size, strict=True)]
-        self.pad = [left, span[1] - left - width, top, span[0] - top - height]
+        self.pad: list[int] = []
+        for n, length, k, s, p in zip(self.size, input.shape[2:], kernel_size, stride, padding, strict=True):
+            first, last = 0, k
+            if isinstance(length, int):  # a symbol would be bounded by this
+                first, last = max(0, p - (n - 1) * s), min(k, length + p)
+            self.offsets.append(range(last - first))
+            self.pad = [p - first, (n - 1) * s + last - length - p, *self.pad]
 
     def slices(self) -> Iterator[tuple[Any, ...]]:
-        for offset in itertools.product(*map(range, self.kernel_size)):
+        for offset in itertools.product(*self.offsets):
             yield (
                 ...,
                 *(slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(offset, self.size, self.stride, strict=True)),
@@ -95,7 +103,6 @@ def _backward_reference(
     grad: Tensor,
     input: Tensor,
     logit: Tensor,
-    output: Tensor,
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -104,7 +111,8 @@ def _backward_reference(
     dtype = _accumulation_dtype(input.dtype)
     taps = _Taps(input, kernel_size, stride, padding, ceil_mode)
     weight = taps.stack(logit.to(dtype), -torch.inf).softmax(0)
-    deviation = taps.stack(input.to(dtype), 0.0) - output.to(dtype)
+    value = taps.stack(input.to(dtype), 0.0)
+    deviation = value - (weight * value).sum(0)
     grad_input = taps.scatter(grad.to(dtype) * weight, input)
     grad_logit = taps.scatter(grad.to(dtype) * weight * deviation, input)
     if logit.shape[1] != input.shape[1]:
@@ -120,7 +128,6 @@ def _backward_fake(
     grad: Tensor,
     input: Tensor,
     logit: Tensor,
-    output: Tensor,
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -132,13 +139,44 @@ def _backward_fake(
 
 _forward_op = define(f"lip_pool2d(Tensor input, Tensor logit, {_GEOMETRY}) -> Tensor", _reference, _fake)
 _backward_op = define(
-    f"lip_pool2d_backward(Tensor grad, Tensor input, Tensor logit, Tensor output, {_GEOMETRY}) -> (Tensor, Tensor)",
+    f"lip_pool2d_backward(Tensor grad, Tensor input, Tensor logit, {_GEOMETRY}) -> (Tensor, Tensor)",
     _backward_reference,
     _backward_fake,
 )
 # ONNX export knows no op of ours, only what it is made of.
 torch._decomp.register_decomposition(_forward_op)(_reference)
 torch._decomp.register_decomposition(_backward_op)(_backward_reference)
+
+
+def _second_order(
+    grad: Tensor, input: Tensor, logit: Tensor, along: tuple[Tensor, Tensor], geometry: _Geometry
+) -> tuple[Tensor, ...]:
+    """The gradients of <backward(grad, input, logit), along> with respect to grad, input and logit.
+
+    With averages E over a window, and a and b the two parts of `along`, a window adds grad * (E[a] + E[b (x - E[x])])
+    to the product. All is about averages: a large offset of the input costs no digits.
+    """
+    dtype = _accumulation_dtype(input.dtype)
+    taps = _Taps(input, *geometry)
+    weight = taps.stack(logit.to(dtype), -torch.inf).softmax(0)
+
+    def centered(images: Tensor) -> tuple[Tensor, Tensor]:
+        values = taps.stack(images.to(dtype), 0.0)
+        mean = (weight * values).sum(0)
+        return mean, values - mean
+
+    _, x = centered(input)
+    x = x - (weight * x).sum(0)  # what rounding has left of the offset
+    mean_a, a = centered(along[0])
+    _, b = centered(along[1])
+    covariance = (weight * b * x).sum(0)
+    share = grad.to(dtype) * weight
+    # The adjoint of `stack`, itself differentiable and open to vmap.
+    scatter = torch.func.vjp(lambda images: taps.stack(images, 0.0), torch.zeros_like(input, dtype=dtype))[1]
+    grad_logit = scatter(share * (a + b * x - covariance))[0]
+    if logit.shape[1] != input.shape[1]:
+        grad_logit = grad_logit.sum(1, keepdim=True)
+    return (mean_a + covariance).to(grad.dtype), scatter(share * b)[0].to(input.dtype), grad_logit.to(logit.dtype)
 
 
 def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
@@ -150,12 +188,10 @@ def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> l
     return folded
 
 
-def _unfold(info: Any, tensor: Tensor) -> Tensor:
-    return tensor.unflatten(0, (info.batch_size, tensor.shape[0] // info.batch_size))
-
-
-# Geometry is one argument: Dynamo tells whether forward takes a ctx by counting arguments.
-_Geometry = tuple[list[int], list[int], list[int], bool]
+def _unfold(info: Any, in_dim: int | None, input: Tensor, tensor: Tensor) -> Tensor:
+    """The vmapped dimension in front again, where `input` has as many images a call as the result."""
+    images = input.shape[0] if in_dim is None else input.movedim(in_dim, 0).shape[1]
+    return tensor.unflatten(0, (info.batch_size, images))
 
 
 class _LIPPool2d(Function):
@@ -165,8 +201,9 @@ class _LIPPool2d(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        # Not the output: layers that follow may write over it, as they may over that of torch's pools.
         input, logit, ctx.geometry = inputs
-        ctx.save_for_backward(input, logit, output)
+        ctx.save_for_backward(input, logit)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,42 +213,29 @@ class _LIPPool2d(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, logit: Tensor, geometry: _Geometry) -> Any:
         output = _LIPPool2d.apply(*_fold(info, in_dims, (input, logit)), geometry)
-        return _unfold(info, output), 0
+        return _unfold(info, in_dims[0], input, output), 0
 
 
 class _LIPPool2dBackward(Function):
     @staticmethod
-    def forward(
-        grad: Tensor, input: Tensor, logit: Tensor, output: Tensor, geometry: _Geometry
-    ) -> tuple[Tensor, Tensor]:
-        return _backward_op(grad, input, logit, output, *geometry)
+    def forward(grad: Tensor, input: Tensor, logit: Tensor, geometry: _Geometry) -> tuple[Tensor, Tensor]:
+        return _backward_op(grad, input, logit, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        grad, input, logit, _, ctx.geometry = inputs
+        grad, input, logit, ctx.geometry = inputs
         ctx.save_for_backward(grad, input, logit)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Output is a function of input and logit, so its share of the derivative is already in theirs.
-        def first_order(grad: Tensor, input: Tensor, logit: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(lambda x, y: _pool(x, y, *ctx.geometry), input, logit)[1](grad)
-
-        pullback = torch.func.vjp(first_order, *ctx.saved_tensors)[1]
-        return *pullback(grads), None, None
+        return *_second_order(*ctx.saved_tensors, grads, ctx.geometry), None
 
     @staticmethod
     def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        grad: Tensor,
-        input: Tensor,
-        logit: Tensor,
-        output: Tensor,
-        geometry: _Geometry,
+        info: Any, in_dims: tuple[Any, ...], grad: Tensor, input: Tensor, logit: Tensor, geometry: _Geometry
     ) -> Any:
-        grads = _LIPPool2dBackward.apply(*_fold(info, in_dims, (grad, input, logit, output)), geometry)
-        return tuple(_unfold(info, g) for g in grads), (0, 0)
+        grads = _LIPPool2dBackward.apply(*_fold(info, in_dims, (grad, input, logit)), geometry)
+        return tuple(_unfold(info, in_dims[1], input, g) for g in grads), (0, 0)
 
 
 @leaf
@@ -239,7 +263,8 @@ def lip_pool2d(
         kernel_size: Size of the window in pixels, one number or (height, width).
         stride: Step of the window in pixels; default `kernel_size`.
         padding: Pixels of padding on each side, at most half of `kernel_size`.
-        ceil_mode: Round the output size up instead of down.
+        ceil_mode: Round the output size up instead of down: the last windows, or the only one of a small image, may
+            reach beyond the padding.
 
     Returns:
         Tensor of shape (N, C, H_out, W_out) or (C, H_out, W_out), sizes as in `torch.nn.functional.avg_pool2d`,
@@ -268,12 +293,16 @@ def lip_pool2d(
     pad = _checks.pair("padding", padding, 0)
     if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
         raise ValueError(f"padding: expected at most half of kernel_size {kernel_size!r}, got {padding!r}")
-    for side, length, k, p in zip(("height", "width"), input.shape[-2:], kernel, pad, strict=True):
-        if length + 2 * p < k:
-            raise ValueError(f"kernel_size: expected at most the padded {side}, {length + 2 * p}, got {kernel_size!r}")
+    for side, length, k, s, p in zip(("height", "width"), input.shape[-2:], kernel, step, pad, strict=True):
+        limit = length + 2 * p + (s - 1 if ceil_mode else 0)
+        if limit < k:
+            most = f"the padded {side}{' plus stride - 1' if ceil_mode else ''}, {limit}"
+            raise ValueError(f"kernel_size: expected at most {most}, got {kernel_size!r}")
+        if length < 1:
+            raise ValueError(f"input: expected at least one row and one column, got {tuple(input.shape)}")
 
     dtype = torch.promote_types(input.dtype, logit.dtype)
-    input, logit = input.to(dtype), logit.to(dtype)
+    input, logit = distinct(input.to(dtype), logit.to(dtype))
     geometry = (kernel, step, pad, bool(ceil_mode))
     if input.dim() == 3:
         return _LIPPool2d.apply(input[None], logit[None], geometry)[0]

@@ -291,6 +291,9 @@ def test_ceil_mode_and_rectangles() -> None:
     [
         ({"channels": 0}, ValueError, "channels: expected at least 1, got 0"),
         ({"channels": 6.0}, TypeError, "channels: expected an int, got 6.0"),
+        ({"channels": True}, TypeError, "channels: expected an int, got True"),
+        ({"bottleneck_width": True}, TypeError, "bottleneck_width: expected an int, got True"),
+        ({"kernel_size": (True, 3)}, TypeError, r"kernel_size: expected an int .*got \(True, 3\)"),
         ({"kernel_size": 0}, ValueError, "kernel_size: expected at least 1, got 0"),
         ({"stride": 1.5}, TypeError, "stride: expected an int"),
         ({"padding": -1}, ValueError, "padding: expected at least 0, got -1"),
@@ -303,6 +306,30 @@ def test_ceil_mode_and_rectangles() -> None:
 def test_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LIPPool2d(**{"channels": 6, **arguments})
+
+
+@pytest.mark.parametrize("form", ["projection", "identity"])
+@pytest.mark.parametrize(
+    "following", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), nn.Hardswish(inplace=True)], ids=repr
+)
+def test_layers_that_follow_may_work_in_place(form: str, following: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), trained(LIPPool2d(6, logit=form)), following, nn.Conv2d(6, 2, 1))
+    elsewhere = copy.deepcopy(net)
+    elsewhere[2].inplace = False
+    x = torch.randn(2, 3, 11, 10)
+    for model in (net, elsewhere):
+        torch.manual_seed(0)
+        model(x).square().sum().backward()
+    for got, want in zip(net.parameters(), elsewhere.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+
+
+def test_the_input_as_its_own_logit_compiles() -> None:
+    pool = LIPPool2d(6, logit="identity")
+    x, y = (torch.linspace(-2, 2, 720).reshape(1, 6, 12, 10).requires_grad_() for _ in range(2))
+    torch.compile(pool, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    pool(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
 
 
 def test_bad_input() -> None:

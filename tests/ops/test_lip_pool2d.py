@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -45,7 +46,11 @@ def cases(draw: st.DrawFn) -> Case:
     kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     stride = draw(st.one_of(st.sampled_from([(1, 1), (2, 2), (3, 3)]), st.tuples(st.integers(1, 7), st.integers(1, 7))))
     padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
-    height, width = (draw(st.integers(max(1, k - 2 * p), 40)) for k, p in zip(kernel, padding, strict=True))
+    ceil_mode = draw(st.booleans())
+    # With ceil_mode a window may be larger than its padded image.
+    sides = zip(kernel, stride, padding, strict=True)
+    smallest = [max(1, k - 2 * p - (s - 1) * ceil_mode) for k, s, p in sides]
+    height, width = (draw(st.one_of(st.just(n), st.integers(n, 40))) for n in smallest)
     images = draw(st.integers(0, 3))
     layout = draw(st.sampled_from(["contiguous", "channels_last", "channels_last", "expanded", "offset", "transposed"]))
     # From 16 on, channels_last has kernels of its own.
@@ -73,7 +78,7 @@ def cases(draw: st.DrawFn) -> Case:
         input = F.pad(input, (3, 2, 1, 0))[..., 1:, 3:-2]
     elif layout == "transposed":
         logit = logit.mT.contiguous().mT
-    options = {"kernel_size": kernel, "stride": stride, "padding": padding, "ceil_mode": draw(st.booleans())}
+    options = {"kernel_size": kernel, "stride": stride, "padding": padding, "ceil_mode": ceil_mode}
     return Case((input, logit), options)
 
 
@@ -110,7 +115,17 @@ class TestLIPPool2d(OpBattery):
         "stride zero": (call(stride=(2, 0)), ValueError, r"stride: expected at least 1, got \(2, 0\)"),
         "padding negative": (call(padding=-1), ValueError, "padding: expected at least 0, got -1"),
         "padding large": (call(padding=2), ValueError, "padding: expected at most half of kernel_size 3, got 2"),
+        "kernel too large for ceil_mode": (
+            call(kernel_size=(3, 10), stride=(1, 2), ceil_mode=True),
+            ValueError,
+            r"kernel_size: expected at most the padded width plus stride - 1, 9, got \(3, 10\)",
+        ),
         "no pixels": (call(input=images(2, 4, 0, 8), logit=images(2, 4, 0, 8)), ValueError, "kernel_size"),
+        "no pixels but padding": (
+            call(input=images(2, 4, 8, 0), logit=images(2, 4, 8, 0), kernel_size=2, padding=1),
+            ValueError,
+            r"input: expected at least one row and one column, got \(2, 4, 8, 0\)",
+        ),
     }
 
     @staticmethod
@@ -135,7 +150,7 @@ class TestLIPPool2d(OpBattery):
         output = torch.ops.paper_layers.lip_pool2d(input, logit, *options)
         return {
             "lip_pool2d": (input, logit, *options),
-            "lip_pool2d_backward": (torch.ones_like(output), input, logit, output, *options),
+            "lip_pool2d_backward": (torch.ones_like(output), input, logit, *options),
         }
 
 
@@ -246,7 +261,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 
 def test_memory_saved_for_backward() -> None:
-    """Beside input and logit, only the output."""
+    """Input and logit, and nothing else."""
     input, logit = (torch.randn(2, 8, 32, 32, requires_grad=True) for _ in range(2))
     saved: dict[int, int] = {}
 
@@ -256,23 +271,43 @@ def test_memory_saved_for_backward() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = lip_pool2d(input, logit, 3, 2, 1)
-    assert set(saved) == {t.untyped_storage().data_ptr() for t in (input, logit, output)}
+    assert output.requires_grad
+    assert set(saved) == {t.untyped_storage().data_ptr() for t in (input, logit)}
 
 
-def test_same_for_any_number_of_threads() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@by_dtype
+def test_bitwise_equal_for_any_number_of_threads_and_images(
+    dtype: torch.dtype, layout: torch.memory_format, shared: bool
+) -> None:
+    """Whatever the logits: where they are far apart, windows differ in how they are computed."""
+    shapes = [
+        ((1, 2, 131, 67), geometry(3, 2, 1)),
+        ((1, 1, 83, 61), geometry(7, 3, 3, True)),
+        ((2, 17, 45, 20), geometry(3)),
+    ]
     threads = torch.get_num_threads()
-    results = []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            for shape in ((1, 1, 300, 90), (2, 70, 40, 40)):
-                leaves = Case((images(*shape), 4 * images(*reversed(shape)).permute(3, 2, 1, 0))).leaves()
-                output = lip_pool2d(*leaves, kernel_size=3, stride=2, padding=1)
-                results.append((output, *torch.autograd.grad(output.sum(), leaves)))
-    finally:
-        torch.set_num_threads(threads)
-    for first, other in ((0, 2), (0, 4), (1, 3), (1, 5)):
-        torch.testing.assert_close(results[first], results[other])
+    for (shape, options), deviation in itertools.product(shapes, (1, 20, 300)):
+        input = images(*shape).to(dtype).contiguous(memory_format=layout)
+        logit = deviation * images(*reversed(shape)).permute(3, 2, 1, 0)
+        logit = (logit[:, :1] if shared else logit).to(dtype).contiguous(memory_format=layout)
+
+        def run(input: Tensor, logit: Tensor, options: Any = options) -> tuple[Tensor, ...]:
+            output = torch.ops.paper_layers.lip_pool2d(input, logit, *options)
+            return output, *torch.ops.paper_layers.lip_pool2d_backward(output, input, logit, *options)
+
+        try:
+            results = []
+            for number in (1, 2, 3, 4, 8):
+                torch.set_num_threads(number)
+                results.append(run(input, logit))
+            alone = [run(input[i : i + 1], logit[i : i + 1]) for i in range(len(input))]
+        finally:
+            torch.set_num_threads(threads)
+        results.append(tuple(torch.cat(parts) for parts in zip(*alone, strict=True)))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -285,6 +320,8 @@ def test_same_for_any_number_of_threads() -> None:
         ({2: [3]}, "kernel_size: expected two"),
         ({3: [0, 1]}, "stride: expected"),
         ({4: [2, 2]}, "padding: expected at most half"),
+        ({2: [3, 12], 5: True}, "kernel_size: expected at most the padded input plus stride - 1, 11"),
+        ({0: images(2, 4, 0, 8), 1: images(2, 4, 0, 8), 2: [2, 2]}, "input: expected at least one row"),
     ],
 )
 def test_kernels_check_again(change: dict[int, Any], message: str) -> None:
@@ -296,10 +333,25 @@ def test_kernels_check_again(change: dict[int, Any], message: str) -> None:
         torch.ops.paper_layers.lip_pool2d(*arguments)
 
 
-def test_backward_kernel_checks_grad_and_output() -> None:
-    x, good, options = images(2, 4, 8, 8), images(2, 4, 4, 4), geometry(3, 2, 1)
+def test_backward_kernel_checks_grad() -> None:
+    x, options = images(2, 4, 8, 8), geometry(3, 2, 1)
     backward = torch.ops.paper_layers.lip_pool2d_backward
     with pytest.raises(RuntimeError, match="grad: expected shape"):
-        backward(images(2, 4, 4, 3), x, x, good, *options)
-    with pytest.raises(RuntimeError, match="output: expected shape"):
-        backward(good, x, x, images(1, 4, 4, 4), *options)
+        backward(images(2, 4, 4, 3), x, x, *options)
+    with pytest.raises(RuntimeError, match="grad: expected the dtype"):
+        backward(images(2, 4, 4, 4).double(), x, x, *options)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("channels", [1, 17])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_of_steep_windows_are_summed_in_float32(dtype: torch.dtype, channels: int, shared: bool) -> None:
+    """A pixel that is all of 961 windows, beside one so large that these are computed one by one."""
+    input = images(1, channels, 61, 150).to(dtype).contiguous(memory_format=torch.channels_last)
+    logit = torch.full((1, 1 if shared else channels, 61, 150), -100.0, dtype=dtype)
+    logit[..., 30, 30] = 0
+    logit[..., 30, 120] = 1000
+    leaves = Case((input, logit)).leaves()
+    output = lip_pool2d(*leaves, kernel_size=31, stride=1)
+    grad_input, _ = torch.autograd.grad(output.sum(), leaves)
+    assert torch.equal(grad_input[..., 30, 30], torch.full((1, channels), 961.0).to(dtype))
