@@ -250,7 +250,7 @@ _TORCHVISION: list[tuple[str, str, int]] = [
     ("alexnet", _POOLS + _CONVS, 64),
     ("squeezenet1_1", _POOLS + _CONVS, 64),
     ("googlenet", _POOLS + _CONVS + _NORMS, 64),
-    ("inception_v3", _POOLS + _CONVS + _NORMS, 96),
+    ("inception_v3", _POOLS + _CONVS + _NORMS, 128),
     ("resnet18", _POOLS + _CONVS + _NORMS, 64),
     ("vgg11", _POOLS, 64),
     ("mobilenet_v2", _CONVS + _NORMS, 64),
