@@ -250,7 +250,7 @@ _TORCHVISION: list[tuple[str, str, int]] = [
     ("alexnet", _POOLS + _CONVS, 64),
     ("squeezenet1_1", _POOLS + _CONVS, 64),
     ("googlenet", _POOLS + _CONVS + _NORMS, 64),
-    ("inception_v3", _POOLS + _CONVS + _NORMS, 128),
+    ("inception_v3", _POOLS + _CONVS + _NORMS, 96),
     ("resnet18", _POOLS + _CONVS + _NORMS, 64),
     ("vgg11", _POOLS, 64),
     ("mobilenet_v2", _CONVS + _NORMS, 64),
@@ -262,7 +262,10 @@ _TORCHVISION: list[tuple[str, str, int]] = [
     ("regnet_x_400mf", _CONVS + _NORMS, 64),
     ("convnext_tiny", _CONVS, 64),
 ]
-_AUXILIARY = {"googlenet": {"aux_logits": True, "init_weights": False}, "inception_v3": {"init_weights": False}}
+_AUXILIARY = {
+    "googlenet": {"aux_logits": True, "init_weights": False},
+    "inception_v3": {"aux_logits": False, "init_weights": False},
+}
 # The hosts of `make test`.
 QUICK = {
     "timm test_resnet",
