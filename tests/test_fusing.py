@@ -183,6 +183,11 @@ def layers(model: nn.Module) -> dict[str, Any]:
 
 
 def made(name: str) -> nn.Module:
+    return copy.deepcopy(built(name))
+
+
+@functools.lru_cache
+def built(name: str) -> nn.Module:
     """The module with numbers everywhere, so that no weight is zero and norms have negative factors."""
     torch.manual_seed(0)
     model = MODULES[name][0]().double()

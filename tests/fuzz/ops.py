@@ -68,7 +68,7 @@ class Call:
         gradients: Whether gradients follow the formula: rounding must not decide where they go.
         large: Whether the formula would take too long.
         in_half: Whether intermediate results of half types are rounded to them.
-        terms: Size of numbers that cancel in the formula.
+        terms: Size of numbers that cancel in the outputs.
     """
 
     function: Callable[..., Any]
@@ -160,8 +160,10 @@ def draw_knn(draw: Draw) -> Call:
     include_self = "points" in tensors or draw.pick(False, True)
     options: dict[str, Any] = {"k": draw.pick(1, 3, 8, 16), "dilation": draw.pick(1, 1, 2, 5), "metric": metric}
     exact = metric != "cosine" and kind in ("integers", "zeros")
-    if metric == "cosine" and kind not in ("normal", "offset"):  # Vectors of length zero have a rule of their own.
-        tensors = {name: torch.randn_like(x) for name, x in tensors.items()}
+    if metric == "cosine" and (
+        kind not in ("normal", "offset") or not channels
+    ):  # Vectors of length zero have a rule of their own.
+        tensors = {name: draw.floats(*x.shape[:-1], channels or 1) for name, x in tensors.items()}
     rows = tuple(tensors)
     if draw.pick(False, False, True):  # Clouds of uneven sizes, one after the other.
         tensors = {name: x.flatten(0, 1) for name, x in tensors.items()}
@@ -327,7 +329,7 @@ def draw_soft_triple_loss(draw: Draw) -> Call:
         labels = labels.where(draw.integers(0, 4, rows) > 0, -100)
     fixed = {"la": draw.pick(1.0, 20.0, 200.0), "gamma": draw.pick(0.01, 0.1, 1.0), "margin": draw.pick(0.0, 0.01, 0.5)}
     fixed |= {"labels": labels, "tau": draw.pick(0.0, 0.2), "reduction": draw.pick("mean", "sum", "none")}
-    return Call(soft_triple_loss, _loss, tensors, fixed)
+    return Call(soft_triple_loss, _loss, tensors, fixed, terms=fixed["la"])
 
 
 def _split_batch_norm(running: list[Tensor], **arguments: Any) -> tuple[Tensor, ...]:

@@ -262,7 +262,10 @@ _TORCHVISION: list[tuple[str, str, int]] = [
     ("regnet_x_400mf", _CONVS + _NORMS, 64),
     ("convnext_tiny", _CONVS, 64),
 ]
-_AUXILIARY = {"googlenet": {"aux_logits": True, "init_weights": False}, "inception_v3": {"init_weights": False}}
+_AUXILIARY = {
+    "googlenet": {"aux_logits": True, "init_weights": False},
+    "inception_v3": {"aux_logits": False, "init_weights": False},
+}
 # The hosts of `make test`.
 QUICK = {
     "timm test_resnet",
