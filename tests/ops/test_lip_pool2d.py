@@ -288,7 +288,7 @@ def test_bitwise_equal_for_any_number_of_threads_and_images(
         ((2, 17, 45, 20), geometry(3)),
     ]
     threads = torch.get_num_threads()
-    for (shape, options), deviation in itertools.product(shapes, (1, 20, 300)):
+    for (shape, options), deviation in itertools.product(shapes, (20, 300)):
         input = images(*shape).to(dtype).contiguous(memory_format=layout)
         logit = deviation * images(*reversed(shape)).permute(3, 2, 1, 0)
         logit = (logit[:, :1] if shared else logit).to(dtype).contiguous(memory_format=layout)
