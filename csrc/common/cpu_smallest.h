@@ -135,7 +135,7 @@ void write_smallest(int64_t images, int64_t points, int64_t wanted, int64_t cost
   using Found = std::vector<typename P::Packed>;
   constexpr int64_t block = 1 << 16, grain = 1 << 15;
   if (images == 0 || wanted == 0) return;
-  const int64_t threads = torch::stable::get_num_threads(), cost = product({points, cost_of_point});
+  const int64_t threads = torch::stable::get_num_threads(), cost = checked_product({points, cost_of_point});
   const int64_t parts = std::max<int64_t>(1, std::min((threads + images - 1) / images, cost / grain));
   const auto write = [&](const Found& found, int64_t image) {
     for (int64_t i = 0; i < wanted; ++i) index[image * wanted + i] = P::index(found[i]);

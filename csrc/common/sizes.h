@@ -9,7 +9,7 @@
 namespace paper_layers {
 
 // An error where the product does not fit: a wrapped one would be taken for a small one.
-inline int64_t product(std::initializer_list<int64_t> sizes) {
+inline int64_t checked_product(std::initializer_list<int64_t> sizes) {
   int64_t result = 1;
   for (const int64_t size : sizes) {
     STD_TORCH_CHECK(!__builtin_mul_overflow(result, size, &result), "sizes: expected a product below 2^63, got ",

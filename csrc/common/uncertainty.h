@@ -26,7 +26,7 @@ struct LogitMaps {
 };
 
 inline LogitMaps logit_maps(const Tensor& logits) {
-  product({logits.size(2), logits.size(3)});
+  checked_product({logits.size(2), logits.size(3)});
   return {logits.size(0),   logits.size(1),   logits.size(2),   logits.size(3),
           logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3)};
 }

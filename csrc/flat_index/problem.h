@@ -21,12 +21,12 @@ inline FlatIndexProblem flat_index_problem(const Tensor& index, int64_t rows) {
                   to_string(index.sizes()));
   STD_TORCH_CHECK(rows >= 0, "rows: expected at least 0, got ", rows);
   if (index.numel() == 0) return {0, 0, rows};
-  product({index.size(0), rows});
+  checked_product({index.size(0), rows});
   return {index.size(0), index.size(1) * index.size(2), rows};
 }
 
 inline Tensor new_flat_index(const Tensor& index) {
-  const std::vector<int64_t> shape = {product({index.size(0), index.size(1)}), index.size(2)};
+  const std::vector<int64_t> shape = {checked_product({index.size(0), index.size(1)}), index.size(2)};
   return torch::stable::new_empty(index, shape);
 }
 

@@ -202,7 +202,7 @@ struct WriteNobody {
 
 // The starts of the clouds, or nothing for those of equal sizes. Their contents are not known here.
 CloudRows cloud_rows(const char* name, const Tensor& rows, const std::optional<Tensor>& starts) {
-  if (!starts.has_value()) return {nullptr, rows.size(0), rows.size(1), product({rows.size(0), rows.size(1)})};
+  if (!starts.has_value()) return {nullptr, rows.size(0), rows.size(1), checked_product({rows.size(0), rows.size(1)})};
   STD_TORCH_CHECK(starts->scalar_type() == ScalarType::Long && starts->dim() == 1 && starts->numel() > 0, name,
                   ": expected int64 of shape (B + 1,), got ", starts->scalar_type(), " of shape ",
                   to_string(starts->sizes()));

@@ -149,7 +149,7 @@ inline NeighbourTable neighbour_table(const Tensor& index, const Tensor& query, 
   return {index.const_data_ptr<int64_t>(),
           index.numel() / std::max<int64_t>(k, 1),
           k,
-          last == 2 ? product({points.size(0), points.size(1)}) : points.size(0),
+          last == 2 ? checked_product({points.size(0), points.size(1)}) : points.size(0),
           std::max<int64_t>(1, query.size(last - 1)),
           last == 2 ? points.size(1) : 0};
 }

@@ -125,7 +125,7 @@ inline Tensor new_output(const Tensor& map, const PointSampleProblem& problem) {
   const int64_t channels = std::max<int64_t>(1, problem.channels), points = std::max<int64_t>(1, problem.points);
   const bool last = problem.channels_last;
   const int64_t sizes[] = {problem.rows, problem.channels, problem.points};
-  const int64_t strides[] = {product({channels, points}), last ? 1 : points, last ? channels : 1};
+  const int64_t strides[] = {checked_product({channels, points}), last ? 1 : points, last ? channels : 1};
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(map.get(), &dtype));
   AtenTensorHandle output = nullptr;

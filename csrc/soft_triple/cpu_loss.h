@@ -86,7 +86,7 @@ struct Part {
 template <typename A, typename Body>
 void for_each_part(const SoftTripleLoss& loss, const Parts& parts, const Tensor& centers, const Unit<A>& unit,
                    const Body& body) {
-  const int64_t size = parts.size, all_scores = product({size, loss.centers, loss.rows});
+  const int64_t size = parts.size, all_scores = checked_product({size, loss.centers, loss.rows});
   const int64_t grain = grain_size(1 << 20, {all_scores, loss.channels});
   const Tensor buffer = memory(loss, unit.rows, {parts.threads, all_scores});
   A* const buffers = buffer.mutable_data_ptr<A>();

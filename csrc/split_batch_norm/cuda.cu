@@ -129,7 +129,7 @@ void run_forward(const Tensor& any_input, const SplitBatchNormProblem& problem, 
                  bool has_statistics, double eps) {
   check_values("weight", weight, any_input, problem);
   check_values("bias", bias, any_input, problem);
-  const int64_t values = product({problem.splits(), problem.channels});
+  const int64_t values = checked_product({problem.splits(), problem.channels});
   if (values == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const Tensor input = in_order(any_input, problem.transposed);
@@ -175,7 +175,7 @@ void run_backward(const Tensor& any_grad, const Tensor& any_input, const SplitBa
   check_values("weight", weight, any_input, problem);
   check_values("mean", any_mean, any_input, problem);
   check_values("var", any_var, any_input, problem);
-  const int64_t values = product({problem.splits(), problem.channels});
+  const int64_t values = checked_product({problem.splits(), problem.channels});
   if (values == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const Tensor grad = in_order(any_grad, problem.transposed), input = in_order(any_input, problem.transposed);
