@@ -81,6 +81,10 @@ struct PanelSearch {
   double* found_distances;  // (blocks, kSearchWarps, capacity)
   int32_t* found_indices;
 
+  // How much, in the panels' coordinates, float64 loses of distances because squares underflow.
+  C10_DEVICE double underflow(double scale) const {
+    return static_cast<double>(query.channels + 16) * ldexp(scale * scale, -1072);
+  }
   C10_DEVICE float slack() const { return static_cast<float>(query.channels + 8) * FLT_EPSILON; }
 };
 
@@ -148,7 +152,7 @@ struct Selection {
     if (scale == 0) return;
     // These scores come from distances, and |x|^2 is that of the rounded coordinates.
     const double rounding = 4 * static_cast<double>(FLT_EPSILON) + (search.query.channels + 8) * DBL_EPSILON;
-    const double margin = search.wanted.inner ? 0 : rounding * state.squares[q];
+    const double margin = (search.wanted.inner ? 0 : rounding * state.squares[q]) + search.underflow(scale);
     if (lane_of_thread() == 0) state.margins[q] = static_cast<float>(margin);
     if (kept == wanted) limit_to(static_cast<float>(score(last) - margin));
   }
@@ -259,7 +263,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocks)
       state.limits[threadIdx.x] = looks ? -FLT_MAX : static_cast<float>(INFINITY);
       // The query's part in the rounding of float64: to a far query, near points may be equally far.
       const double rounding = search.wanted.inner || !looks ? 0 : (channels + 8) * DBL_EPSILON * square;
-      state.margins[threadIdx.x] = static_cast<float>(rounding);
+      state.margins[threadIdx.x] = static_cast<float>(rounding + search.underflow(scale));
       state.counts[threadIdx.x] = 0;
     }
     __syncthreads();
