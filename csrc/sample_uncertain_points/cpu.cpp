@@ -18,9 +18,9 @@ namespace {
 Tensor sample_uncertain_points(const Tensor& logits, const std::optional<Tensor>& labels, const Tensor& points,
                                int64_t count) {
   check_sample_uncertain_points(logits, labels, points, count);
-  const LogitMaps maps = logit_maps(logits);
+  const LogitMaps maps = sampled_maps(logits);
   const ImageLabels of_image(labels);
-  of_image.check(maps);
+  of_image.check(logit_maps(logits));
   const Tensor p = torch::stable::contiguous(points);
   const std::vector<int64_t> shape = {maps.images, count};
   Tensor index = torch::stable::new_empty(logits, shape, ScalarType::Long);

@@ -43,9 +43,9 @@ Tensor sample_uncertain_points(const Tensor& logits, const std::optional<Tensor>
   check_sample_uncertain_points(logits, labels, any_points, count);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Tensor points = torch::stable::contiguous(any_points);
-  const LogitMaps maps = logit_maps(logits);
+  const LogitMaps maps = sampled_maps(logits);
   const ImageLabels of_image(labels);
-  const FirstClass first_class{of_image.data(), maps.classes};
+  const FirstClass first_class{of_image.data(), logits.size(1)};
   const int64_t candidates = points.size(1);
   Tensor result;
   with_dtype(logits.scalar_type(), [&](auto element) {

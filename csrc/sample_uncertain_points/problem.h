@@ -1,6 +1,7 @@
 // The argument checks of sample_uncertain_points, for the CPU and the CUDA kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -23,6 +24,13 @@ inline void check_sample_uncertain_points(const Tensor& logits, const std::optio
   check_same_device("points", points, "logits", logits);
   STD_TORCH_CHECK(0 <= count && count <= points.size(1), "count: expected from 0 to the number of points, ",
                   points.size(1), ", got ", count);
+}
+
+// Without pixels all logits are zero, so two classes tell as much as all of them.
+inline LogitMaps sampled_maps(const Tensor& logits) {
+  LogitMaps maps = logit_maps(logits);
+  if (maps.pixels() == 0) maps.classes = std::min<int64_t>(maps.classes, 2);
+  return maps;
 }
 
 // The four pixels around a point, as offsets into the map of a class, and their weights. Of a pixel outside the offset

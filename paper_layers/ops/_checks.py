@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers as kinds
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def positive(**values: Any) -> tuple[int, ...]:
 def number(name: str, value: Any) -> float:
     """Return a number, whole or not, as an int or a float."""
     if isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, bool):
-        return value
+        return cast(float, value)
     if is_integer(value):
         return operator.index(value)
     if not isinstance(value, kinds.Real) or isinstance(value, bool):
