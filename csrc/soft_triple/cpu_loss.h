@@ -86,6 +86,7 @@ struct Part {
 template <typename A, typename Body>
 void for_each_part(const SoftTripleLoss& loss, const Parts& parts, const Tensor& centers, const Unit<A>& unit,
                    const Body& body) {
+  if (parts.count == 0) return;
   const int64_t size = parts.size, all_scores = checked_product({size, loss.centers, loss.rows});
   const int64_t grain = grain_size(1 << 20, {all_scores, loss.channels});
   const Tensor buffer = memory(loss, unit.rows, {parts.threads, all_scores});
@@ -153,6 +154,7 @@ std::tuple<Tensor, Tensor> pull_back(const SoftTripleLoss& loss, const Tensor& e
   const bool distances = pull.numel() > 0;
   Tensor grad_embeddings = torch::stable::new_zeros(embeddings, embeddings.sizes(), loss.dtype);
   Tensor grad_centers = empty(centers, {loss.classes, K, d});
+  if (parts.count == 0) return {torch::stable::to(grad_embeddings, embeddings.scalar_type()), grad_centers};
   use_huge_pages(grad_centers);
   const Unit<A> unit(loss, embeddings);
   const bool direct = grad_centers.scalar_type() == loss.dtype;

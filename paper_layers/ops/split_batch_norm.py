@@ -210,8 +210,6 @@ def check_split_sizes(input: Tensor, split_sizes: Sequence[int], values: int = 2
     if sum(split_sizes) != input.shape[0]:
         raise ValueError(f"split_sizes: expected sizes that sum to the batch, {input.shape[0]}, got {split_sizes!r}")
     pixels = input.shape[2:].numel()
-    if any(size < 0 for size in split_sizes):
-        raise ValueError(f"split_sizes: expected sizes of at least 0, got {split_sizes!r}")
     if any(0 < size * pixels < values for size in split_sizes):
         raise ValueError(
             f"split_sizes: expected at least {values} values per channel in each split, or none, got {split_sizes!r} "

@@ -152,9 +152,9 @@ class TestKNN(OpBattery):
             "ptr: expected an int64 Tensor of one dimension, got list",
         ),
         "ptr dtype": (
-            call(query=cloud(9, 3), ptr=ptr(0, 9).int()),
+            call(query=cloud(9, 3), ptr=ptr(0, 9).short()),
             TypeError,
-            "ptr: expected an int64 .*got torch.int32",
+            "ptr: expected an int64 .*got torch.int16",
         ),
         "ptr and batch": (
             call(query=cloud(9, 3), ptr=ptr(0, 9), batch=torch.zeros(9, dtype=torch.int64)),

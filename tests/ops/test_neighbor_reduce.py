@@ -81,6 +81,8 @@ class TestNeighborReduce(OpBattery):
         "neighbor_reduce": torch.ops.paper_layers.neighbor_reduce.default,
         "neighbor_reduce_backward": torch.ops.paper_layers.neighbor_reduce_backward.default,
     }
+    # Sums and means have no use for the third tensor.
+    taken = frozenset([("neighbor_reduce_backward", "a dimension more of tensor 2")])
     bad_inputs = {  # noqa: RUF012
         "rank": (call(input=features(4)), ValueError, r"input: expected shape .*got \(4,\)"),
         "integers": (call(input=torch.ones(10, 3, dtype=torch.int64)), TypeError, "input: .*torch.int64"),

@@ -102,7 +102,7 @@ class TestSplitBatchNorm(OpBattery):
         "no sizes": (call(split_sizes=[]), TypeError, "split_sizes: expected at least one int"),
         "float sizes": (call(split_sizes=[0.5, 0.5]), TypeError, "split_sizes: expected at least one int"),
         "sum": (call(split_sizes=[2, 3]), ValueError, r"split_sizes: expected sizes that sum to the batch, 6, got"),
-        "negative": (call(split_sizes=[8, -2]), ValueError, "split_sizes: expected sizes of at least 0"),
+        "negative": (call(split_sizes=[8, -2]), ValueError, "split_sizes: expected at least 0, got -2"),
         "one value": (call(input=images(6, 4), split_sizes=[5, 1]), ValueError, "at least 2 values per channel"),
         "weight": (call(weight=torch.ones(4)), ValueError, r"weight: expected shape \(2, 4\) or 2 tensors \(4,\)"),
         "biases": (call(bias=[torch.ones(4)]), ValueError, r"bias: expected .*, got \[\(4,\)\]"),
