@@ -42,14 +42,14 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv(const Tensor& any_center, const Ten
 std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, const Tensor& any_grad_mean,
                                                       const Tensor& any_grad_var, const Tensor& any_center,
                                                       const Tensor& any_neighbor, const Tensor& any_index,
-                                                      const Tensor& slope, std::optional<Tensor> smallest,
+                                                      const Tensor& slope, const Tensor& any_output,
                                                       const Tensor& any_mean) {
   const EdgeConvProblem problem = edge_conv_backward_problem(any_grad, any_grad_mean, any_grad_var, any_center,
-                                                             any_neighbor, any_index, slope, smallest, any_mean);
+                                                             any_neighbor, any_index, slope, any_output, any_mean);
   const bool statistics = any_mean.numel() > 0;
   const Tensor grad = dense(any_grad), grad_mean = dense(any_grad_mean), grad_var = dense(any_grad_var);
   const Tensor center = dense(any_center), neighbor = dense(any_neighbor), index = dense(any_index);
-  const Tensor mean = dense(any_mean), signs = smallest ? dense(*smallest) : index;
+  const Tensor output = dense(any_output), mean = dense(any_mean);
   check_index(index.const_data_ptr<int64_t>(), index.numel(), problem.rows);
   const std::vector<int64_t> one = {}, shape = {problem.rows, problem.channels};
   Tensor grad_center = torch::stable::empty_like(center), grad_slope = torch::stable::new_empty(slope, one);
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, co
                         problem, grad.const_data_ptr<scalar_t>(), grad_mean.const_data_ptr<A>(),
                         grad_var.const_data_ptr<A>(), center.const_data_ptr<scalar_t>(),
                         neighbor.const_data_ptr<scalar_t>(), index.const_data_ptr<int64_t>(),
-                        *slope.const_data_ptr<A>(), smallest ? signs.const_data_ptr<bool>() : nullptr,
+                        *slope.const_data_ptr<A>(), output.const_data_ptr<scalar_t>(),
                         statistics ? mean.const_data_ptr<A>() : nullptr, grad_center.mutable_data_ptr<scalar_t>(),
                         grad_neighbor.mutable_data_ptr<A>(), grad_slope.mutable_data_ptr<A>()));
                   }),

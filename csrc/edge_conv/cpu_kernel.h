@@ -25,19 +25,6 @@ PAPER_LAYERS_INLINE bool any_nan(Vec<A> v) {
   return lanes_set(v.lanes != v.lanes) != 0;
 }
 
-template <typename V>
-PAPER_LAYERS_INLINE V larger_or_nan(V y, V best) {
-  return V(((y.lanes > best.lanes) | (y.lanes != y.lanes)) & (best.lanes == best.lanes) ? y.lanes : best.lanes);
-}
-
-// -1 for channels whose smallest edge is kept, 1 for the others.
-template <typename A>
-Scratch<A> signs_of(const bool* smallest, int64_t channels) {
-  Scratch<A> signs(channels, A(1));
-  for (int64_t c = 0; smallest != nullptr && c < channels; ++c) signs[c] = smallest[c] ? -1 : 1;
-  return signs;
-}
-
 // Calls body(c, lanes, vectors) for groups of that many vectors of channels, each channel once.
 template <int64_t size, int64_t group, typename Body>
 PAPER_LAYERS_INLINE void for_each_group(int64_t first, int64_t last, Body&& body) {
@@ -86,8 +73,9 @@ class Forward {
         channels_(edges.problem.channels),
         activation_{slope},
         statistics_(statistics),
-        signs_(signs_of<A>(smallest, channels_)),
+        signs_(channels_),
         shifts_(channels_) {
+    for (int64_t c = 0; c < channels_; ++c) signs_[c] = smallest != nullptr && smallest[c] ? -1 : 1;
     if (statistics) find_shifts();
   }
 
@@ -158,7 +146,7 @@ class Forward {
       bool regular = activation_.slope <= 1;
       if (regular) totals = sum<statistics, group>(edges, node, c, lanes, plain, larger);
       for (int64_t v = 0; v < group; ++v) regular = regular && !any_nan(totals.sum[v]);
-      if (!regular) totals = sum<statistics, group>(edges, node, c, lanes, activation_, larger_or_nan<V>);
+      if (!regular) totals = sum<statistics, group>(edges, node, c, lanes, activation_, larger_or_nan);
       for (int64_t v = 0; v < group; ++v) {
         const int64_t at = c + v * V::size;
         store(output + node * channels_ + at, totals.best[v] * load(signs_.data() + at, lanes), lanes);
@@ -174,6 +162,10 @@ class Forward {
   struct Totals {
     V best[group], sum[group], square[group];  // of the signed edges; about the shift; likewise
   };
+
+  static PAPER_LAYERS_INLINE V larger_or_nan(V y, V best) {
+    return V(((y.lanes > best.lanes) | (y.lanes != y.lanes)) & (best.lanes == best.lanes) ? y.lanes : best.lanes);
+  }
 
   template <bool statistics, int64_t group, typename Lanes, typename Activation, typename Larger>
   PAPER_LAYERS_INLINE Totals<group> sum(const Edges<T>& edges, int64_t node, int64_t c, Lanes lanes,
@@ -225,15 +217,14 @@ PAPER_LAYERS_INLINE V rounded_to(V v) {
   return load(static_cast<const T*>(half));
 }
 
-// Gradients. Which edge was kept is found again: the output may have been written to since. Threads share out the channels, so that no row is written by two, and the order is that of the table.
+// Gradients. Threads share out the channels, so that no row is written by two, and the order is that of the table.
 template <typename T>
 struct Backward {
   using A = Accumulator<T>;
   using V = Vec<A>;
 
   const Edges<T>& edges;
-  const T* grad;
-  const A* signs;
+  const T *grad, *output;
   LeakyReLU<A> activation;
   const A *mean, *constant, *linear;  // an edge's part in the statistics: constant + linear (y - mean)
   T* grad_center;
@@ -269,55 +260,34 @@ struct Backward {
   void spread(const Edges<T>& edges, int64_t node, int64_t first, int64_t last) const {
     constexpr int64_t group = PAPER_LAYERS_VECTOR_BYTES == 64 ? 2 : 1;
     const auto spread_group = [&](int64_t c, auto lanes, auto vectors) __attribute__((always_inline)) {
-      V best[decltype(vectors)::value];
-      find_kept(edges, node, c, lanes, best);
       bool nan = false;
-      for (const V& kept : best) nan = nan || any_nan(kept);
+      for (int64_t v = 0; v < decltype(vectors)::value; ++v) {
+        nan = nan || any_nan(V(load(output + node * edges.problem.channels + c + v * V::size, lanes)));
+      }
       if (nan) {
-        spread<statistics>(edges, node, c, lanes, best, [](V y, V kept) __attribute__((always_inline)) {
+        spread<statistics>(edges, node, c, lanes, vectors, [](V y, V kept) __attribute__((always_inline)) {
           return (y.lanes == kept.lanes) | ((y.lanes != y.lanes) & (kept.lanes != kept.lanes));
         });
       } else {
-        spread<statistics>(edges, node, c, lanes, best,
+        spread<statistics>(edges, node, c, lanes, vectors,
                            [](V y, V kept) __attribute__((always_inline)) { return y.lanes == kept.lanes; });
       }
     };
     for_each_group<V::size, group>(first, last, spread_group);
   }
 
-  // What the forward kept of a node's edges.
-  template <typename Lanes, size_t group>
-  PAPER_LAYERS_INLINE void find_kept(const Edges<T>& edges, int64_t node, int64_t first, Lanes lanes,
-                                     V (&best)[group]) const {
-    V center[group], sign[group];
-#pragma GCC unroll 2
-    for (size_t v = 0; v < group; ++v) {
-      const int64_t c = first + int64_t(v) * V::size;
-      center[v] = load(edges.center + node * edges.problem.channels + c, lanes);
-      sign[v] = load(signs + c, lanes);
-      best[v] = V(-std::numeric_limits<A>::infinity());
-    }
-    for (const int64_t row : edges.rows) {
-#pragma GCC unroll 2
-      for (size_t v = 0; v < group; ++v) {
-        const V z = center[v] + load(edges.neighbor + row + first + int64_t(v) * V::size, lanes);
-        best[v] = larger_or_nan(sign[v] * activation(z), best[v]);
-      }
-    }
-    for (size_t v = 0; v < group; ++v) best[v] = rounded_to<T>(best[v] * sign[v]);
-  }
-
-  template <bool statistics, typename Lanes, size_t size, typename Equal>
-  PAPER_LAYERS_INLINE void spread(const Edges<T>& edges, int64_t node, int64_t first, Lanes lanes,
-                                  const V (&kept)[size], Equal equal) const {
-    constexpr int64_t group = size;
+  template <bool statistics, typename Lanes, typename Vectors, typename Equal>
+  PAPER_LAYERS_INLINE void spread(const Edges<T>& edges, int64_t node, int64_t first, Lanes lanes, Vectors,
+                                  Equal equal) const {
+    constexpr int64_t group = Vectors::value;
     const int64_t at = node * edges.problem.channels + first;
     const V slope(activation.slope), none(A(0));
-    V center[group], left[group], sum[group], slanted[group], middle[group], level[group], tilt[group];
+    V center[group], kept[group], left[group], sum[group], slanted[group], middle[group], level[group], tilt[group];
 #pragma GCC unroll 2
     for (int64_t v = 0; v < group; ++v) {
       const int64_t offset = v * V::size;
       center[v] = load(edges.center + at + offset, lanes);
+      kept[v] = load(output + at + offset, lanes);
       left[v] = load(grad + at + offset, lanes);  // goes to the first edge that equals what was kept
       sum[v] = slanted[v] = none;
       if (!statistics) continue;
@@ -353,21 +323,20 @@ struct Backward {
 template <typename T>
 void edge_conv_backward(const EdgeConvProblem& problem, const T* grad, const Accumulator<T>* grad_mean,
                         const Accumulator<T>* grad_var, const T* center, const T* neighbor, const int64_t* index,
-                        Accumulator<T> slope, const bool* smallest, const Accumulator<T>* mean, T* grad_center,
+                        Accumulator<T> slope, const T* output, const Accumulator<T>* mean, T* grad_center,
                         Accumulator<T>* grad_neighbor, Accumulator<T>* grad_slope) {
   using A = Accumulator<T>;
   const int64_t channels = problem.channels;
   const Edges<T> edges{problem, center, neighbor, index};
   const double count = count_edges(problem, index);
-  const Scratch<A> signs = signs_of<A>(smallest, channels);
   Scratch<A> constant(channels), linear(channels), slopes(channels);
   for (int64_t c = 0; c < (mean != nullptr ? channels : 0); ++c) {
     linear[c] = static_cast<A>(2 * grad_var[c] / count);
     // An infinite mean leaves no edge a gradient.
     constant[c] = static_cast<A>(grad_mean[c] / count) + linear[c] * (mean[c] - mean[c]);
   }
-  const Backward<T> backward{edges,           grad,          signs.data(), {slope},       mean,
-                             constant.data(), linear.data(), grad_center,  grad_neighbor, slopes.data()};
+  const Backward<T> backward{edges,           grad,          output,      {slope},       mean,
+                             constant.data(), linear.data(), grad_center, grad_neighbor, slopes.data()};
   constexpr int64_t line = 64 / sizeof(A);
   parallel_for(0, (channels + line - 1) / line, 1, [&](int64_t begin, int64_t end) {
     backward.run(begin * line, std::min(channels, end * line));

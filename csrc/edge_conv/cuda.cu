@@ -93,16 +93,16 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv(const Tensor& any_center, const Ten
 std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, const Tensor& any_grad_mean,
                                                       const Tensor& any_grad_var, const Tensor& any_center,
                                                       const Tensor& any_neighbor, const Tensor& any_index,
-                                                      const Tensor& slope, std::optional<Tensor> any_smallest,
+                                                      const Tensor& slope, const Tensor& any_output,
                                                       const Tensor& any_mean) {
   const EdgeConvProblem problem = edge_conv_backward_problem(any_grad, any_grad_mean, any_grad_var, any_center,
-                                                             any_neighbor, any_index, slope, any_smallest, any_mean);
+                                                             any_neighbor, any_index, slope, any_output, any_mean);
   const int32_t device = any_center.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const auto dense = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
   const Tensor grad = dense(any_grad), grad_mean = dense(any_grad_mean), grad_var = dense(any_grad_var);
   const Tensor center = dense(any_center), neighbor = dense(any_neighbor), index = dense(any_index);
-  const Tensor mean = dense(any_mean), smallest = any_smallest ? dense(*any_smallest) : index;
+  const Tensor output = dense(any_output), mean = dense(any_mean);
   const int64_t workers = worker_count(problem);
   const Tensor grad_center = torch::stable::empty_like(center), grad_neighbor = torch::stable::empty_like(neighbor);
   if (center.numel() == 0) {
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, co
     using T = decltype(element);
     using A = Accumulator<T>;
     const int64_t largest = std::max({workers * problem.channels, problem.rows * problem.channels, index.numel()});
-    const std::initializer_list<Tensor> tensors = {grad, center, neighbor, arg, grad_center, grad_neighbor};
+    const std::initializer_list<Tensor> tensors = {grad, center, neighbor, output, arg, grad_center, grad_neighbor};
     with_rows<T>(largest, problem.channels, tensors, [&](auto rows) {
       using R = decltype(rows);
       constexpr int V = R::V;
@@ -133,8 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, co
       const Tensor slopes = empty(center, {workers * rows.packs}, ScalarType::Double);
       for_each_index<typename R::Index>(
           workers * rows.packs, device,
-          EdgeBackwardCenter<T, R>{edges, gradients, workers,
-                                   any_smallest ? smallest.const_data_ptr<bool>() : nullptr, packs<T, V>(grad),
+          EdgeBackwardCenter<T, R>{edges, gradients, workers, packs<T, V>(grad), packs<T, V>(output),
                                    mutable_packs<T, V>(grad_center), mutable_packs<int32_t, V>(arg),
                                    slopes.mutable_data_ptr<double>()});
       for_each_index<typename R::Index>(

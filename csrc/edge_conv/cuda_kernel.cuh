@@ -66,30 +66,6 @@ struct Graph {
   }
 };
 
-// The edge that a node keeps, of those that are added one after the other.
-template <typename A, int V>
-struct Kept {
-  bool least[V];
-  A best[V] = {};
-  bool found = false;
-
-  // smallest: or null
-  C10_DEVICE Kept(const bool* smallest, int64_t pack) {
-    for (int v = 0; v < V; ++v) least[v] = smallest != nullptr && smallest[pack * V + v];
-  }
-  C10_DEVICE void start() {
-    for (int v = 0; v < V; ++v) best[v] = A(0);
-    found = false;
-  }
-  C10_DEVICE void add(const A (&y)[V]) {
-    for (int v = 0; v < V; ++v) {
-      const bool beyond = least[v] ? y[v] < best[v] : y[v] > best[v];
-      if (!found || beyond || (y[v] != y[v] && best[v] == best[v])) best[v] = y[v];
-    }
-    found = true;
-  }
-};
-
 // Every so many nodes, from one on: as many partial sums, whatever the device, are added up in the same order.
 template <typename T, typename R, bool statistics>
 struct EdgeForward {
@@ -105,23 +81,29 @@ struct EdgeForward {
 
   C10_DEVICE void operator()(typename R::Index index) const {
     const int64_t worker = graph.shape.by_packs(index), packs = graph.shape.packs, pack = index - worker * packs;
-    Kept<A, V> kept(smallest, pack);
+    bool least[V];
     double shift[V], sum[V] = {}, square[V] = {};
+    for (int v = 0; v < V; ++v) least[v] = smallest != nullptr && smallest[pack * V + v];
     if (statistics) graph.find_shift(pack, shift);
     int64_t count = 0;
     for (int64_t node = worker; node < graph.nodes; node += workers) {
-      kept.start();
+      A best[V] = {};
+      bool found = false;
       graph.each(node, pack, [&](int32_t, const A(&)[V], const A(&y)[V]) {
-        kept.add(y);
-        for (int v = 0; statistics && v < V; ++v) {
-          const double deviation = double(y[v]) - shift[v];
-          sum[v] += deviation;
-          square[v] += deviation * deviation;
+        for (int v = 0; v < V; ++v) {
+          const bool beyond = least[v] ? y[v] < best[v] : y[v] > best[v];
+          if (!found || beyond || (y[v] != y[v] && best[v] == best[v])) best[v] = y[v];
+          if (statistics) {
+            const double deviation = double(y[v]) - shift[v];
+            sum[v] += deviation;
+            square[v] += deviation * deviation;
+          }
         }
+        found = true;
         ++count;
       });
       Pack<T, V> result;
-      for (int v = 0; v < V; ++v) result[v] = static_cast<T>(kept.best[v]);
+      for (int v = 0; v < V; ++v) result[v] = static_cast<T>(best[v]);
       output[node * packs + pack] = result;
     }
     if (!statistics) return;
@@ -171,10 +153,10 @@ struct StatisticsGradient {
       const double edges = means != nullptr && *count > 1 ? *count : 1;
       const int64_t channel = pack * V + v;
       mean[v] = means != nullptr ? means[channel] : A(0);
-      linear[v] = means != nullptr ? static_cast<A>(2 * grad_var[channel] / edges) : A(0);
       // An infinite mean leaves no edge a gradient.
       constant[v] =
           means != nullptr ? static_cast<A>(grad_mean[channel] / edges) + linear[v] * (mean[v] - mean[v]) : A(0);
+      linear[v] = means != nullptr ? static_cast<A>(2 * grad_var[channel] / edges) : A(0);
     }
   }
 };
@@ -187,8 +169,7 @@ struct EdgeGradients {
   const double* count;
 };
 
-// The gradient of the centre terms and of the slope, and which edge each node kept, -1 for none. It is found again: the
-// output may have been written to since.
+// The gradient of the centre terms and of the slope, and which edge each node kept, -1 for none.
 template <typename T, typename R>
 struct EdgeBackwardCenter {
   using A = Accumulator<T>;
@@ -197,8 +178,8 @@ struct EdgeBackwardCenter {
   Graph<T, R> graph;
   EdgeGradients<A> gradients;
   int64_t workers;
-  const bool* smallest;  // or null
   const Pack<T, V>* grad;
+  const Pack<T, V>* output;
   Pack<T, V>* grad_center;
   Pack<int32_t, V>* arg;
   double* slopes;  // (workers, packs)
@@ -208,18 +189,15 @@ struct EdgeBackwardCenter {
     const StatisticsGradient<A, V> all(gradients.mean, gradients.grad_mean, gradients.grad_var, gradients.count, pack);
     const bool statistics = gradients.mean != nullptr;
     const A slope = *graph.slope;
-    Kept<A, V> kept(smallest, pack);
     double slanted = 0;
     for (int64_t node = worker; node < graph.nodes; node += workers) {
-      const Pack<T, V> g = grad[node * packs + pack];
-      kept.start();
-      graph.each(node, pack, [&](int32_t, const A(&)[V], const A(&y)[V]) { kept.add(y); });
+      const Pack<T, V> g = grad[node * packs + pack], kept = output[node * packs + pack];
       A sum[V] = {};
       Pack<int32_t, V> chosen;
       for (int v = 0; v < V; ++v) chosen[v] = -1;
       graph.each(node, pack, [&](int32_t column, const A(&z)[V], const A(&y)[V]) {
         for (int v = 0; v < V; ++v) {
-          const A rounded = A(static_cast<T>(y[v])), best = A(static_cast<T>(kept.best[v]));
+          const A rounded = A(static_cast<T>(y[v])), best = A(kept[v]);
           A part = 0;
           if (chosen[v] < 0 && (rounded == best || (rounded != rounded && best != best))) {
             chosen[v] = column;

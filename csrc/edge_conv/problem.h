@@ -51,11 +51,12 @@ inline EdgeConvProblem edge_conv_problem(const Tensor& center, const Tensor& nei
 
 inline EdgeConvProblem edge_conv_backward_problem(const Tensor& grad, const Tensor& grad_mean, const Tensor& grad_var,
                                                   const Tensor& center, const Tensor& neighbor, const Tensor& index,
-                                                  const Tensor& slope, const std::optional<Tensor>& smallest,
-                                                  const Tensor& mean) {
-  const EdgeConvProblem problem = edge_conv_problem(center, neighbor, index, slope, smallest);
-  check_shape("grad", grad, center.sizes());
-  check_same_dtype_and_device("grad", grad, "center", center);
+                                                  const Tensor& slope, const Tensor& output, const Tensor& mean) {
+  const EdgeConvProblem problem = edge_conv_problem(center, neighbor, index, slope, std::nullopt);
+  for (const auto& [name, tensor] : {std::pair("grad", grad), std::pair("output", output)}) {
+    check_shape(name, tensor, center.sizes());
+    check_same_dtype_and_device(name, tensor, "center", center);
+  }
   for (const auto& [name, tensor] :
        {std::pair("grad_mean", grad_mean), std::pair("grad_var", grad_var), std::pair("mean", mean)}) {
     check_vector(name, tensor, mean.numel() > 0 ? problem.channels : 0, slope.scalar_type(), center);

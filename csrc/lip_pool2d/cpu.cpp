@@ -40,11 +40,13 @@ Tensor lip_pool2d(const Tensor& input, const Tensor& logit, std::vector<int64_t>
 }
 
 std::tuple<Tensor, Tensor> lip_pool2d_backward(const Tensor& grad, const Tensor& input, const Tensor& logit,
-                                               std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-                                               std::vector<int64_t> padding, bool ceil_mode) {
+                                               const Tensor& output, std::vector<int64_t> kernel_size,
+                                               std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                               bool ceil_mode) {
   const auto given = lip_pool2d_problem(input, logit, kernel_size, stride, padding, ceil_mode);
   const auto problem = in_kernels_layout(given);
-  check_grad(grad, input, problem);
+  check_like_output("grad", grad, input, problem);
+  check_like_output("output", output, input, problem);
   const auto format = memory_format(problem);
   const Sizes sizes = {problem.images, problem.channels, problem.height.length, problem.width.length};
   const Sizes logit_sizes = {sizes[0], logit.size(1), sizes[2], sizes[3]};
@@ -55,10 +57,11 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(const Tensor& grad, const Tensor&
     return {grad_input, grad_logit};
   }
   const Tensor g = torch::stable::contiguous(grad, format), x = torch::stable::contiguous(input, format),
-               l = torch::stable::contiguous(logit, format);
+               l = torch::stable::contiguous(logit, format), y = torch::stable::contiguous(output, format);
   THO_DISPATCH_V2(x.scalar_type(), "lip_pool2d_backward", AT_WRAP([&] {
                     PAPER_LAYERS_DISPATCH(backward(problem, g.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
-                                                   l.const_data_ptr<scalar_t>(), grad_input.mutable_data_ptr<scalar_t>(),
+                                                   l.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(),
+                                                   grad_input.mutable_data_ptr<scalar_t>(),
                                                    grad_logit.mutable_data_ptr<scalar_t>()));
                   }),
                   ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);

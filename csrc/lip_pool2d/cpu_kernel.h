@@ -190,8 +190,8 @@ class Backward {
   }
 
   // With shared_sums, the logits' gradients are added to it, else written to grad_logit.
-  void run(Plane<const T> grad, Plane<const T> input, Plane<const T> logit, Plane<T> grad_input, Plane<T> grad_logit,
-           A* shared_sums) {
+  void run(Plane<const T> grad, Plane<const T> input, Plane<const T> logit, Plane<const T> output, Plane<T> grad_input,
+           Plane<T> grad_logit, A* shared_sums) {
     input_ = input;
     logit_ = logit;
     grad_input_ = grad_input;
@@ -200,7 +200,7 @@ class Backward {
     windows_.begin(logit, input);
     int64_t row = rows_.begin;
     for (int64_t o = outputs_.begin; o < outputs_.end; ++o) {
-      share(grad, o);
+      share(grad, output, o);
       for (; row < rows_.end && problem_.height.covering(row).end <= o + 1; ++row) finish(row);
     }
     for (; row < rows_.end; ++row) finish(row);
@@ -214,17 +214,18 @@ class Backward {
   };
 
   // The gradient's share of each window in a row of them.
-  void share(Plane<const T> grad_plane, int64_t o) {
+  void share(Plane<const T> grad_plane, Plane<const T> output_plane, int64_t o) {
     const T* grad = grad_plane.at(o, windows_.outputs().begin);
+    const T* output = output_plane.at(o, windows_.outputs().begin);
     A *shares = shares_.share(o), *products = shares_.product(o);
     Resolved<A> resolved;
-    const auto write = [&](int64_t i, auto lanes, V weights, V values) __attribute__((always_inline)) {
+    const auto write = [&](int64_t i, auto lanes, V weights, V) __attribute__((always_inline)) {
       resolved.look_at(weights, lanes);
-      const V scale = V(A(1)) / weights, share = load(grad + i, lanes) * scale;
+      const V share = load(grad + i, lanes) / weights;
       store(shares + i, share, lanes);
-      store(products + i, share * (values * scale), lanes);
+      store(products + i, share * load(output + i, lanes), lanes);
     };
-    exponents_[o % exponents_.size()] = windows_.template sum<true>(o, write);
+    exponents_[o % exponents_.size()] = windows_.template sum<false>(o, write);
     std::vector<Unresolved>& unresolved = unresolved_at(o);
     unresolved.clear();
     if (!resolved.all()) {
@@ -358,8 +359,8 @@ class Backward {
 };
 
 template <typename Windows, typename Shares, typename T>
-void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, T* grad_input,
-              T* grad_logit) {
+void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, const T* output,
+              T* grad_input, T* grad_logit) {
   // Planes that share logits are one piece of work, which adds up their gradients in order.
   const int64_t together = problem.shared ? problem.planes_per_image() : 1;
   const Tasks tasks(problem.planes() / together, problem.width.length, problem.height.length,
@@ -371,8 +372,8 @@ void backward(const LipPool2dProblem& problem, const T* grad, const T* input, co
       const auto grad_logits = problem.logit_plane(grad_logit, group * together);
       for (int64_t plane = group * together; plane < (group + 1) * together; ++plane) {
         task.run(problem.output_plane(grad, plane), problem.input_plane(input, plane),
-                 problem.logit_plane(logit, plane), problem.input_plane(grad_input, plane), grad_logits,
-                 together > 1 ? sums.data() : nullptr);
+                 problem.logit_plane(logit, plane), problem.output_plane(output, plane),
+                 problem.input_plane(grad_input, plane), grad_logits, together > 1 ? sums.data() : nullptr);
       }
       for (size_t i = 0; i < sums.size(); ++i) {
         *grad_logits.at(rows.begin + i / columns.size(), columns.begin + i % columns.size()) = static_cast<T>(sums[i]);
@@ -382,11 +383,11 @@ void backward(const LipPool2dProblem& problem, const T* grad, const T* input, co
 }
 
 template <typename T>
-void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, T* grad_input,
-              T* grad_logit) {
+void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, const T* output,
+              T* grad_input, T* grad_logit) {
   if (problem.channels_last) {
-    backward<ChannelsLastWindows<T>, ChannelsLastShares<T>>(problem, grad, input, logit, grad_input, grad_logit);
+    backward<ChannelsLastWindows<T>, ChannelsLastShares<T>>(problem, grad, input, logit, output, grad_input, grad_logit);
   } else {
-    backward<PlanarWindows<T>, PlanarShares<T>>(problem, grad, input, logit, grad_input, grad_logit);
+    backward<PlanarWindows<T>, PlanarShares<T>>(problem, grad, input, logit, output, grad_input, grad_logit);
   }
 }

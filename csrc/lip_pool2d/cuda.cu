@@ -1,7 +1,7 @@
 // The CUDA kernels of local importance-based pooling.
 //
-// Forward: a thread a window. Backward: a thread a window for its average and its weights' scale, then a thread an
-// element, which gathers from the windows that hold it: no atomics, so results do not vary from run to run.
+// Forward: a thread a window. Backward: a thread a window for its largest logit and its normaliser, then a thread
+// an element, which gathers from the windows that hold it: no atomics, so results do not vary from run to run.
 
 #include "common/cuda_tensors.cuh"
 
@@ -43,6 +43,7 @@ template <template <int, typename, typename> class Body, typename T, typename S,
 void for_each_window(const LipPool2dProblem& problem, int32_t device, const S& shape, Pointers... pointers) {
   const Sizes sizes = output_sizes(problem);
   const int64_t count = sizes[0] * sizes[1] * sizes[2] * sizes[3] / S::V;
+  // A window of 3 has at least one pixel, its nearest one for the others (2 on an empty image may have none).
   if (problem.height.kernel == 3 && problem.width.kernel == 3) {
     for_each_index<typename S::Index>(count, device, Body<3, T, S>{shape, pointers...});
   } else {
@@ -59,23 +60,30 @@ void forward(const LipPool2dProblem& problem, const Tensor& input, const Tensor&
   });
 }
 
+template <typename T>
+void statistics(const LipPool2dProblem& maps, const Tensor& logit, const Tensor& largest, const Tensor& inverse_sum) {
+  using A = Accumulator<T>;
+  with_shape<T, false>(maps, {logit}, [&](auto shape) {
+    using S = decltype(shape);
+    for_each_window<Statistics, T>(maps, logit.get_device_index(), shape, packs<T, S::L>(logit),
+                                   mutable_packs<A, S::L>(largest), mutable_packs<A, S::L>(inverse_sum));
+  });
+}
+
 template <typename T, bool Shared>
 void backward(const LipPool2dProblem& problem, const Tensor& grad, const Tensor& input, const Tensor& logit,
-              const Tensor& average, const Tensor& largest, const Tensor& inverse_sum, const Tensor& grad_input,
+              const Tensor& output, const Tensor& largest, const Tensor& inverse_sum, const Tensor& grad_input,
               const Tensor& grad_logit) {
   using A = Accumulator<T>;
-  with_shape<T, Shared>(problem, {grad, input, logit}, [&](auto shape) {
+  with_shape<T, Shared>(problem, {grad, input, logit, output}, [&](auto shape) {
     using S = decltype(shape);
     using Body = Backward<T, S>;
     constexpr int V = S::V, L = S::L;
-    for_each_window<Statistics, T>(problem, input.get_device_index(), shape, packs<T, V>(input), packs<T, L>(logit),
-                                   mutable_packs<A, V>(average), mutable_packs<A, L>(largest),
-                                   mutable_packs<A, L>(inverse_sum));
     const Body body{shape,
                     packs<T, V>(grad),
                     packs<T, V>(input),
                     packs<T, L>(logit),
-                    packs<A, V>(average),
+                    packs<T, V>(output),
                     packs<A, L>(largest),
                     packs<A, L>(inverse_sum),
                     mutable_packs<T, V>(grad_input),
@@ -100,32 +108,38 @@ Tensor lip_pool2d(const Tensor& any_input, const Tensor& any_logit, const std::v
   return output;
 }
 
-std::tuple<Tensor, Tensor> lip_pool2d_backward(const Tensor& any_grad, const Tensor& any_input,
-                                               const Tensor& any_logit, const std::vector<int64_t>& kernel_size,
-                                               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                               bool ceil_mode) {
+std::tuple<Tensor, Tensor> lip_pool2d_backward(
+    const Tensor& any_grad, const Tensor& any_input, const Tensor& any_logit, const Tensor& any_output,
+    const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    bool ceil_mode) {
   const LipPool2dProblem problem =
       lip_pool2d_problem(any_input, any_logit, kernel_size, stride, padding, ceil_mode);
-  check_grad(any_grad, any_input, problem);
+  check_like_output("grad", any_grad, any_input, problem);
+  check_like_output("output", any_output, any_input, problem);
   const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const MemoryFormat format = memory_format(problem);
   const Tensor grad = torch::stable::contiguous(any_grad, format);
   const Tensor input = torch::stable::contiguous(any_input, format);
   const Tensor logit = torch::stable::contiguous(any_logit, format);
+  const Tensor output = torch::stable::contiguous(any_output, format);
 
-  const ScalarType dtype = input.scalar_type(), accumulator = accumulation_dtype(dtype);
-  const Sizes windows = output_sizes(problem), logit_windows = {windows[0], logit.size(1), windows[2], windows[3]};
-  const Tensor average = new_empty(input, windows, accumulator, problem);
-  const Tensor largest = new_empty(input, logit_windows, accumulator, problem);
-  const Tensor inverse_sum = new_empty(input, logit_windows, accumulator, problem);
+  const ScalarType dtype = input.scalar_type();
+  const ScalarType accumulator = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  // Logits as images of their own: the windows' weights depend on nothing else.
+  LipPool2dProblem maps = problem;
+  maps.channels = logit.size(1);
+  maps.shared = false;
+  const Tensor largest = new_empty(logit, output_sizes(maps), accumulator, maps);
+  const Tensor inverse_sum = new_empty(logit, output_sizes(maps), accumulator, maps);
   const Sizes sizes = {input.size(0), input.size(1), input.size(2), input.size(3)};
   const Tensor grad_input = new_empty(input, sizes, dtype, problem);
   const Tensor grad_logit = new_empty(input, sizes, problem.shared ? accumulator : dtype, problem);
   if (input.numel() > 0) {
     with_dtype(dtype, [&](auto element) {
       using T = decltype(element);
+      statistics<T>(maps, logit, largest, inverse_sum);
       (problem.shared ? backward<T, true> : backward<T, false>)(
-          problem, grad, input, logit, average, largest, inverse_sum, grad_input, grad_logit);
+          problem, grad, input, logit, output, largest, inverse_sum, grad_input, grad_logit);
     });
   }
   if (!problem.shared) return {grad_input, grad_logit};

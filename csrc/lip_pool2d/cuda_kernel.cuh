@@ -92,26 +92,19 @@ struct Shape {
 
   Axis<Index> height, width;
   Layout<Index> image, windows;
-  Index planes;  // that share a logit
-  Divider<Index> by_planes;
+  Divider<Index> planes_per_logit;
 
   explicit Shape(const LipPool2dProblem& problem)
       : height(problem.height),
         width(problem.width),
         image(problem.height.length, problem.width.length, problem.depth() / V),
         windows(problem.height.outputs, problem.width.outputs, problem.depth() / V),
-        planes(Shared ? problem.planes_per_image() : 1),
-        by_planes(planes) {}
+        planes_per_logit(Shared ? problem.planes_per_image() : 1) {}
 
   // Where the logit of a place of the image, or the statistics of one of the windows, lie.
   C10_DEVICE Index logit_at(const Layout<Index>& layout, Index outer, Index row, Index column, Index inner) const {
     if constexpr (!Shared) return layout.at(outer, row, column, inner);
-    return (by_planes(outer) * layout.rows + row) * layout.columns + column;
-  }
-
-  // Whether no other thread has the same logits and comes before.
-  C10_DEVICE bool first_of_logit(const Place<Index>& window) const {
-    return !Shared || (window.inner == 0 && window.outer == by_planes(window.outer) * planes);
+    return (planes_per_logit(outer) * layout.rows + row) * layout.columns + column;
   }
 
   template <int K, typename Body>
@@ -153,19 +146,22 @@ C10_DEVICE Pack<Accumulator<T>, S::L> largest_logit(const S& shape, const Pack<T
   return largest;
 }
 
-// The average of a window, its largest logit and the sum of its weights.
+// The output of a window.
 template <int K, typename T, typename S>
-struct Window {
+struct Forward {
   using A = Accumulator<T>;
+  using Index = typename S::Index;
   static constexpr int V = S::V, L = S::L;
 
-  Pack<A, V> average;
-  Pack<A, L> largest, sum = {};
+  S shape;
+  const Pack<T, V>* input;
+  const Pack<T, L>* logit;
+  Pack<T, V>* output;
 
-  template <typename Index>
-  C10_DEVICE Window(const S& shape, const Pack<T, V>* input, const Pack<T, L>* logit, const Place<Index>& window)
-      : largest(largest_logit<K>(shape, logit, window)) {
-    A total[V] = {};
+  C10_DEVICE void operator()(Index index) const {
+    const Place<Index> window = shape.windows.place(index);
+    const Pack<A, L> largest = largest_logit<K>(shape, logit, window);
+    A sum[L] = {}, total[V] = {};
     shape.template each_tap<K>(window, [&](Index row, Index column, bool inside) {
       const Pack<A, L> l = load_logit(shape, logit, window, row, column, inside);
       const Pack<T, V> x = input[shape.image.at(window.outer, row, column, window.inner)];
@@ -176,52 +172,35 @@ struct Window {
         total[v] += weight[v % L] * (inside ? value : A(0));
       }
     });
-    for (int v = 0; v < V; ++v) average[v] = total[v] / sum[v % L];
-  }
-};
-
-template <int K, typename T, typename S>
-struct Forward {
-  using Index = typename S::Index;
-  static constexpr int V = S::V, L = S::L;
-
-  S shape;
-  const Pack<T, V>* input;
-  const Pack<T, L>* logit;
-  Pack<T, V>* output;
-
-  C10_DEVICE void operator()(Index index) const {
-    const Window<K, T, S> window(shape, input, logit, shape.windows.place(index));
     Pack<T, V> result;
-    for (int v = 0; v < V; ++v) result[v] = static_cast<T>(window.average[v]);
+    for (int v = 0; v < V; ++v) result[v] = static_cast<T>(total[v] / sum[v % L]);
     output[index] = result;
   }
 };
 
-// What the gradients need to know of the windows.
+// The largest logit of a window and one over the sum of its weights.
 template <int K, typename T, typename S>
 struct Statistics {
   using A = Accumulator<T>;
   using Index = typename S::Index;
-  static constexpr int V = S::V, L = S::L;
+  static constexpr int L = S::L;
 
   S shape;
-  const Pack<T, V>* input;
   const Pack<T, L>* logit;
-  Pack<A, V>* average;
   Pack<A, L>* largest;
   Pack<A, L>* inverse_sum;
 
   C10_DEVICE void operator()(Index index) const {
-    const Place<Index> place = shape.windows.place(index);
-    const Window<K, T, S> window(shape, input, logit, place);
-    average[index] = window.average;
-    if (!shape.first_of_logit(place)) return;
-    Pack<A, L> inverse;
-    for (int v = 0; v < L; ++v) inverse[v] = 1 / window.sum[v];
-    const Index at = shape.logit_at(shape.windows, place.outer, place.row, place.column, place.inner);
-    largest[at] = window.largest;
-    inverse_sum[at] = inverse;
+    const Place<Index> window = shape.windows.place(index);
+    const Pack<A, L> shift = largest_logit<K>(shape, logit, window);
+    Pack<A, L> sum = {};
+    shape.template each_tap<K>(window, [&](Index row, Index column, bool inside) {
+      const Pack<A, L> l = load_logit(shape, logit, window, row, column, inside);
+      for (int v = 0; v < L; ++v) sum[v] += std::exp(l[v] - shift[v]);
+    });
+    for (int v = 0; v < L; ++v) sum[v] = 1 / sum[v];
+    largest[index] = shift;
+    inverse_sum[index] = sum;
   }
 };
 
@@ -238,7 +217,7 @@ struct Backward {
   const Pack<T, V>* grad;
   const Pack<T, V>* input;
   const Pack<T, L>* logit;
-  const Pack<A, V>* average;
+  const Pack<T, V>* output;
   const Pack<A, L>* largest;
   const Pack<A, L>* inverse_sum;
   Pack<T, V>* grad_input;
@@ -253,15 +232,14 @@ struct Backward {
       shape.width.each_cover(here.column, [&](Index column) {
         const Index window = shape.windows.at(here.outer, row, column, here.inner);
         const Index statistics = shape.logit_at(shape.windows, here.outer, row, column, here.inner);
-        const Pack<T, V> g = grad[window];
-        const Pack<A, V> mean = average[window];
+        const Pack<T, V> g = grad[window], out = output[window];
         const Pack<A, L> shift = largest[statistics], scale = inverse_sum[statistics];
         A weight[L];
         for (int v = 0; v < L; ++v) weight[v] = std::exp(A(l[v]) - shift[v]) * scale[v];
         for (int v = 0; v < V; ++v) {
           const A share = weight[v % L] * A(g[v]);
           dx[v] += share;
-          dl[v] += share * (A(x[v]) - mean[v]);
+          dl[v] += share * (A(x[v]) - A(out[v]));
         }
       });
     });

@@ -76,9 +76,11 @@ inline Sizes output_sizes(const LipPool2dProblem& problem) {
   return {problem.images, problem.channels, problem.height.outputs, problem.width.outputs};
 }
 
-inline void check_grad(const Tensor& grad, const Tensor& input, const LipPool2dProblem& problem) {
-  check_shape("grad", grad, output_sizes(problem));
-  check_same_dtype_and_device("grad", grad, "input", input);
+// Grad and output of the backward.
+inline void check_like_output(const char* name, const Tensor& tensor, const Tensor& input,
+                              const LipPool2dProblem& problem) {
+  check_shape(name, tensor, output_sizes(problem));
+  check_same_dtype_and_device(name, tensor, "input", input);
 }
 
 inline MemoryFormat memory_format(const LipPool2dProblem& problem) {

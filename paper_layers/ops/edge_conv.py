@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core import outputs
 from paper_layers._core.aliases import distinct
 from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
@@ -82,12 +83,10 @@ def _backward_reference(
     neighbor: Tensor,
     index: Tensor,
     slope: Tensor,
-    smallest: Tensor | None,
+    output: Tensor,
     mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = slope.dtype
-    # Found again: what the forward returned may have been written to since.
-    output = _kept(center, neighbor, index, slope, smallest)
     grad_center = torch.zeros_like(center, dtype=dtype)
     grad_neighbor = torch.zeros_like(neighbor, dtype=dtype)
     grad_slope = torch.zeros_like(slope)
@@ -123,7 +122,7 @@ def _backward_fake(
     neighbor: Tensor,
     index: Tensor,
     slope: Tensor,
-    smallest: Tensor | None,
+    output: Tensor,
     mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return center.new_empty(center.shape), neighbor.new_empty(neighbor.shape), slope.new_empty(())
@@ -137,7 +136,7 @@ _edge_conv_op = define(
 )
 _backward_op = define(
     "edge_conv_backward(Tensor grad, Tensor grad_mean, Tensor grad_var, Tensor center, Tensor neighbor, Tensor index, "
-    "Tensor slope, Tensor? smallest, Tensor mean) -> (Tensor, Tensor, Tensor)",
+    "Tensor slope, Tensor output, Tensor mean) -> (Tensor, Tensor, Tensor)",
     _checked_backward,
     _backward_fake,
 )
@@ -152,12 +151,15 @@ class _EdgeConv(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        # The mean is copied, as it is what users may write to.
-        ctx.save_for_backward(*inputs[:5], output[1].clone())
+        *tensors, ctx.statistics = inputs
+        outputs.save(ctx, tuple(tensors), output[:2])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        center, neighbor, slope = _EdgeConvBackward.apply(*distinct(*grads, *ctx.saved_tensors))
+        saved = outputs.load(ctx, lambda *tensors: _EdgeConv.apply(*tensors, ctx.statistics)[:2])
+        center, neighbor, index, slope, _, output, mean = saved
+        tensors = distinct(*grads, center, neighbor, index, slope, output, mean)
+        center, neighbor, slope = _EdgeConvBackward.apply(*tensors)
         return center, neighbor, None, slope, None, None
 
     @staticmethod
@@ -175,10 +177,10 @@ class _EdgeConvBackward(Function):
         neighbor: Tensor,
         index: Tensor,
         slope: Tensor,
-        smallest: Tensor | None,
+        output: Tensor,
         mean: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward_op(grad, grad_mean, grad_var, center, neighbor, index, slope, smallest, mean)
+        return _backward_op(grad, grad_mean, grad_var, center, neighbor, index, slope, output, mean)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -186,14 +188,14 @@ class _EdgeConvBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *others, index, slope, smallest, mean = ctx.saved_tensors
+        *others, index, slope, output, mean = ctx.saved_tensors
 
         def first_order(
             grad: Tensor, grad_mean: Tensor, grad_var: Tensor, center: Tensor, neighbor: Tensor, slope: Tensor
         ) -> tuple[Tensor, Tensor, Tensor]:
             # The mean is a function of the others.
             means = _mean(center, neighbor, index, slope) if len(mean) else mean
-            return _backward_reference(grad, grad_mean, grad_var, center, neighbor, index, slope, smallest, means)
+            return _backward_reference(grad, grad_mean, grad_var, center, neighbor, index, slope, output, means)
 
         *others, slope = torch.func.vjp(first_order, *others, slope)[1](grads)
         return *others, None, slope, None, None

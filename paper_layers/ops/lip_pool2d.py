@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paper_layers._core import outputs
 from paper_layers._core.aliases import distinct
 from paper_layers._core.tracing import leaf
 from paper_layers.ops import _checks
@@ -103,6 +104,7 @@ def _backward_reference(
     grad: Tensor,
     input: Tensor,
     logit: Tensor,
+    output: Tensor,
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -111,8 +113,7 @@ def _backward_reference(
     dtype = _accumulation_dtype(input.dtype)
     taps = _Taps(input, kernel_size, stride, padding, ceil_mode)
     weight = taps.stack(logit.to(dtype), -torch.inf).softmax(0)
-    value = taps.stack(input.to(dtype), 0.0)
-    deviation = value - (weight * value).sum(0)
+    deviation = taps.stack(input.to(dtype), 0.0) - output.to(dtype)
     grad_input = taps.scatter(grad.to(dtype) * weight, input)
     grad_logit = taps.scatter(grad.to(dtype) * weight * deviation, input)
     if logit.shape[1] != input.shape[1]:
@@ -128,6 +129,7 @@ def _backward_fake(
     grad: Tensor,
     input: Tensor,
     logit: Tensor,
+    output: Tensor,
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -139,7 +141,7 @@ def _backward_fake(
 
 _forward_op = define(f"lip_pool2d(Tensor input, Tensor logit, {_GEOMETRY}) -> Tensor", _reference, _fake)
 _backward_op = define(
-    f"lip_pool2d_backward(Tensor grad, Tensor input, Tensor logit, {_GEOMETRY}) -> (Tensor, Tensor)",
+    f"lip_pool2d_backward(Tensor grad, Tensor input, Tensor logit, Tensor output, {_GEOMETRY}) -> (Tensor, Tensor)",
     _backward_reference,
     _backward_fake,
 )
@@ -201,13 +203,13 @@ class _LIPPool2d(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        # Not the output: layers that follow may write over it, as they may over that of torch's pools.
         input, logit, ctx.geometry = inputs
-        ctx.save_for_backward(input, logit)
+        outputs.save(ctx, (input, logit), (output,))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_input, grad_logit = _LIPPool2dBackward.apply(grad, *ctx.saved_tensors, ctx.geometry)
+        saved = outputs.load(ctx, lambda *tensors: (_LIPPool2d.apply(*tensors, ctx.geometry),))
+        grad_input, grad_logit = _LIPPool2dBackward.apply(*distinct(grad, *saved), ctx.geometry)
         return grad_input, grad_logit, None
 
     @staticmethod
@@ -218,23 +220,33 @@ class _LIPPool2d(Function):
 
 class _LIPPool2dBackward(Function):
     @staticmethod
-    def forward(grad: Tensor, input: Tensor, logit: Tensor, geometry: _Geometry) -> tuple[Tensor, Tensor]:
-        return _backward_op(grad, input, logit, *geometry)
+    def forward(
+        grad: Tensor, input: Tensor, logit: Tensor, output: Tensor, geometry: _Geometry
+    ) -> tuple[Tensor, Tensor]:
+        return _backward_op(grad, input, logit, output, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        grad, input, logit, ctx.geometry = inputs
+        grad, input, logit, _, ctx.geometry = inputs
         ctx.save_for_backward(grad, input, logit)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_second_order(*ctx.saved_tensors, grads, ctx.geometry), None
+        grad, input, logit = ctx.saved_tensors
+        # The output is a function of input and logit, so its share is already in theirs.
+        return *_second_order(grad, input, logit, (grads[0], grads[1]), ctx.geometry), None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], grad: Tensor, input: Tensor, logit: Tensor, geometry: _Geometry
+        info: Any,
+        in_dims: tuple[Any, ...],
+        grad: Tensor,
+        input: Tensor,
+        logit: Tensor,
+        output: Tensor,
+        geometry: _Geometry,
     ) -> Any:
-        grads = _LIPPool2dBackward.apply(*_fold(info, in_dims, (grad, input, logit)), geometry)
+        grads = _LIPPool2dBackward.apply(*_fold(info, in_dims, (grad, input, logit, output)), geometry)
         return tuple(_unfold(info, in_dims[1], input, g) for g in grads), (0, 0)
 
 

@@ -156,7 +156,7 @@ class TestEdgeConv(OpBattery):
         grads = (torch.ones_like(output), torch.ones_like(mean), torch.ones_like(var))
         return {
             "edge_conv": (center, neighbor, index, slope, smallest, True),
-            "edge_conv_backward": (*grads, center, neighbor, index, slope, smallest, mean),
+            "edge_conv_backward": (*grads, center, neighbor, index, slope, output, mean),
         }
 
 

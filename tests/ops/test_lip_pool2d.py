@@ -150,7 +150,7 @@ class TestLIPPool2d(OpBattery):
         output = torch.ops.paper_layers.lip_pool2d(input, logit, *options)
         return {
             "lip_pool2d": (input, logit, *options),
-            "lip_pool2d_backward": (torch.ones_like(output), input, logit, *options),
+            "lip_pool2d_backward": (torch.ones_like(output), input, logit, output, *options),
         }
 
 
@@ -295,7 +295,7 @@ def test_bitwise_equal_for_any_number_of_threads_and_images(
 
         def run(input: Tensor, logit: Tensor, options: Any = options) -> tuple[Tensor, ...]:
             output = torch.ops.paper_layers.lip_pool2d(input, logit, *options)
-            return output, *torch.ops.paper_layers.lip_pool2d_backward(output, input, logit, *options)
+            return output, *torch.ops.paper_layers.lip_pool2d_backward(output, input, logit, output, *options)
 
         try:
             results = []
@@ -333,13 +333,15 @@ def test_kernels_check_again(change: dict[int, Any], message: str) -> None:
         torch.ops.paper_layers.lip_pool2d(*arguments)
 
 
-def test_backward_kernel_checks_grad() -> None:
+def test_backward_kernel_checks_grad_and_output() -> None:
     x, options = images(2, 4, 8, 8), geometry(3, 2, 1)
     backward = torch.ops.paper_layers.lip_pool2d_backward
     with pytest.raises(RuntimeError, match="grad: expected shape"):
-        backward(images(2, 4, 4, 3), x, x, *options)
+        backward(images(2, 4, 4, 3), x, x, images(2, 4, 4, 4), *options)
     with pytest.raises(RuntimeError, match="grad: expected the dtype"):
-        backward(images(2, 4, 4, 4).double(), x, x, *options)
+        backward(images(2, 4, 4, 4).double(), x, x, images(2, 4, 4, 4), *options)
+    with pytest.raises(RuntimeError, match="output: expected shape"):
+        backward(images(2, 4, 4, 4), x, x, images(2, 4, 4, 3), *options)
 
 
 @pytest.mark.parametrize("shared", [False, True])

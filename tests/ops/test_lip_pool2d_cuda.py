@@ -46,9 +46,9 @@ LAYOUTS = {
 def _check(input: Tensor, logit: Tensor, grad: Tensor, geometry: Geometry) -> None:
     """Forward and backward, values and strides; arguments may be anywhere, results are those of the device."""
     output = forward(input, logit, *geometry)
-    grads = backward(grad, input, logit, *geometry)
-    g, x, y = (tensor.detach().cpu().double() for tensor in (grad, input, logit))
-    expected = (op._reference(x, y, *geometry), *op._backward_reference(g, x, y, *geometry))
+    grads = backward(grad, input, logit, output, *geometry)
+    g, x, y, out = (tensor.detach().cpu().double() for tensor in (grad, input, logit, output))
+    expected = (op._reference(x, y, *geometry), *op._backward_reference(g, x, y, out, *geometry))
     layout = op.memory_format(input)
     tolerance = TOLERANCE[input.dtype]
     for name, got, want in zip(("output", "grad_input", "grad_logit"), (output, *grads), expected, strict=True):
@@ -142,7 +142,7 @@ def test_uncovered_positions_get_zero_gradients() -> None:
     input[~covered] = torch.nan
     output = forward(input, input, *geometry)
     assert output.isfinite().all()
-    for gradient in backward(torch.ones_like(output), input, input, *geometry):
+    for gradient in backward(torch.ones_like(output), input, input, output, *geometry):
         assert torch.equal(gradient[~covered], torch.zeros_like(gradient[~covered]))
 
 
@@ -172,7 +172,7 @@ def test_backward_is_deterministic(layout: str, shared: bool) -> None:
     input = LAYOUTS[layout](_random((4, 32, 40, 40), torch.float32, 0))
     logit = _random((4, 1 if shared else 32, 40, 40), torch.float32, 1)
     output = forward(input, logit, *RESNET)
-    first, second = (backward(output, input, logit, *RESNET) for _ in range(2))
+    first, second = (backward(output, input, logit, output, *RESNET) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -198,7 +198,7 @@ def test_opcheck(dtype: torch.dtype, layout: str) -> None:
         logit = _random((2, depth, 7, 8), dtype, 1)
         output = forward(input, logit, *RESNET)
         torch.library.opcheck(forward.default, (input, logit, *RESNET), test_utils=tests)
-        torch.library.opcheck(backward.default, (output, input, logit, *RESNET), test_utils=tests)
+        torch.library.opcheck(backward.default, (output, input, logit, output, *RESNET), test_utils=tests)
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -222,7 +222,8 @@ def test_bad_arguments_are_refused_before_memory_is_touched() -> None:
         "kernel_size": lambda: forward(x, x, [9, 3], [1, 1], [1, 1], False),
         "stride": lambda: forward(x, x, [3, 3], [0, 1], [1, 1], False),
         "padding": lambda: forward(x, x, [3, 3], [1, 1], [2, 2], False),
-        "grad": lambda: backward(out[:1], x, x, *RESNET),
+        "grad": lambda: backward(out[:1], x, x, out, *RESNET),
+        "output": lambda: backward(out, x, x, out[..., :1], *RESNET),
         "kernel_size: expected at most": lambda: forward(x, x, [8, 3], [2, 1], [0, 0], True),
         "not implemented for 'Int'": lambda: forward(x.int(), x.int(), *RESNET),
     }.items():
@@ -236,7 +237,7 @@ def test_mixed_devices_are_refused() -> None:
     with pytest.raises(RuntimeError, match="logit: expected the device"):
         forward(x, x.cpu(), *RESNET)
     with pytest.raises(RuntimeError, match="grad: expected the device"):
-        backward(out.cpu(), x, x, *RESNET)
+        backward(out.cpu(), x, x, out, *RESNET)
     with pytest.raises(ValueError, match="logit"):
         paper_layers.lip_pool2d(x, x.cpu(), 3, 2, 1)
 
@@ -249,7 +250,7 @@ def test_runs_on_the_current_stream() -> None:
         torch.cuda._sleep(200_000_000)  # the pool must wait for what comes before it on its own stream
         x.fill_(1.0)
         output = forward(x, x, *RESNET)
-        grads = backward(torch.ones_like(output), x, x, *RESNET)
+        grads = backward(torch.ones_like(output), x, x, output, *RESNET)
     stream.synchronize()
     assert torch.equal(output, torch.ones_like(output))
     torch.testing.assert_close(grads[0].sum(), torch.tensor(float(output.numel()), device=DEVICE))
@@ -262,7 +263,7 @@ def test_graph_capture(shared: bool) -> None:
 
     def step() -> tuple[Tensor, ...]:
         output = forward(x, logit, *RESNET)
-        return output, *backward(output, x, logit, *RESNET)
+        return output, *backward(output, x, logit, output, *RESNET)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -296,9 +297,9 @@ def test_more_elements_than_32_bits_count(layout: str, shared: bool) -> None:
     assert input.numel() > 2**31
     logit = input[:, :1].clone() if shared else input
     output = forward(input, logit, *RESNET)
-    grads = backward(output, input, logit, *RESNET)
+    grads = backward(output, input, logit, output, *RESNET)
     # The last image by itself goes the way of 32 bits.
     last = forward(input[-1:], logit[-1:], *RESNET)
     torch.testing.assert_close(output[-1:], last)
-    for got, want in zip(grads, backward(last, input[-1:], logit[-1:], *RESNET), strict=True):
+    for got, want in zip(grads, backward(last, input[-1:], logit[-1:], last, *RESNET), strict=True):
         torch.testing.assert_close(got[-1:], want)

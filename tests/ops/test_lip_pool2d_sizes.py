@@ -40,7 +40,7 @@ def test_ceil_mode_takes_every_shape_that_max_pool2d_takes() -> None:
             batch, places = [t[None] for t in case.tensors], geometry(**options)
             by_reference = (
                 module._reference(*batch, *places),
-                *module._backward_reference(grad[None], *batch, *places),
+                *module._backward_reference(grad[None], *batch, expected[None].detach(), *places),
             )
             for kernel, reference, exactly in zip(got, by_reference, want, strict=True):
                 assert torch.allclose(kernel, exactly, 1e-9, 1e-11), options
@@ -62,7 +62,7 @@ def test_global_pools_on_small_images() -> None:
         torch.testing.assert_close(output, expected)
         torch.testing.assert_close(module._reference(*case.tensors, *geometry(**options)), expected)
         grads = torch.autograd.grad(output.sum(), leaves)
-        wanted = module._backward_reference(torch.ones_like(expected), *case.tensors, *geometry(**options))
+        wanted = module._backward_reference(torch.ones_like(expected), *case.tensors, expected, *geometry(**options))
         torch.testing.assert_close(grads, wanted)
         torch.testing.assert_close(grads[0], weight.reshape(2, 1, 7, 5).expand(2, 3, 7, 5))
     status = Path("/proc/self/status")
@@ -74,7 +74,7 @@ def test_global_pools_on_small_images() -> None:
         Path("/proc/self/clear_refs").write_text("5")
         before, one = peak(), torch.ones(1, 1, 1, 1)
         output = lip_pool2d(one, one, 10**7, 1, 5 * 10**6)
-        torch.ops.paper_layers.lip_pool2d_backward(output, one, one, *geometry(10**7, 1, 5 * 10**6))
+        torch.ops.paper_layers.lip_pool2d_backward(output, one, one, output, *geometry(10**7, 1, 5 * 10**6))
         assert torch.equal(output, torch.ones(1, 1, 2, 2))
         assert peak() - before < 16 * 1024
 
@@ -86,7 +86,7 @@ def test_sizes_whose_products_wrap(shape: tuple[int, ...]) -> None:
         try:
             input = torch.empty(shape)
             output = torch.ops.paper_layers.lip_pool2d(input, input, *options)
-            torch.ops.paper_layers.lip_pool2d_backward(output, input, input, *options)
+            torch.ops.paper_layers.lip_pool2d_backward(output, input, input, output, *options)
         except RuntimeError:
             continue
         assert output.numel() == 0
