@@ -21,7 +21,8 @@ def save(ctx: Any, tensors: tuple[Tensor | None, ...], outputs: tuple[Tensor, ..
         return
     ctx.save_for_backward(*tensors)
     if (
-        torch.is_grad_enabled()
+        any(ctx.needs_input_grad)
+        and not outputs[0].is_inference()
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(outputs[0])
     ):
