@@ -40,7 +40,7 @@ class Array:
         code, order = self.dtype.code, self.dtype.order
         if code not in _DTYPES:
             raise ValueError(f"an array of NumPy's dtype {code!r}")
-        # Python 2 has no bytes of their own.
+        # Python 2 has one type for bytes and text.
         data = self.data.encode("latin1") if isinstance(self.data, str) else bytes(self.data)
         dtype = _DTYPES[code]
         if len(data) != math.prod(self.shape) * dtype.itemsize:
@@ -57,7 +57,7 @@ class Array:
 
 
 def is_array(value: Any) -> bool:
-    """Whether `to_tensor` takes the value."""
+    """Return whether `to_tensor` takes the value."""
     numpy = sys.modules.get("numpy")
     return isinstance(value, Tensor | Array) or (numpy is not None and isinstance(value, numpy.ndarray | numpy.number))
 

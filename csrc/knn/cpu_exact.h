@@ -91,7 +91,7 @@ PAPER_LAYERS_INLINE Part load_part(const float* p) {
   return __builtin_convertvector(part, Part);
 }
 
-// What a channel adds to a distance, or to an inner product.
+// A channel's summand of a distance, or to an inner product.
 template <bool inner, typename Number>
 PAPER_LAYERS_INLINE Number term(Number x, Number y) {
   if (inner) return rounded(x * y);

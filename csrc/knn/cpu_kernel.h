@@ -12,7 +12,7 @@
 // So few pairs are not worth a tree or panels.
 constexpr int64_t kFewPairs = 4096;
 
-// What coordinates there are besides NaN.
+// The coordinates other than NaN.
 struct Extremes {
   bool infinite = false;
   bool large = false;  // their squares overflow in T

@@ -210,7 +210,7 @@ class PanelDistances {
   // One exact distance for so many pairs of the search, and so many at least.
   static constexpr int64_t kPairsPerExact = 128, kExactAtLeast = 4096;
 
-  // Of scores that are no products.
+  // For scores that are no products.
   T uncertainty_of(T least) const {
     if (scores == Scores::exact) return 0;
     return 4 * points.slack * std::abs(least) + 64 * points.channels * std::numeric_limits<T>::min();

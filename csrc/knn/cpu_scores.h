@@ -1,6 +1,6 @@
 // The scores of panels of points for queries, compiled once for each instruction set.
 
-// What scores are: products, from which distances follow; where too many of them differ by less than their errors,
+// The kinds of scores: products, from which distances follow; where too many of them differ by less than their errors,
 // -|x - y|^2 in T, in error by little of itself; where that does not do, exact distances with their sign changed.
 enum class Scores { products, differences, exact };
 
@@ -45,7 +45,7 @@ PAPER_LAYERS_INLINE void sum_channels(const T* queries, const T* points, int64_t
   }
 }
 
-// What scores are sums of. Functions of their own, so that the compiler keeps all sums in registers.
+// The terms that scores are sums of. Functions of their own, so that the compiler keeps all sums in registers.
 template <typename T>
 __attribute__((noinline)) void multiply(const T* queries, const T* points, int64_t channels, T* to) {
   using V = Vec<T>;

@@ -6,7 +6,7 @@ struct TreeDistances {
   const Tree<T>& tree;
   std::atomic<int64_t>& left;  // exact distances, see spend()
   const TreePoint<T>* queries;
-  // Of each query, where exact distances had to decide: what is not before it, by distance and index, is not wanted.
+  // For each query, where exact distances had to decide: a point that is not before it, by distance and index, is not wanted.
   Found limits[kLeaf];
 
   static constexpr int32_t kUndecided = std::numeric_limits<int32_t>::max();
@@ -74,7 +74,7 @@ class TreeWalk {
   }
 
  private:
-  // What any of the queries needs.
+  // The bound that any of the queries needs.
   void find_reach() {
     V least(std::numeric_limits<T>::infinity());
     for (int64_t q = 0; q < kLeaf; q += V::size) {
@@ -125,7 +125,7 @@ class TreeWalk {
     if (shrunk) find_reach();
   }
 
-  // Whether there is a new limit.
+  // True if there is a new limit.
   bool scan(int64_t leaf, int64_t q) {
     const T* coordinates = tree_.coordinates(leaf);
     T* scores = candidates_.scores(q);

@@ -120,7 +120,7 @@ inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const s
   return problem;
 }
 
-// Whether the two are the same elements in the same order, whatever the strides where there is but one.
+// True if the two are the same elements in the same order, whatever the strides where there is but one.
 inline bool same_data(const Tensor& a, const Tensor& b) {
   bool same = a.const_data_ptr() == b.const_data_ptr() && equal(a.sizes(), b.sizes());
   for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == 1 || a.stride(d) == b.stride(d);

@@ -91,7 +91,7 @@ class Weights {
     largest_ = largest;
   }
 
-  // Whether the block was filled with its own exponent. If not, it is now.
+  // True if the block was filled with its own exponent. If not, it is now.
   bool close() {
     if (pending_.size() == 0) return true;
     const bool own = exponent_of(largest_of(largest_)) == last_exponent_;
@@ -123,7 +123,7 @@ class Weights {
     return power;
   }
 
-  // Of a block with this largest logit among those below infinity.
+  // The exponent of a block with this largest logit among those below infinity.
   static int64_t exponent_of(A largest) {
     if (largest < std::numeric_limits<A>::lowest()) return kNoExponent;
     if (std::abs(largest) > A(kLargestLogit)) return kLeftExponent;

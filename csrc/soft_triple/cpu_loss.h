@@ -74,7 +74,7 @@ struct Unit {
   }
 };
 
-// What a thread works on: some classes, their centers (classes K, d) and the scores (classes K, B).
+// A thread's work: some classes, their centers (classes K, d) and the scores (classes K, B).
 template <typename A>
 struct Part {
   int64_t worker, group, first, count;

@@ -29,7 +29,7 @@ Tensor wide(const Tensor& tensor, const Tensor& weight) {
   return dense(torch::stable::to(tensor, accumulation_dtype(weight.scalar_type())));
 }
 
-// Whether products are ours. Those of half types are torch's, which has instructions for them.
+// True where products are ours. Those of half types are torch's, which has instructions for them.
 bool has_own_products(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double;
 }

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from paper_layers.adv_prop.norm import SplitBatchNorm
 
-# Of the losses of auxiliary logits: Inception v3 has one, GoogLeNet two; as in the papers and torchvision's recipes.
+# The usual weights of auxiliary losses: 0.4 for Inception v3's one, 0.3 for each of GoogLeNet's two.
 _SHARES = {1: 0.4, 2: 0.3}
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -135,7 +135,7 @@ class _Synchronised(torch.autograd.Function):
         if own_sizes:
             own = split_backward_sums(grad, input, mean[some], var[some], own_sizes, eps)
             sums[:, some] = torch.stack(own)
-        grad_weight, grad_bias = sums.clone()  # Of this process alone.
+        grad_weight, grad_bias = sums.clone()  # This process's alone.
         dist.all_reduce(sums, group=group)
         if own_sizes:
             means = sums / count.clamp(min=1)
@@ -147,7 +147,7 @@ class _Synchronised(torch.autograd.Function):
 
 
 def _filled(sizes: list[int], pixels: int) -> tuple[Any, list[int]]:
-    """Which splits have values in this process, as an index, and their sizes."""
+    """The splits that have values in this process, as an index, and their sizes."""
     if all(size * pixels for size in sizes):
         return slice(None), sizes
     some = [i for i, size in enumerate(sizes) if size * pixels]

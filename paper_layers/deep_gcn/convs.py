@@ -410,7 +410,7 @@ class SAGEConv(_GraphConv):
 
     @property
     def _averages_first(self) -> bool:
-        """Whether the mean of the linear layer's outputs is its output for the mean."""
+        """Return whether the mean of the linear layer's outputs is its output for the mean."""
         layer = self.nn1
         return splits(layer) and layer.act is None and layer.norm is None
 

@@ -118,7 +118,7 @@ def _uses_batch_statistics(norm: BatchNorm) -> bool:
 
 
 def _is_one(count: Tensor) -> bool:
-    """Whether there is one edge, asked only where the answer costs no wait for a device and no break of a graph."""
+    """Return whether there is one edge, where the answer costs no wait for a device and no break of a graph."""
     if torch.compiler.is_compiling() or not count.is_cpu:
         return False
     try:

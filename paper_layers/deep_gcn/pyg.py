@@ -42,7 +42,7 @@ class _FusedEdgeConv(pyg.MessagePassing):
         return (layers[0], layers[1:]) if fits and width % 2 == 0 and x[0].dtype == x[1].dtype else None
 
     def _is_watched(self) -> bool:
-        """Whether an explainer, a hook or a method that is set on the object waits for PyG's steps."""
+        """Return whether an explainer, a hook or a method that is set on the object waits for PyG's steps."""
         own = self.__dict__
         if self.explain or any(own[hooks] for hooks in _HOOKS):
             return True
@@ -163,7 +163,7 @@ def _is_rows(x: Any, channels: int) -> bool:
 
 
 def _are_edges(edge_index: Any) -> bool:
-    """Whether this is the usual form of edges: neither sparse nor one of PyG's own tensors."""
+    """Return whether this is the usual form of edges: neither sparse nor one of PyG's own tensors."""
     if type(edge_index) is not Tensor or edge_index.layout != torch.strided:
         return False
     return edge_index.dtype in (torch.int64, torch.int32) and edge_index.dim() == 2 and len(edge_index) == 2

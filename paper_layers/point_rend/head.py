@@ -121,7 +121,7 @@ class PointRendHead(nn.Module):
 
     @property
     def splits(self) -> bool:
-        """Whether the three parts may read the layers' weights in place of calling the layers."""
+        """Return whether the three parts may read the layers' weights in place of calling the layers."""
         return all(readable(layer, nn.Linear) for layer in (*self.layers, self.predictor))
 
     def _call_layers(self, fine: Tensor, coarse: Tensor, labels: Tensor | None) -> Tensor:
@@ -135,7 +135,7 @@ class PointRendHead(nn.Module):
         return x.gather(2, labels[:, None, None].expand(-1, x.shape[1], 1)).mT
 
     def fine_shares(self, fine: Sequence[Tensor]) -> list[Tensor]:
-        """What each of the fine features (N, C_l, ...) adds to the first layer: (N, fc_dim, ...), without the bias.
+        """Each fine feature's (N, C_l, ...) summand of the first layer: (N, fc_dim, ...), without the bias.
 
         Raises:
             TypeError: A layer must be called as a whole; see `splits`.

@@ -145,7 +145,7 @@ class PointRendMask(BoxMasks):
 
     @property
     def _splits(self) -> bool:
-        """Whether the point head's products may be taken on maps, in place of a call of the head at points."""
+        """Return whether the point head's products may be taken on maps, in place of a call of the head at points."""
         return readable(self.point_head, PointRendHead) and self.point_head.splits
 
     def _fine(self, features: Tensor | Sequence[Tensor], count: int) -> Sampler:

@@ -80,7 +80,7 @@ def _parts(mask: Tensor) -> list[Tensor]:
 def _images(
     masks: Sequence[Tensor], boxes: Sequence[Tensor], matched: Sequence[Tensor] | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each image with boxes the masks (M, H, W), which of them is that of each box, and the boxes."""
+    """For each image with boxes: its masks (M, H, W), the number of each box's mask, and the boxes."""
     if len(masks) != len(boxes):
         raise ValueError(f"masks: expected a tensor for each of {len(boxes)} images, got {len(masks)}")
     if matched is not None and len(matched) != len(boxes):

@@ -1,4 +1,4 @@
-"""What pytorch-metric-learning asks of a loss, without importing it."""
+"""Pytorch-metric-learning's interface of a loss, without importing the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def taken_by_metric_learning(kind: type) -> type:
 
 @functools.cache
 def _joined(kind: type, base: type) -> type:
-    # What its methods look for and its own constructor, which is not called, would have set.
+    # Attributes that its methods read; its constructor, which is not called, sets them.
     body: dict[str, Any] = {"collect_stats": False, "embedding_regularizer": None, "__doc__": kind.__doc__}
     body |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_made_from": kind}
     return type(kind.__name__, (kind, base), {**body, "__reduce_ex__": _reduce})

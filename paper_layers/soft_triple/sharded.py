@@ -229,7 +229,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         return labels, counts, [size for size, *_ in found]
 
     def _settings(self, requires_grad: bool) -> dict[str, Any]:
-        """What all ranks must have alike, by name: numbers, and choices as (names, number)."""
+        """The settings that must be equal on all ranks, by name: numbers, and choices as (names, number)."""
         own, grad = self._own_centers(), torch.is_grad_enabled()
         return {
             "num_classes": self.num_classes,
@@ -266,7 +266,7 @@ def _bits(value: Any) -> int:
 
 
 def _value(bits: int, like: Any) -> Any:
-    """What another rank sent in place of `like`."""
+    """The tensor that another rank sent in place of `like`."""
     if isinstance(like, _Choice):
         return like.values[bits]
     return struct.unpack("d", struct.pack("q", bits))[0] if isinstance(like, float) else bits

@@ -18,7 +18,7 @@ class Grafted(nn.Module):
 
     prefix: str  # Of the new class's name.
     added: str  # The name of the child that we add.
-    arguments: tuple[inspect.Parameter, ...] = ()  # What our forward takes beside the host's arguments.
+    arguments: tuple[inspect.Parameter, ...] = ()  # Our forward's arguments beside the host's.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the two classes: the one that is made of them cannot be found by its name."""

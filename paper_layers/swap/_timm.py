@@ -10,7 +10,7 @@ from paper_layers.adv_prop.sync import SplitSyncBatchNorm
 
 
 class _Activated(SplitBatchNorm):
-    """What timm's fused norms do after the norm."""
+    """The steps of timm's fused norms after the norm."""
 
     drop: nn.Module
     act: nn.Module

@@ -44,7 +44,7 @@ def trial_run(
         The output, or None and the error that broke the run off. Any host may raise anything.
     """
     inputs = list(_guess_inputs(model)) if example_input is None else [example_input]
-    reported: Exception | None = None  # Of the first guess, in the model's own mode.
+    reported: Exception | None = None  # The first guess's error, in the model's own mode.
     hooked = any(vars(module)[key] for module in model.modules() for key in _HOOKS)
     for example in inputs:
         args = example if isinstance(example, tuple) else (example,)
@@ -114,7 +114,7 @@ def _rebound(hook: Any, memo: dict[int, Any]) -> Any:
 
 
 def _guess_inputs(model: nn.Module) -> Iterator[Tensor]:
-    """What timm says of its model, and two images with the channels of the first convolution."""
+    """The input size that timm states for its model, and two images with the channels of the first convolution."""
     dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
     known = getattr(model, "pretrained_cfg", None)
     if isinstance(known, Mapping) and known.get("input_size"):

@@ -187,7 +187,7 @@ def _conv_like(module: Any) -> str | None:
 
 
 def _embeds_patches(conv: Any) -> bool:
-    """Whether a convolution cuts an image into patches, which no pooling would do as well."""
+    """Return whether a convolution cuts an image into patches, where pooling would make no sense."""
     return type(conv) is nn.Conv2d and conv.kernel_size == conv.stride and min(conv.stride) > 3
 
 

@@ -194,7 +194,7 @@ def test_fast_step_shares_its_gradients(ranks: list[dict[Any, Record]]) -> None:
 
 @pytest.mark.parametrize("name", sizes_of(0))
 def test_parts_without_images(ranks: list[dict[Any, Record]], name: str) -> None:
-    """What one process computes of all images; a branch that has none anywhere keeps its statistics."""
+    """One process computes the same from all images; a branch that has none anywhere keeps its statistics."""
     parts = [some(sizes_of(rank)[name], rank) for rank in range(2)]
     expected = run_empty(norm(), [torch.cat(halves) for halves in zip(*parts, strict=True)])
     found = [rank["empty", name] for rank in ranks]

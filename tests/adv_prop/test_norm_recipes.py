@@ -1,4 +1,4 @@
-"""What loops over modules, averaging of weights and checkpointing do to split norms."""
+"""Split norms under loops over modules, averaging of weights and checkpointing."""
 
 from __future__ import annotations
 

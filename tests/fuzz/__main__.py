@@ -18,7 +18,7 @@ from tests.fuzz.ops import OPS, Draw
 
 
 def draw_once(op: str, seed: int) -> list[str]:
-    """What is wrong with one draw; the first line is the call."""
+    """Describe the fault of one draw; the first line is the call."""
     draw = Draw(seed)
     call = OPS[op](draw)
     found = [*problems(call, draw, seed)]

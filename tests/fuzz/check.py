@@ -1,4 +1,4 @@
-"""What is compared for each call: its formula, the ops that it calls, numbers of threads, and each row by itself."""
+"""The comparisons for each call: its formula, the ops that it calls, numbers of threads, and each row by itself."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class Draw:
 
     def floats(self, *shape: int, kind: str = "normal", dtype: torch.dtype | None = None) -> Tensor:
         x = VALUES[kind](torch.randn(shape, generator=self.generator)).to(dtype or self.dtype)
-        x = x if kind == "special" else x.nan_to_num()  # What is beyond the dtype's largest number.
+        x = x if kind == "special" else x.nan_to_num()  # Numbers beyond the dtype's largest one.
         layout = self.pick(*LAYOUTS)
         return LAYOUTS[layout](x) if x.numel() else x
 

@@ -134,7 +134,7 @@ def works(call: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def extract(model: nn.Module) -> nn.Module:
-    """What torch.fx makes of the model, from its input to its last node."""
+    """Trace the model with torch.fx, from its input to its last node."""
     train, evaluation = get_graph_node_names(model)
     return create_feature_extractor(model, train_return_nodes=train[-1:], eval_return_nodes=evaluation[-1:])
 

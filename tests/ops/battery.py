@@ -37,7 +37,7 @@ drawn = settings(
 )
 
 
-# What a user may do to an output, in place and not.
+# Changes of an output, in place and out of place.
 WRITES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "mul_": (lambda t: t.mul_(2), lambda t: t * 2),
     "relu_": (lambda t: t.relu_(), lambda t: t.relu()),

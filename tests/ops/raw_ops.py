@@ -30,7 +30,7 @@ def _shorter(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def wrong_arguments(arguments: tuple[Any, ...], device: str = "cpu") -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """What is to be refused: one tensor at a time of another dtype, with a dimension more, or on another device."""
+    """Arguments to refuse: one tensor at a time of another dtype, with a dimension more, or on another device."""
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "dtype": lambda t: t.long() if t.is_floating_point() or t.dtype == torch.bool else t.double(),
         "a dimension more": lambda t: t[None],
@@ -43,7 +43,7 @@ def wrong_arguments(arguments: tuple[Any, ...], device: str = "cpu") -> Iterator
 
 
 def odd_arguments(arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """What is to be survived: tensors that are shorter, or empty, and integers out of range."""
+    """Arguments to survive: tensors that are shorter, or empty, and integers out of range."""
     for size in (0, 1):
         for dim in range(4):
             yield from _changed(arguments, lambda t, d=dim, s=size: _shorter(t, d, s))
@@ -56,7 +56,7 @@ def odd_arguments(arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
 
 
 def sizes_without_elements(arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Of all sizes that occur, one becomes zero and two become huge, where no tensor has elements then."""
+    """Make one of the sizes zero and two of them huge, where no tensor has elements then."""
     tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
     sizes = sorted({size for tensor in tensors for size in tensor.shape})
 
@@ -81,7 +81,7 @@ def sizes_without_elements(arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ..
 
 
 def survives(calls: Callable[[], None], seconds: int = 60) -> bool:
-    """Whether a process of its own lives through the calls, in so many seconds of the processor."""
+    """Return whether a process of its own survives the calls, within so many seconds of the processor."""
     child = os.fork()
     if child == 0:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

@@ -175,7 +175,7 @@ def number_of_threads(number: int) -> Iterator[None]:
 
 
 def results(call: Call, batched: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """What the function returns, and the gradients of its tensors."""
+    """Return the function's results and the gradients of its tensors."""
     tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in (*batched, *call.shared)]
     got = call.function(*tensors, **call.options)
     outputs = list(got) if isinstance(got, tuple) else [got]

@@ -230,7 +230,7 @@ def test_cells_are_those_of_roi_align() -> None:
     numbers = torch.randint(6, (len(boxes),), generator=generator)
     rois = torch.cat([numbers[:, None], boxes], 1)[:-1]
     expected = roi_align(mask[:, None].double(), rois, 1.0, 7, 7, 0, True)[:, 0]
-    for share in (cells.covered_share, cells._reference):  # What a CPU and what others compute.
+    for share in (cells.covered_share, cells._reference):  # On a CPU, and elsewhere.
         for some in (mask, mask.to(torch.uint8), mask.double()):
             actual = share(some, numbers, boxes, 7)
             torch.testing.assert_close(actual[:-1], expected, rtol=0, atol=1e-12)
