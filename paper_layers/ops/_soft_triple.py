@@ -182,7 +182,7 @@ known_labels = define(
 of_centers = define(
     "soft_triple_centers(Tensor centers, bool regularized) -> (Tensor, Tensor, Tensor)", _centers, _centers_fake
 )
-# For the classes from `first` on: the log-sum-exp of the chunk's logits but the row's own, and the row's own less margin,
+# For the classes from `first` on: the log-sum-exp of the chunk's logits but the row's own; the row's own less margin,
 # or 0 where it is not in the chunk.
 chunk_forward = define(
     f"soft_triple_chunk(Tensor scores, {_CLASSES}, {_FACTORS}) -> (Tensor, Tensor)", _forward, _forward_fake
