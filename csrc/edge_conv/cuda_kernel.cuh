@@ -153,10 +153,10 @@ struct StatisticsGradient {
       const double edges = means != nullptr && *count > 1 ? *count : 1;
       const int64_t channel = pack * V + v;
       mean[v] = means != nullptr ? means[channel] : A(0);
+      linear[v] = means != nullptr ? static_cast<A>(2 * grad_var[channel] / edges) : A(0);
       // An infinite mean leaves no edge a gradient.
       constant[v] =
           means != nullptr ? static_cast<A>(grad_mean[channel] / edges) + linear[v] * (mean[v] - mean[v]) : A(0);
-      linear[v] = means != nullptr ? static_cast<A>(2 * grad_var[channel] / edges) : A(0);
     }
   }
 };
