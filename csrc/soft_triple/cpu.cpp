@@ -6,6 +6,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "common/matrix_view.h"
 #include "soft_triple/problem.h"
 
 #define PAPER_LAYERS_KERNEL "soft_triple/cpu_kernel.h"

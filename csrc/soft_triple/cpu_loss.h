@@ -1,11 +1,12 @@
 // SoftTriple as a whole on the CPU: a thread takes some classes at a time through all steps, matrix products included,
-// while its caches hold them. Which classes go together depends on the centers alone, so a row's results depend neither
-// on the threads nor on the batch around it.
+// while its caches hold them. Which classes go together depends on the centers alone, so results do not depend on the
+// threads.
 #pragma once
 
 #include <atomic>
 
 #include "common/huge_pages.h"
+#include "common/products.h"
 
 namespace paper_layers {
 namespace {
@@ -23,18 +24,23 @@ Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 // a core's own cache, and work for several threads.
 int64_t classes_at_a_time(const SoftTripleLoss& loss) {
   if (loss.chunk_size > 0) return std::min(loss.chunk_size, std::max<int64_t>(1, loss.classes));
-  const int64_t least = 48 / loss.centers + 1, most = std::max(least, 384 / loss.centers);
-  const int64_t size = std::clamp((loss.classes + 7) / 8, least, most);
+  const int64_t least = 128 / loss.centers + 1, most = std::max(least, 384 / loss.centers);
+  const int64_t size = std::clamp((loss.classes + 3) / 4, least, most);
   const int64_t parts = std::max<int64_t>(1, (loss.classes + size - 1) / size);
   return std::max<int64_t>(1, (loss.classes + parts - 1) / parts);  // evenly
 }
 
-// Classes [first, first + count) of centers, or of their gradients.
-Tensor part_of(const Tensor& centers, int64_t first, int64_t count) {
-  const std::vector<int64_t> shape = {count, centers.size(1), centers.size(2)};
-  return torch::stable::from_blob(centers.data_ptr(), shape, centers.strides(), centers.device(),
-                                  centers.scalar_type(), first * centers.stride(0));
+// A matrix in memory of ours.
+template <typename A>
+Tensor matrix(const A* data, int64_t rows, int64_t columns, bool transposed = false) {
+  constexpr ScalarType dtype = std::is_same_v<A, float> ? ScalarType::Float : ScalarType::Double;
+  const std::vector<int64_t> shape = {rows, columns}, strides = {transposed ? 1 : columns, transposed ? rows : 1};
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(const_cast<A*>(data), shape, strides, cpu, dtype);
 }
+
+// Elements in whole cache lines: memory of all workers is aligned alike, as products may depend on it.
+int64_t in_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
 
 // Memory of ours, allocated where torch's profiler sees it: not by threads of the pool.
 Tensor memory(const SoftTripleLoss& loss, const Tensor& like, std::vector<int64_t> shape) {
@@ -44,33 +50,38 @@ Tensor memory(const SoftTripleLoss& loss, const Tensor& like, std::vector<int64_
 // Parts of the classes. Groups of them, in order, have a sum of the embeddings' gradients each.
 struct Parts {
   static constexpr int64_t kGroups = 16;
-  int64_t size, count, groups, threads;
+  int64_t size, count, groups, grain, threads;
 
   explicit Parts(const SoftTripleLoss& loss)
       : size(classes_at_a_time(loss)),
         count((loss.classes + size - 1) / size),
         groups(std::min(count, kGroups)),
-        threads(std::min<int64_t>(groups, torch::stable::get_num_threads())) {}
+        grain(grain_size(1 << 20, {size, loss.centers, loss.rows, loss.channels})),
+        threads(std::min<int64_t>(std::max<int64_t>(groups, 2), torch::stable::get_num_threads())) {}
+
+  // Whether there is work for one thread alone.
+  bool small() const { return grain > groups; }
+  void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool add = false) const {
+    if (small()) add_small_product(to, a, b, add, 1, to);
+    else add_product(to, a, b, add, 1, to);
+  }
 
   int64_t first_of(int64_t group) const { return group * count / groups; }
 };
 
-// The embeddings as unit vectors, and these as columns.
+// The embeddings as unit vectors.
 template <typename A>
 struct Unit {
-  Tensor lengths, rows, transposed;
-  A *inverse, *data, *columns;
+  Tensor lengths, rows;
+  A *inverse, *data;
 
   Unit(const SoftTripleLoss& loss, const Tensor& embeddings)
       : lengths(memory(loss, embeddings, {loss.rows})),
         rows(memory(loss, embeddings, {loss.rows, loss.channels})),
-        transposed(memory(loss, embeddings, {loss.channels, loss.rows})),
         inverse(lengths.mutable_data_ptr<A>()),
-        data(rows.mutable_data_ptr<A>()),
-        columns(transposed.mutable_data_ptr<A>()) {
+        data(rows.mutable_data_ptr<A>()) {
     const Tensor wide = dense(torch::stable::to(embeddings, loss.dtype));
     PAPER_LAYERS_DISPATCH(unit_vectors(loss.rows, loss.channels, wide.const_data_ptr<A>(), inverse, data));
-    PAPER_LAYERS_DISPATCH(transpose_matrix(data, loss.channels, loss.rows, loss.channels, columns));
   }
 };
 
@@ -87,25 +98,26 @@ template <typename A, typename Body>
 void for_each_part(const SoftTripleLoss& loss, const Parts& parts, const Tensor& centers, const Unit<A>& unit,
                    const Body& body) {
   if (parts.count == 0) return;
-  const int64_t size = parts.size, all_scores = checked_product({size, loss.centers, loss.rows});
-  const int64_t grain = grain_size(1 << 20, {all_scores, loss.channels});
+  const int64_t size = parts.size, all_scores = in_lines(checked_product({size, loss.centers, loss.rows}));
   const Tensor buffer = memory(loss, unit.rows, {parts.threads, all_scores});
   A* const buffers = buffer.mutable_data_ptr<A>();
   std::atomic<int64_t> workers = 0;
-  parallel_for(0, parts.groups, grain, [&](int64_t begin, int64_t end) {
+  const auto work = [&](int64_t begin, int64_t end) {
     const int64_t worker = workers++;
     A* const scores = buffers + worker * all_scores;
+    const Tensor columns = matrix(unit.data, loss.channels, loss.rows, true);
     for (int64_t group = begin; group < end; ++group) {
       for (int64_t p = parts.first_of(group); p < parts.first_of(group + 1); ++p) {
-        const int64_t first = p * size, count = std::min(size, loss.classes - first);
-        const Tensor wide = dense(torch::stable::to(part_of(centers, first, count), loss.dtype));
-        const A* const rows = wide.const_data_ptr<A>();
-        PAPER_LAYERS_DISPATCH(multiply<A>({rows, loss.channels, 1}, unit.columns, loss.rows, count * loss.centers,
-                                          loss.channels, loss.rows, false, scores, loss.rows));
-        body(Part<A>{worker, group, first, count, rows, scores});
+        const int64_t first = p * size, count = std::min(size, loss.classes - first), rows = count * loss.centers;
+        const Tensor wide = dense(torch::stable::to(narrow(centers, 0, first, count), loss.dtype));
+        const A* const part = wide.const_data_ptr<A>();
+        parts.multiply(matrix(part, rows, loss.channels), columns, matrix(scores, rows, loss.rows));
+        body(Part<A>{worker, group, first, count, part, scores});
       }
     }
-  });
+  };
+  if (parts.small()) work(0, parts.groups);
+  else in_parallel_region(parts.groups, parts.grain, work);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_triple(const Tensor& embeddings, const Tensor& centers,
@@ -160,7 +172,8 @@ std::tuple<Tensor, Tensor> pull_back(const SoftTripleLoss& loss, const Tensor& e
   const bool direct = grad_centers.scalar_type() == loss.dtype;
   const Tensor share = memory(loss, embeddings, {parts.groups, B, d});
   const Tensor projection = memory(loss, embeddings, {parts.threads, parts.size * K});
-  const Tensor wide_grad = memory(loss, embeddings, {direct ? 0 : parts.threads, parts.size * K * d});
+  const int64_t all_grads = in_lines(parts.size * K * d);
+  const Tensor wide_grad = memory(loss, embeddings, {direct ? 0 : parts.threads, all_grads});
   A *const shares = share.mutable_data_ptr<A>(), *const projections = projection.mutable_data_ptr<A>();
   for_each_part<A>(loss, parts, centers, unit, [&](const Part<A>& part) {
     const int64_t first = part.first, rows = part.count * K;
@@ -168,17 +181,17 @@ std::tuple<Tensor, Tensor> pull_back(const SoftTripleLoss& loss, const Tensor& e
     const A* const inverses = inverse.const_data_ptr<A>() + first * K;
     const A* const pulls = distances ? pull.const_data_ptr<A>() + first * K * K : nullptr;
     A* const grad = direct ? grad_centers.mutable_data_ptr<A>() + first * K * d
-                           : wide_grad.mutable_data_ptr<A>() + part.worker * parts.size * K * d;
+                           : wide_grad.mutable_data_ptr<A>() + part.worker * all_grads;
     weigh(part, inverses, projected);
     const bool more = first > parts.first_of(part.group) * parts.size;
-    PAPER_LAYERS_DISPATCH(
-        multiply<A>({part.scores, 1, B}, part.centers, d, B, rows, d, more, shares + part.group * B * d, d));
-    PAPER_LAYERS_DISPATCH(multiply<A>({part.scores, B, 1}, unit.data, d, rows, B, d, false, grad, d));
+    parts.multiply(matrix(part.scores, B, rows, true), matrix(part.centers, rows, d),
+                   matrix(shares + part.group * B * d, B, d), more);
+    parts.multiply(matrix(part.scores, rows, B), unit.rows, matrix(grad, rows, d));
     PAPER_LAYERS_DISPATCH(soft_triple_add_centers<A>({part.count, K, d, distances}, part.centers, inverses, projected,
                                                      pulls, grad_distance, grad));
     if (direct) return;
     const std::vector<int64_t> shape = {part.count, K, d};
-    Tensor to = part_of(grad_centers, first, part.count);
+    Tensor to = narrow(grad_centers, 0, first, part.count);
     torch::stable::copy_(to, torch::stable::from_blob(grad, shape, to.strides(), to.device(), loss.dtype));
   });
   A* const grad = grad_embeddings.mutable_data_ptr<A>();

@@ -1,5 +1,4 @@
 // A linear layer over its weight's spectral norm on the CPU.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
@@ -9,10 +8,12 @@
 #include <tuple>
 #include <type_traits>
 
+#include "common/matrix_view.h"
 #include "spectral_linear/problem.h"
 
 #define PAPER_LAYERS_KERNEL "spectral_linear/cpu_kernel.h"
 #include "common/for_each_isa.h"
+#include "common/products.h"
 
 namespace paper_layers {
 namespace {
@@ -29,74 +30,17 @@ Tensor wide(const Tensor& tensor, const Tensor& weight) {
   return dense(torch::stable::to(tensor, accumulation_dtype(weight.scalar_type())));
 }
 
-// True where products are ours. Those of half types are torch's, which has instructions for them.
-bool has_own_products(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double;
+// As the products' library takes it: copied once where every share would copy it.
+Tensor with_lines(const Tensor& matrix) {
+  return matrix.stride(0) == 1 || matrix.stride(1) == 1 ? matrix : dense(matrix);
 }
 
-// Calls function with an element of a dtype whose products are ours.
-template <typename Function>
-void with_own_dtype(ScalarType dtype, Function function) {
-  THO_DISPATCH_V2(dtype, "spectral_linear", AT_WRAP([&] { function(scalar_t{}); }), ScalarType::Float,
-                  ScalarType::Double);
-}
-
-template <typename A>
-const A* data_of(const Tensor& tensor) {
-  return tensor.const_data_ptr<A>();
-}
-
-// Input times the transposed weight, over sigma, and a bias. Of input and weight, the one of fewer rows is transposed.
-Tensor own_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, double sigma) {
-  const int64_t B = input.size(0), M = weight.size(0), N = weight.size(1);
-  const Tensor output = empty(weight, {B, M});
-  const bool turns_weight = M < B;
-  const Tensor turned = empty(weight, {N, turns_weight ? M : B});
-  with_own_dtype(weight.scalar_type(), [&](auto element) {
-    using A = decltype(element);
-    const A *const x = data_of<A>(input), *const w = data_of<A>(weight);
-    A *const columns = turned.mutable_data_ptr<A>(), *const y = output.mutable_data_ptr<A>();
-    if (turns_weight) {
-      PAPER_LAYERS_DISPATCH(transpose_matrix<A>(w, N, M, N, columns));
-      PAPER_LAYERS_DISPATCH(multiply_in_shares<A>({x, N, 1}, columns, B, N, M, y));
-    } else {
-      const Tensor product = empty(weight, {M, B});
-      PAPER_LAYERS_DISPATCH(transpose_matrix<A>(x, N, B, N, columns));
-      PAPER_LAYERS_DISPATCH(
-          multiply_in_shares<A>({w, N, 1}, columns, M, N, B, product.mutable_data_ptr<A>()));
-      PAPER_LAYERS_DISPATCH(transpose_matrix<A>(data_of<A>(product), B, M, B, y));
-    }
-    PAPER_LAYERS_DISPATCH(
-        scale_rows<A>({B, M}, static_cast<A>(1 / sigma), bias ? data_of<A>(*bias) : nullptr, y));
-  });
-  return output;
-}
-
-// The gradients of input (B, N), if it has elements, and weight (M, N), likewise, but for sigma's share.
-void own_backward(const Tensor& grad, const Tensor& input, const Tensor& weight, double sigma, const Tensor& grad_input,
-                  const Tensor& grad_weight) {
-  const int64_t B = input.size(0), M = weight.size(0), N = weight.size(1);
-  const Tensor scaled = empty(weight, {B, M});
-  with_own_dtype(weight.scalar_type(), [&](auto element) {
-    using A = decltype(element);
-    A* const g = scaled.mutable_data_ptr<A>();
-    PAPER_LAYERS_DISPATCH(scale_by<A>(static_cast<A>(1 / sigma), data_of<A>(grad), B * M, g));
-    if (grad_input.numel() > 0) {
-      PAPER_LAYERS_DISPATCH(
-          multiply_in_shares<A>({g, M, 1}, data_of<A>(weight), B, M, N, grad_input.mutable_data_ptr<A>()));
-    }
-    if (grad_weight.numel() > 0) {
-      PAPER_LAYERS_DISPATCH(
-          multiply_in_shares<A>({g, 1, M}, data_of<A>(input), M, B, N, grad_weight.mutable_data_ptr<A>()));
-    }
-  });
-}
-
-// to = beta self + a b / sigma, where `self` goes with beta of 1 alone.
-void multiply(const Tensor& to, const std::optional<Tensor>& self, const Tensor& a, const Tensor& b, double sigma) {
-  const Tensor& added = self ? *self : to;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(to.get(), added.get(), a.get(), b.get(), self.has_value(), 1 / sigma));
+// to = a b / sigma, plus a row if there is any.
+void multiply(const Tensor& to, const std::optional<Tensor>& row, const Tensor& a, const Tensor& b, double sigma) {
+  const bool half = accumulation_dtype(to.scalar_type()) != to.scalar_type();
+  // Torch has instructions of their own for half types.
+  if (half) add_product(row ? *row : to, a, b, row.has_value(), 1 / sigma, to);
+  else multiply_in_shares(to, row, a, b, 1 / sigma);
 }
 
 double value_of(const Tensor& sigma, const Tensor& weight) {
@@ -128,12 +72,9 @@ Tensor spectral_linear(const Tensor& input, const Tensor& weight, const std::opt
   const int64_t rows = matrix("input", input).rows;
   check_like("input", input, {rows, problem.columns}, weight);
   if (bias) check_like("bias", *bias, {problem.rows}, weight);
-  if (has_own_products(weight)) {
-    const auto offset = bias ? std::optional<Tensor>(dense(*bias)) : std::nullopt;
-    return own_forward(dense(input), dense(weight), offset, value_of(sigma, weight));
-  }
   const Tensor output = empty(weight, {rows, problem.rows});
-  multiply(output, bias, input, torch::stable::transpose(weight, 0, 1), value_of(sigma, weight));
+  const auto row = bias ? std::optional<Tensor>(dense(*bias)) : std::nullopt;
+  multiply(output, row, with_lines(input), torch::stable::transpose(with_lines(weight), 0, 1), value_of(sigma, weight));
   return output;
 }
 
@@ -157,12 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> spectral_linear_backward(const Tensor& any_gr
   const Tensor grad_input = empty_if(needs_input, {rows, problem.columns}),
                grad_weight = empty_if(needs_weight, {problem.rows, problem.columns}),
                grad_bias = empty_if(needs_bias, {problem.rows});
-  if (has_own_products(weight)) {
-    own_backward(grad, input, weight, sigma, grad_input, grad_weight);
-  } else {
-    if (needs_input) multiply(grad_input, std::nullopt, grad, weight, sigma);
-    if (needs_weight) multiply(grad_weight, std::nullopt, torch::stable::transpose(grad, 0, 1), input, sigma);
-  }
+  if (needs_input) multiply(grad_input, std::nullopt, grad, weight, sigma);
+  if (needs_weight) multiply(grad_weight, std::nullopt, torch::stable::transpose(grad, 0, 1), input, sigma);
   if (weight.numel() == 0) return {grad_input, grad_weight, grad_bias};
   with_dtype(weight.scalar_type(), [&](auto element) {
     using T = decltype(element);

@@ -7,40 +7,6 @@ constexpr int64_t kParts = 16;
 // Elements that are worth a thread.
 constexpr int64_t kElementsPerThread = 32768;
 
-// to (rows, columns) = a (rows, terms) b (terms, columns), in which threads have a share each.
-template <typename A>
-void multiply_in_shares(MatrixView<A> a, const A* b, int64_t rows, int64_t terms, int64_t columns, A* to) {
-  constexpr int64_t width = kTileVectors * Vec<A>::size;
-  const int64_t panels = (columns + width - 1) / width, tiles = (rows + kTileRows - 1) / kTileRows;
-  const bool by_panels = panels > tiles;
-  const int64_t work = terms * (by_panels ? rows * width : kTileRows * columns);
-  parallel_for(0, std::max(panels, tiles), 1 + 8 * kElementsPerThread / (1 + work),
-                              [&](int64_t begin, int64_t end) {
-    if (by_panels) {
-      const int64_t j = begin * width;
-      multiply(a, b + j, columns, rows, terms, std::min(end * width, columns) - j, false, to + j, columns);
-    } else {
-      const int64_t i = begin * kTileRows;
-      multiply(MatrixView<A>{a.data + i * a.row, a.row, a.column}, b, columns, std::min(end * kTileRows, rows) - i,
-               terms, columns, false, to + i * columns, columns);
-    }
-  });
-}
-
-template <typename A>
-void scale_by(A scale, const A* from, int64_t count, A* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = scale * from[i];
-}
-
-// Rows times a scale, and an offset of each column if there are any.
-template <typename A>
-void scale_rows(Matrix matrix, A scale, const A* offsets, A* rows) {
-  for (int64_t i = 0; i < matrix.rows; ++i) {
-    A* const row = rows + i * matrix.columns;
-    for (int64_t j = 0; j < matrix.columns; ++j) row[j] = row[j] * scale + (offsets ? offsets[j] : A(0));
-  }
-}
-
 // sum += weights times `count` rows that follow one another.
 template <int64_t count, typename T, typename A>
 PAPER_LAYERS_INLINE void add_rows(const A* weights, const T* rows, int64_t columns, A* sum) {
