@@ -402,6 +402,21 @@ def test_methods_beside_forward_gather_shards() -> None:
     assert trunk.weight.grad is not None
 
 
+def test_forward_keeps_its_parameters_until_its_end() -> None:
+    """A module that is no root of FSDP2 gives up its parameters after each method that gathers them."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    discriminator = big_bigan.BigBiGANDiscriminator(Trunk(3, 3), 3, 4, width=6, depth=2).eval()
+    images, latents = features(5, 3), features(5, 4)
+    expected = discriminator(images, latents).xz
+    fully_shard(discriminator, mesh=mesh, reshard_after_forward=True)
+    torch.testing.assert_close(discriminator(images, latents).xz, expected)
+    head = point_rend.PointRendMask(4, 2, fc_dim=5, coarse_conv_dim=3, coarse_fc_dim=5, num_points=9)
+    fully_shard(head, mesh=mesh, reshard_after_forward=True)
+    boxes, labels, masks = [torch.tensor([[4.0, 4, 40, 40]])], [torch.tensor([1])], [torch.ones(1, 60, 80)]
+    sum(head(features(1, 4, 15, 20), boxes, labels, masks).values()).backward()
+    assert all(p.grad is not None for p in head.parameters())
+
+
 class Trunk(nn.Linear):
     """An image network in timm's manner."""
 

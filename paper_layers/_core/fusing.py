@@ -76,3 +76,11 @@ def forward_method(function: F) -> F:
         return function(self, *args, **kwargs)
 
     return cast(F, call)
+
+
+def within(module: nn.Module, name: str) -> Callable[..., Any]:
+    """Return a `forward_method` for a call within `forward`, at whose end FSDP2 would shard the module too early."""
+    if not hasattr(type(module), "unshard"):
+        return cast(Callable[..., Any], getattr(module, name))
+    function = getattr(type(module), name)
+    return functools.partial(getattr(function, "__wrapped__", function), module)

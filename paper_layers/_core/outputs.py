@@ -16,8 +16,8 @@ def save(ctx: Any, tensors: tuple[Tensor | None, ...], outputs: tuple[Tensor, ..
     hooks on what is saved, as checkpointing and off-loading do, which would not see it.
     """
     ctx.complete, ctx.outputs = torch.compiler.is_compiling(), None
-    if ctx.complete:  # A compiled graph does not write over what it needs.
-        ctx.save_for_backward(*tensors, *outputs)
+    if ctx.complete:  # Copies, which the compiler drops where nobody writes.
+        ctx.save_for_backward(*tensors, *(output.clone() for output in outputs))
         return
     ctx.save_for_backward(*tensors)
     if (

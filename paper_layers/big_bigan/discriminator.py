@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paper_layers._core.fusing import forward_method, method
+from paper_layers._core.fusing import forward_method, method, within
 from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.heads import JointHead, UnaryHead
 from paper_layers.big_bigan.pooling import POOLS, pooled
@@ -188,4 +188,4 @@ class BigBiGANDiscriminator(nn.Module):
         Returns:
             `Scores` of shape (N,) each, in float32 also under autocast.
         """
-        return self.heads(self.features(images), latents, labels)
+        return self.heads(within(self, "features")(images), latents, labels)

@@ -38,8 +38,9 @@ def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
     if index.dim() not in (2, 3):
         raise ValueError(f"index: expected shape (N, k) or (B, N, k), got {tuple(index.shape)}")
     there = index >= 0
+    # Neighbours of (N, k) may be nodes of another table, of any number of rows.
+    check_nodes(index.where(index != -1, 0), index.shape[1] if index.dim() == 3 else None, "index")
     if index.dim() == 3:
-        check_nodes(index.clamp(min=0), index.shape[1], "index")
         index = index + torch.arange(index.shape[0], device=index.device)[:, None, None] * index.shape[1]
     center = torch.arange(index.shape[:-1].numel(), device=index.device).view(*index.shape[:-1], 1).expand_as(index)
     edges = torch.stack([index[there], center[there]])
@@ -135,13 +136,14 @@ def _check_int64(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected an int64 Tensor, got {getattr(value, 'dtype', type(value).__name__)}")
 
 
-def check_nodes(nodes: Tensor, count: int, name: str = "edge_index") -> None:
+def check_nodes(nodes: Tensor, count: int | None, name: str = "edge_index") -> None:
     """Refuse numbers of nodes that don't exist; while torch traces, none are known."""
     if nodes.numel() == 0 or torch.compiler.is_compiling() or nodes.is_meta:
         return
     least, most = (int(t) for t in nodes.aminmax())
-    if least < 0 or most >= count:
-        raise ValueError(f"{name}: expected nodes from 0 to {count - 1}, got {least} to {most}")
+    if least < 0 or (count is not None and most >= count):
+        limit = "" if count is None else f" to {count - 1}"
+        raise ValueError(f"{name}: expected nodes from 0{limit}, got {least} to {most}")
 
 
 def _check_flow(flow: str) -> None:

@@ -195,7 +195,9 @@ class _KNN(Function):
         query, points, *_, settings = inputs
         ctx.inner = settings[2]
         ctx.mark_non_differentiable(output[0])
-        ctx.save_for_backward(query, points, output[0])
+        # A compiled graph would take over what is written to the index; elsewhere torch refuses.
+        index = output[0].clone() if torch.compiler.is_compiling() else output[0]
+        ctx.save_for_backward(query, points, index)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:

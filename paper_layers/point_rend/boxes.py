@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from paper_layers._core.fusing import forward_method
+from paper_layers._core.fusing import forward_method, within
 from paper_layers.ops import _checks, _values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.point_rend.coarse import BoxHead
@@ -73,9 +73,9 @@ class BoxMasks(nn.Module, abc.ABC):
             ValueError: Shapes do not fit; a label, a mask's value or number is out of range; a box to train on is not
                 finite. On CUDA values are found as an index out of range is: after the call.
         """
-        coarse = self.coarse(features, boxes)
+        coarse = within(self, "coarse")(features, boxes)
         if masks is None:
-            return self.refine(coarse, features, boxes, labels, size)
+            return within(self, "refine")(coarse, features, boxes, labels, size)
         if isinstance(boxes, Tensor):
             raise ValueError("boxes: expected a tensor for each image where there are masks, got one for all")
         rois, classes = self._rows(boxes, labels, coarse.device)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import is_plain
 from paper_layers._core.tracing import Leaf
 from paper_layers.lip.pool import LIPPool2d, Logit
 
@@ -66,6 +67,8 @@ class LIPConv2d(Leaf):
             name in ("weight", "bias")
             and isinstance(value, nn.Parameter)
             and name in self._parameters
+            and is_plain(value)
+            and is_plain(self._parameters[name])  # FSDP2 sets sharded parameters and whole ones in turn.
             and not self.training
             and "_loading" not in vars(self)
         ):

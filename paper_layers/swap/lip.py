@@ -196,5 +196,14 @@ def _refuse_to_fold(model: nn.Module, name: str) -> None:
     for end in range(name.count(".") + 1):
         block = model.get_submodule(".".join(name.split(".")[:end]))
         for method in FOLDS:
-            if callable(getattr(type(block), method, None)):
+            if _takes_nothing(getattr(type(block), method, None)):
                 vars(block)[method] = Refusal(method, called(name))
+
+
+def _takes_nothing(method: Any) -> bool:
+    """Return whether a method can be called without arguments, as those that fold are: others share a name alone."""
+    if not inspect.isfunction(method):
+        return False
+    _, *arguments = inspect.signature(method).parameters.values()
+    ways = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(a.default is not a.empty or a.kind in ways for a in arguments)

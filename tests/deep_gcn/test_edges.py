@@ -54,3 +54,8 @@ def test_bad_input() -> None:
         to_edge_index(edges, "up")
     with pytest.raises(ValueError, match=r"index: expected shape \(N, k\) or \(B, N, k\), got \(2,\)"):
         to_edge_index(torch.tensor([1, 2]))
+
+
+def test_negative_numbers_but_minus_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="index: expected nodes from 0, got -2 to 1"):
+        to_edge_index(torch.tensor([[1, -1], [-2, 0]]))

@@ -241,8 +241,8 @@ _TIMM: list[tuple[str, str, bool]] = [
     ("ghostnet_050", _CONVS + _NORMS, True),
 ]
 _SMALL: dict[str, dict[str, Any]] = {
-    "vgg11": {"num_features": 32},
-    "vgg11_bn": {"num_features": 32},
+    "vgg11": {"mlp_ratio": 1 / 128},
+    "vgg11_bn": {"mlp_ratio": 1 / 128},
     "test_vit": {"img_size": 64},
     "vit_tiny_patch16_224": {"img_size": 64},
 }
@@ -285,7 +285,7 @@ QUICK = {
 _FOUR = [8, 8, 16, 16]
 HOSTS: dict[str, Host] = {
     **{
-        f"timm {name}": Host(_timm(name, **_SMALL.get(name, {})), swaps + _GAN, 96 if "inception" in name else 64)
+        f"timm {name}": Host(_timm(name, **_SMALL.get(name, {})), swaps + _GAN, 128 if "inception" in name else 64)
         for name, swaps, _ in _TIMM
     },
     **{
@@ -324,7 +324,7 @@ HOSTS: dict[str, Host] = {
             weights=None, weights_backbone=None, num_classes=3, topk_candidates=9
         ),
         _CONVS + _NORMS,
-        arguments=_scenes,
+        arguments=lambda training: tuple(part * 2 for part in _scenes(training)),
     ),
     "PyG EdgeCNN": Host(lambda: EdgeCNN(3, 8, 2, CLASSES, norm="batch"), _NORMS + "graph_conv", arguments=_graph),
     "PyG DGCNN": Host(_dgcnn, _NORMS + "graph_conv", arguments=_cloud),

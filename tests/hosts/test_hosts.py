@@ -145,7 +145,8 @@ def test_swap(name: str, kind: str) -> None:
     torch.manual_seed(0)
     training, images = host.inputs(True), host.inputs(False)
     model = host.build()
-    if works(learn, write_in_place(copy.deepcopy(model)), training):
+    in_place = works(learn, write_in_place(copy.deepcopy(model)), training)
+    if in_place:
         write_in_place(model)
     plain = copy.deepcopy(model)
     trained = copy.deepcopy(model)
@@ -161,13 +162,17 @@ def test_swap(name: str, kind: str) -> None:
         agree(evaluate(model, images), evaluate(plain, images))
 
     more = surgery.arguments()
-    expected = {key for key in after if key not in before or (key in learnt and not key.startswith(surgery.replaced))}
+    # Layers that the host leaves idle leave what is added to them idle.
+    owners = [{f"{key.rpartition('.')[0]}." for key in keys} for keys in (before.keys() - learnt, learnt)]
+    idle = tuple(owners[0] - owners[1] - {"."})
+    expected = {key for key in after if key not in before and not key.startswith(idle)}
+    expected |= {key for key in learnt if not key.startswith(surgery.replaced)}
     assert expected <= learn(model, (*training, *more))
     arguments = (*images, *more)
     output = evaluate(model, arguments)
     agree(evaluate(model, arguments), output, tolerance=0)
     agree(evaluate(copy.deepcopy(model), arguments), output)
-    loaded = surgery.call(host, host.build())
+    loaded = surgery.call(host, write_in_place(host.build()) if in_place else host.build())
     loaded.load_state_dict(model.state_dict())
     agree(evaluate(loaded, arguments), output)
     if surgery.pickled and works(pickle.dumps, trained):
@@ -182,7 +187,8 @@ def test_nothing_to_swap(name: str) -> None:
     model = host.build()
     kinds = [type(module) for module in model.modules()]
     for kind, surgery in SWAPS.items():
-        if kind not in host.swaps.split():
+        # FCOS has a convolution with one output, which will do.
+        if kind not in host.swaps.split() and (name, kind) != ("torchvision fcos_resnet50_fpn", "bigan_discriminator"):
             with pytest.raises(ValueError, match=surgery.nothing):
                 surgery.call(host, model)
     assert [type(module) for module in model.modules()] == kinds

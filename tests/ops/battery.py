@@ -266,6 +266,24 @@ class OpBattery(Battery):
                 seconds.append(gradients(torch.stack([g.square().sum() for g in first]).sum(), leaves))
             torch.testing.assert_close(*seconds)
 
+    def test_compiled_writes_on_outputs(self) -> None:
+        for fixed in self.fixed_cases()[:2]:
+            case = fixed.to(torch.float64)
+
+            def loss(*tensors: Tensor, in_place: bool, case: Case = case) -> Tensor:
+                parts = []
+                for output in self.outputs(*(t * 1 for t in tensors), **case.options):
+                    changed = output.add_(tensors[0].sum()).mul_(2) if in_place else (output + tensors[0].sum()) * 2
+                    parts.append(changed.square().sum())
+                return torch.stack(parts).sum()
+
+            torch._dynamo.reset()
+            compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+            actual, expected = case.leaves(), case.leaves()
+            compiled(*actual, in_place=True).backward()
+            loss(*expected, in_place=False).backward()
+            torch.testing.assert_close([t.grad for t in actual], [t.grad for t in expected])
+
     def test_writes_on_inputs(self) -> None:
         """They are torch's error, unless the backward does not need what was written to."""
         for fixed in self.fixed_cases():

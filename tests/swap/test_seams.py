@@ -156,6 +156,16 @@ def part_of(model: nn.Module) -> nn.Module:
     return nn.Sequential(*sharded(model))
 
 
+@pytest.mark.usefixtures("one_process")
+def test_a_strided_convolution_is_sharded_and_evaluated() -> None:
+    model = swap.strided_conv(nn.Sequential(nn.Conv2d(3, 8, 3, stride=2)))
+    x = torch.randn(2, 3, 9, 9)
+    expected = model(x)
+    torch.testing.assert_close(sharded(model).eval()(x), expected)
+    assert model.train()(x).sum().backward() is None
+    assert model.eval()(x).shape == expected.shape
+
+
 WRAPS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "DataParallel": (DataParallel, "DataParallel"),
     "DDP": (DistributedDataParallel, "DistributedDataParallel"),
@@ -344,3 +354,21 @@ def test_signatures_stay() -> None:
     critic.eval()
     for scores in (critic(x, latents=z), critic(x=x, latents=z), critic(latents=z, x=x)):
         torch.testing.assert_close(scores, critic(x, z))
+
+
+class Neck(nn.Module):
+    """Its `fuse` adds two maps, and folds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+
+    def fuse(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fuse(self.down(x), F.max_pool2d(x, 2))
+
+
+def test_a_method_that_only_shares_its_name_with_folding_stays() -> None:
+    assert swap.strided_conv(Neck(), "projection")(torch.randn(2, 8, 8, 8)).shape == (2, 8, 4, 4)
