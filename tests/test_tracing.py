@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,18 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 # isort: on
 
 import paper_layers
-from paper_layers import LazyLIPPool2d, LIPPool2d, SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d, lip, swap
+from paper_layers import (
+    LazyLIPPool2d,
+    LIPPool2d,
+    SplitBatchNorm1d,
+    SplitBatchNorm2d,
+    SplitBatchNorm3d,
+    big_bigan,
+    deep_gcn,
+    lip,
+    point_rend,
+    swap,
+)
 from paper_layers.adv_prop import SplitSyncBatchNorm
 
 
@@ -144,3 +156,42 @@ def test_feature_extractors(name: str) -> None:
     torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()))
     extractor = GraphExtractNet(SWAPS[name](timm.create_model("resnet18")), {"layer2": "layer2"})
     assert extractor(x).shape == (4, 128, 4, 4)
+
+
+class Holder(nn.Module):
+    def __init__(self, layer: nn.Module, count: int):
+        super().__init__()
+        self.layer, self.count = layer, count
+
+    def forward(self, a: Tensor, b: Tensor) -> Any:
+        return self.layer(a, b) if self.count == 2 else self.layer(a)
+
+
+X, TABLE = torch.linspace(-1, 1, 30).reshape(10, 3), torch.arange(20).reshape(10, 2) % 10
+MAPS = torch.linspace(0, 1, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
+HEADS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
+    **{
+        kind.__name__: (functools.partial(kind, 3, 4), (X, TABLE))
+        for kind in (deep_gcn.EdgeConv, deep_gcn.MRConv, deep_gcn.GINConv, deep_gcn.SAGEConv)
+    },
+    "neighbors": (lambda: deep_gcn.DilatedKNN(2), (X,)),
+    "block": (lambda: deep_gcn.ResGCNBlock(3, k=2), (X,)),
+    "network": (lambda: deep_gcn.DeepGCN(3, 2, channels=4, blocks=2, k=2), (X,)),
+    "point head": (lambda: point_rend.PointRendHead(4, 3, 5), (MAPS.flatten(2), MAPS[:, :3].flatten(2))),
+    "latent": (lambda: big_bigan.LatentHead(3, 2, width=4), (X,)),
+    "pairs": (lambda: big_bigan.JointHead(3, 3, width=4, depth=2), (X, X)),
+    "loss": (lambda: paper_layers.SoftTripleLoss(5, 3, 2), (X, TABLE[:, 0] % 5)),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_layers_of_the_other_papers(name: str) -> None:
+    build, arguments = HEADS[name]
+    model = Holder(build().eval(), len(arguments)).eval()
+    pair = (*arguments, arguments[0])[:2]
+    traced = fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["layer"]
+    torch.manual_seed(0)
+    expected = model(*pair)
+    torch.manual_seed(0)
+    torch.testing.assert_close(traced(*pair), expected)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paper_layers._core.fusing import forward_method, method, within
+from paper_layers._core.tracing import Leaf
 from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.heads import JointHead, UnaryHead
 from paper_layers.big_bigan.pooling import POOLS, pooled
@@ -16,7 +17,7 @@ from paper_layers.big_bigan.scores import TERMS, Scores, chosen_terms
 from paper_layers.ops import _checks
 
 
-class BigBiGANHeads(nn.Module):
+class BigBiGANHeads(Leaf):
     r"""Score pairs of image features and latents: H, J and the three projections.
 
     .. math:: s_x = \theta_x \cdot F(x), \quad s_z = \theta_z \cdot H(z), \quad s_{xz} = \theta_{xz} \cdot J(F(x), H(z))
@@ -111,7 +112,7 @@ class BigBiGANHeads(nn.Module):
         return Scores(x, z, None if self.xz is None else self.xz(features, hidden, labels))
 
 
-class BigBiGANDiscriminator(nn.Module):
+class BigBiGANDiscriminator(Leaf):
     r"""BigBiGAN's discriminator on any image network: the scores of images, of latents and of pairs.
 
     .. math:: s_x = \theta_x \cdot F(x), \quad s_z = \theta_z \cdot H(z), \quad s_{xz} = \theta_{xz} \cdot J(F(x), H(z))

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from paper_layers._core.fusing import parameter_dtype
+from paper_layers._core.tracing import Leaf
 from paper_layers.big_bigan._checks import rows
 from paper_layers.big_bigan.mlp import ResidualMLP, start
 from paper_layers.ops import _checks
 from paper_layers.ops._autocast import without_autocast
 
 
-class Score(nn.Module):
+class Score(Leaf):
     r"""Project features to one number each, in float32 also under autocast.
 
     .. math:: s = \theta \cdot h + b + e_y \cdot h
@@ -83,7 +84,7 @@ class Score(nn.Module):
             return score.float() if score.dtype in (torch.bfloat16, torch.float16) else score
 
 
-class UnaryHead(nn.Module):
+class UnaryHead(Leaf):
     """Score one half of a pair: a residual MLP and a projection; BigBiGAN's H on the latent.
 
     :math:`s_z = \\theta_z \\cdot H(z)` of Donahue, Simonyan, "Large Scale Adversarial Representation Learning",
@@ -143,7 +144,7 @@ class UnaryHead(nn.Module):
         return hidden, None if self.score is None else self.score(hidden, labels)
 
 
-class JointHead(nn.Module):
+class JointHead(Leaf):
     """Score pairs: BigBiGAN's J on the features of the image and those of the latent, and a projection.
 
     :math:`s_{xz} = \\theta_{xz} \\cdot J(F(x), H(z))` of Donahue, Simonyan, "Large Scale Adversarial Representation

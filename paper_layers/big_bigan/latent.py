@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers._core.fusing import parameter_dtype
+from paper_layers._core.tracing import Leaf
 from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.mlp import ResidualMLP, start
 from paper_layers.big_bigan.pooling import POOLS, pooled
@@ -26,7 +27,7 @@ class Latent(NamedTuple):
         return torch.addcmul(self.mean, self.std, torch.randn_like(self.std))
 
 
-class LatentHead(nn.Module):
+class LatentHead(Leaf):
     r"""Turn an image network into BigBiGAN's stochastic encoder: latents from its features.
 
     .. math:: z = \mu + \mathrm{softplus}(\hat\sigma) \, \epsilon, \quad \epsilon \sim N(0, I)

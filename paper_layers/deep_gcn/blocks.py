@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.convs import CONVS
 from paper_layers.deep_gcn.edge_norm import Order
 from paper_layers.deep_gcn.knn import DilatedKNN
@@ -15,7 +16,7 @@ from paper_layers.deep_gcn.perceptron import Act, Norm
 Conv = Literal["edge", "mr", "gin", "sage"]
 
 
-class PlainGCNBlock(nn.Module):
+class PlainGCNBlock(Leaf):
     r"""A graph convolution on the neighbours of its own input.
 
     .. math:: x_{l+1} = \mathcal{F}(x_l)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers._core.fusing import readable
+from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.edge_norm import Order
 from paper_layers.deep_gcn.edges import check_nodes, to_edge_index
 from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, fuses, splits
@@ -18,7 +19,7 @@ from paper_layers.ops import _checks
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
 
 
-class _GraphConv(nn.Module, abc.ABC):
+class _GraphConv(Leaf, abc.ABC):
     """What the convolutions share: the two forms of a graph."""
 
     in_channels: int

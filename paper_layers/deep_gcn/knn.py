@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from paper_layers._core.tracing import Leaf
 from paper_layers.ops import _checks
 from paper_layers.ops.knn import METRICS, knn
 
 
-class DilatedKNN(nn.Module):
+class DilatedKNN(Leaf):
     r"""The graph of each point's dilated nearest neighbours.
 
     .. math:: \mathcal{N}^{(d)}(v) = \{u_1, u_{1+d}, u_{1+2d}, \ldots, u_{1+(k-1)d}\}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paper_layers._core.fusing import readable
+from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.blocks import Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
 from paper_layers.deep_gcn.edge_norm import Order
 from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, splits
@@ -93,7 +94,7 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, ptr: Tensor | None) -> Te
     return x
 
 
-class DeepGCN(nn.Module):
+class DeepGCN(Leaf):
     r"""ResGCN, DenseGCN or PlainGCN that labels the points of clouds, as for S3DIS.
 
     .. math:: x_0 = \mathcal{F}_0(x), \quad x_{l+1} = \mathcal{F}_l(x_l) + x_l, \quad

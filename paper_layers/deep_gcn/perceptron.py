@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers._core.fusing import readable
+from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, max_over_edges, may_fuse
 from paper_layers.ops import _checks
 
@@ -16,7 +17,7 @@ Act = Literal["relu", "leakyrelu", "prelu"]
 Norm = Literal["batch", "instance"]
 
 
-class Perceptron(nn.Module):
+class Perceptron(Leaf):
     """A linear layer with its activation and norm, on (..., in_channels).
 
     The layer that the graph convolutions and heads of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as

@@ -6,9 +6,10 @@ import abc
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paper_layers._core.fusing import forward_method, within
+from paper_layers._core.tracing import Leaf
 from paper_layers.ops import _checks, _values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.point_rend.coarse import BoxHead
@@ -22,7 +23,7 @@ Sampler = Callable[[Tensor, Tensor], Tensor]  # From points (R, P, 2) in boxes (
 _CHUNK = 4 * 28 * 28
 
 
-class BoxMasks(nn.Module, abc.ABC):
+class BoxMasks(Leaf, abc.ABC):
     """Masks from a coarse look at each box, whatever comes of it, and from what labels points in it with that."""
 
     def __init__(

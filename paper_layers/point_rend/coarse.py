@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core.tracing import Leaf
 from paper_layers.ops import _checks
 
 
-class BoxHead(nn.Module):
+class BoxHead(Leaf):
     """Predict a vector for each box, from the box's 14x14 features.
 
     The light head of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, section

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers._core.fusing import readable
+from paper_layers._core.tracing import Leaf
 from paper_layers.ops import _checks
 
 
@@ -18,7 +19,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
-class PointRendHead(nn.Module):
+class PointRendHead(Leaf):
     r"""Label points from their fine features and the coarse prediction there: PointRend's point head.
 
     .. math:: h_0 = x, \quad h_{l} = \mathrm{relu}(W_l [h_{l-1}, c] + b_l), \quad y = W [h_L, c] + b

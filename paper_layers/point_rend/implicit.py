@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paper_layers._core.fusing import forward_method
+from paper_layers._core.tracing import Leaf
 from paper_layers.ops import _checks
 from paper_layers.point_rend.boxes import BoxMasks
 from paper_layers.point_rend.coarse import BoxHead
@@ -19,7 +20,7 @@ _FREQUENCIES = 128
 _L2 = 1e-5
 
 
-class ImplicitPointHead(nn.Module):
+class ImplicitPointHead(Leaf):
     r"""Label points by perceptrons that are given with them, one for each box, from where they are and fine features.
 
     .. math:: h_0 = [\sin t, \cos t, x], \quad t = 2 \pi (2 p - 1) G, \quad

@@ -7,10 +7,11 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.jit._trace import is_tracing
 
 from paper_layers._core.fusing import forward_method
+from paper_layers._core.tracing import Leaf
 from paper_layers.ops import _checks, _values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
@@ -29,7 +30,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tens
     return total / counted.sum().clamp(min=1)
 
 
-class PointRendSemantic(nn.Module):
+class PointRendSemantic(Leaf):
     """Refine coarse semantic logits, of whatever network, at their uncertain points; the losses and the inference.
 
     Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, sections 3 and 5. In training

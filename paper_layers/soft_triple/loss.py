@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core.tracing import Leaf
 from paper_layers.ops import _checks
 from paper_layers.ops.soft_triple import REDUCTIONS, soft_triple_loss
 from paper_layers.ops.soft_triple_logits import soft_triple_logits
@@ -20,7 +21,7 @@ from paper_layers.soft_triple._metric_learning import (
 )
 
 
-class SoftTripleLoss(nn.Module):
+class SoftTripleLoss(Leaf):
     r"""Learn embeddings with several centers for each class and no triplets: the SoftTriple loss.
 
     .. math:: \frac1B \sum_i -\log \frac{e^{\lambda (S_{i y_i} - \delta)}}
