@@ -21,7 +21,7 @@ namespace paper_layers {
 // Calls body(begin, end) for all items, inside a parallel region whenever there are several threads.
 template <typename Body>
 void in_parallel_region(int64_t items, int64_t grain, const Body& body) {
-  const int64_t range = std::max<int64_t>(items, 2);  // Of one item, torch's parallel_for makes no region.
+  const int64_t range = std::max<int64_t>(items, 2);  // Torch's parallel_for makes no region for one item.
   parallel_for(0, range, std::min(grain, range - 1), [&](int64_t begin, int64_t end) {
     if (begin < items) body(begin, std::min(end, items));
   });

@@ -60,7 +60,7 @@ struct Panels {
   T slack;
   Scratch<T> values;
   Scratch<T> lengths, errors;  // what is times a point's length an error of a score
-  // Of a point's scores: of products -|y|^2 / 2 and the error, else 0. What is nobody's neighbour has -infinity, or NaN
+  // A point's part of scores: for products -|y|^2 / 2 and the error, else 0. A point without neighbours has -infinity or NaN
   // where that is the score of the infinitely far.
   Scratch<T> offsets;
 

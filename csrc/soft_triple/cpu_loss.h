@@ -59,7 +59,7 @@ struct Parts {
         grain(grain_size(1 << 20, {size, loss.centers, loss.rows, loss.channels})),
         threads(std::min<int64_t>(std::max<int64_t>(groups, 2), torch::stable::get_num_threads())) {}
 
-  // Whether there is work for one thread alone.
+  // True if there is work for one thread alone.
   bool small() const { return grain > groups; }
   void multiply(const Tensor& a, const Tensor& b, const Tensor& to, bool add = false) const {
     if (small()) add_small_product(to, a, b, add, 1, to);

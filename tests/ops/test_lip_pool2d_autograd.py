@@ -79,7 +79,7 @@ WAYS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 def test_layers_that_follow_may_write_over_the_output(way: str, write: str, shape: tuple[int, ...]) -> None:
     """As over the output of torch's pools: gradients are those of a layer that writes elsewhere."""
     if way == "compile" and (write != "relu" or len(shape) == 3):
-        pytest.skip("one of them, for its time")
+        pytest.skip("one write and one shape are compiled, since compiling takes seconds")
     case = Case((images(*shape), images(*shape).flip(-1)))
 
     def result(copy: bool) -> tuple[Tensor, ...]:
