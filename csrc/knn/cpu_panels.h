@@ -60,8 +60,8 @@ struct Panels {
   T slack;
   Scratch<T> values;
   Scratch<T> lengths, errors;  // what is times a point's length an error of a score
-  // A point's part of scores: for products -|y|^2 / 2 and the error, else 0. A point without neighbours has -infinity or NaN
-  // where that is the score of the infinitely far.
+  // A point's part of the scores: for products -|y|^2 / 2 and the error, else 0. A point that is nobody's neighbour has
+  // -infinity, or NaN where that is the score of the infinitely far.
   Scratch<T> offsets;
 
   Panels(const Search<T>& search, Scores scores, const Frame<T>& frame, const T* rows, int64_t number)
