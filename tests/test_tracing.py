@@ -195,3 +195,10 @@ def test_layers_of_the_other_papers(name: str) -> None:
     expected = model(*pair)
     torch.manual_seed(0)
     torch.testing.assert_close(traced(*pair), expected)
+
+
+def test_compiled_one_by_one() -> None:
+    """Each class has graphs of its own: torch.compile keeps eight of a code object, and then no more."""
+    torch._dynamo.reset()
+    for build, arguments in HEADS.values():
+        torch.compile(build().eval(), backend="eager", fullgraph=True)(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +20,14 @@ class Leaf(nn.Module):
 
     Tracers know torch's own modules by the name of their Python module, and trace through all others.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the class a `__call__` with a code object of its own: torch.compile keeps few graphs for each of these."""
+        super().__init_subclass__(**kwargs)
+        call: Any = cls.__call__
+        if getattr(call, "__code__", None) == Leaf.__call__.__code__:
+            own = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+            cls.__call__ = functools.update_wrapper(own, call)  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, or add a node that runs it to the graph that is being traced."""

@@ -78,7 +78,8 @@ def _reference(points: Tensor, image: Tensor | None, maps: list[Tensor], *option
 
 
 def _decomposition(points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any) -> Tensor:
-    return _sample(points, image, maps, *options).mT
+    output = _sample(points, image, maps, *options).mT
+    return output if memory_format(maps[0]) == torch.channels_last else output.contiguous()
 
 
 def _check_images(image: Tensor | None, images: int) -> None:

@@ -72,6 +72,7 @@ class Battery:
     function: Callable[..., Tensor]
     ops: dict[str, Any]  # the op and its backward, by name
     bad_inputs: dict[str, tuple[Callable[[], Any], type[Exception], str]]
+    any_of_equals = False  # whether an exported op may choose others among equals
     taken: frozenset[tuple[str, str]] = frozenset()  # what a raw op takes of what `raw_ops.wrong_arguments` names
 
     @staticmethod
@@ -108,6 +109,21 @@ class Battery:
             on_meta = self.function(*(t.to("meta") for t in case.tensors), **options)
             real = self.function(*case.tensors, **case.options)
             assert (on_meta.shape, on_meta.dtype, on_meta.stride()) == (real.shape, real.dtype, real.stride())
+
+    def test_decompositions(self) -> None:
+        """They return what the kernels do, in memory too: under symbolic sizes torch takes them for the fakes."""
+        for case in self.fixed_cases():
+            for name, arguments in self.op_arguments(case).items():
+                decomposition = torch._decomp.decomposition_table.get(self.ops[name])
+                if decomposition is None:
+                    continue
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    actual, expected = (
+                        f(*raw_ops.in_layout(arguments, layout)) for f in (decomposition, self.ops[name])
+                    )
+                    if self.any_of_equals:
+                        actual, expected = torch.zeros_like(actual), torch.zeros_like(expected)
+                    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, check_stride=True)
 
     def test_bad_inputs(self, subtests: Any) -> None:
         for name, (call, error, message) in self.bad_inputs.items():

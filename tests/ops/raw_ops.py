@@ -93,6 +93,15 @@ def survives(calls: Callable[[], None], seconds: int = 60) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
+def in_layout(argument: Any, layout: torch.memory_format) -> Any:
+    """Copies of the arguments, images in a layout."""
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(in_layout(a, layout) for a in argument)
+    if isinstance(argument, Tensor):
+        return argument.clone(memory_format=layout if argument.dim() == 4 else torch.contiguous_format)
+    return argument
+
+
 def attempt(op: Callable[..., Any], arguments: tuple[Any, ...]) -> Exception | None:
     """The error of a call, on copies of what it may write to."""
     copies = [a.clone() if isinstance(a, Tensor) and a.numel() else a for a in arguments]

@@ -77,6 +77,7 @@ def call_op(**change: Any) -> Any:
 class TestSampleUncertainPoints(Battery):
     function = staticmethod(lambda logits, points, count, labels=None: op(logits, labels, points, count))
     ops = {"sample_uncertain_points": op}  # noqa: RUF012
+    any_of_equals = True
     bad_inputs = {  # noqa: RUF012
         "rank": (call(logits=maps(3, 5, 7)), ValueError, r"logits: expected shape .*got \(3, 5, 7\)"),
         "no classes": (call(logits=maps(2, 0, 5, 7)), ValueError, "logits: .*at least one class"),

@@ -81,6 +81,7 @@ def call(**change: Any) -> Any:
 class TestUncertainPoints(Battery):
     function = staticmethod(lambda *tensors, **options: uncertain_points(*tensors, **options)[0])
     ops = {"uncertain_points": op}  # noqa: RUF012
+    any_of_equals = True
     bad_inputs = {  # noqa: RUF012
         "rank": (call(logits=maps(3, 5, 7)), ValueError, r"logits: expected shape .*got \(3, 5, 7\)"),
         "no classes": (call(logits=maps(2, 0, 5, 7)), ValueError, "logits: .*at least one class"),

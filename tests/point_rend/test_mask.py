@@ -391,10 +391,12 @@ def test_half_types_and_autocast(dtype: torch.dtype) -> None:
     assert (actual.float() - expected).abs().median() < 0.1
 
 
-def test_compile() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic: bool) -> None:
+    torch._dynamo.reset()
     ours, _ = pair()
     features, boxes, labels = inputs()
-    refine = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    refine = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     torch.testing.assert_close(refine(features, boxes, labels, size=24), ours(features, boxes, labels, size=24))
     masks = [m.float() for m in true_masks()]
     torch.manual_seed(0)
