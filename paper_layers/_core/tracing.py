@@ -22,7 +22,7 @@ class Leaf(nn.Module):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Give the class a `__call__` with a code object of its own: torch.compile keeps few graphs for each of these."""
+        """Give the class a code object of its own for `__call__`: torch.compile keeps few graphs for each."""
         super().__init_subclass__(**kwargs)
         call: Any = cls.__call__
         if getattr(call, "__code__", None) == Leaf.__call__.__code__:
