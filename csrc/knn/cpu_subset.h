@@ -11,7 +11,7 @@ inline Rows all_rows(int64_t count) {
 template <typename S, typename T>
 std::vector<S> copy_rows(const T* from, const Rows& rows, int64_t channels) {
   std::vector<S> result(rows.size() * channels);
-  for (size_t i = 0; i < rows.size(); ++i) std::copy_n(from + rows[i] * channels, channels, &result[i * channels]);
+  for (size_t i = 0; i < rows.size(); ++i) std::copy_n(from + rows[i] * channels, channels, result.data() + i * channels);
   return result;
 }
 
@@ -36,7 +36,7 @@ void search_rows(const Search<T>& search, const Rows& queries, const Rows& point
     if (wanted > 0) run(Search<S>{all_ranks, here, others, q, point_rows.data(), index.data(), distance.data(), 0});
     parallel_for(0, here, 1024, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t query = queries[first + i], *const found = &index[i * wanted];
+        const int64_t query = queries[first + i], *const found = index.data() + i * wanted;
         const int64_t near = std::find(found, found + wanted, -1) - found, all = near + far.size();
         int64_t own = all;  // the place of what is left out
         for (int64_t p = 0; p < near && !problem.include_self; ++p) {
