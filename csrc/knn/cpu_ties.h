@@ -1,5 +1,6 @@
-// Queries that walk the tree by exact distances alone, where squares overflow or underflow: of points that are infinitely
-// far, or at no distance, the first ones are the nearest, wherever they lie. These come first, the tree has the others.
+// Queries that walk the tree by exact distances alone, where squares overflow or underflow: of points that are
+// infinitely far, or not at all, the first ones are the nearest, wherever they lie. They come first, the others are in
+// the tree.
 
 template <typename T>
 class ExactWalk {
