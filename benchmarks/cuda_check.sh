@@ -19,6 +19,7 @@ cmake --install build/cuda --prefix .
 "$python" -c 'import torch; print(torch.cuda.get_device_name())'
 
 "$python" -m pytest -q -rs "${tests[@]}"
+PAPER_LAYERS_TEST_DEVICE=cuda "$python" -m pytest -q tests/ops -k 'raw_op or sizes_without'
 
 if compute-sanitizer --error-exitcode 1 "$python" -c 'import torch; torch.zeros(1, device="cuda")' >/dev/null 2>&1; then
   # Every tensor an allocation of its own, so that a step over its end is seen.

@@ -148,12 +148,11 @@ void find_exactly(const Search<T>& search, const T* query, const int32_t* indice
   else find_exactly<false>(search, query, indices, count, found);
 }
 
-// Every point, for one query. `found` has room for all.
+// The neighbours of a query, among points that were found.
 template <typename T>
-void search_all(const Search<T>& search, int64_t query, const int32_t* all, Found* found) {
+void write_nearest(const Search<T>& search, int64_t query, Found* found, Found* end) {
   const KnnProblem& problem = search.problem;
-  find_exactly(search, search.query_at(query), all, search.points, found);
-  Found* const last = std::remove_if(found, found + search.points, [&](const Found& f) {
+  Found* const last = std::remove_if(found, end, [&](const Found& f) {
     return std::isnan(f.distance) || (!problem.include_self && f.index == query);
   });
   const int64_t count = std::min<int64_t>(last - found, problem.ranks());
@@ -164,6 +163,13 @@ void search_all(const Search<T>& search, int64_t query, const int32_t* all, Foun
     if (problem.rank(r) < count) row.write(r, found[problem.rank(r)]);
     else row.write_none(r);
   }
+}
+
+// Every point, for one query. `found` has room for all.
+template <typename T>
+void search_all(const Search<T>& search, int64_t query, const int32_t* all, Found* found) {
+  find_exactly(search, search.query_at(query), all, search.points, found);
+  write_nearest(search, query, found, found + search.points);
 }
 
 // Every pair, for clouds that are small.

@@ -3,6 +3,7 @@
 #include "knn/cpu_candidates.h"
 #include "knn/cpu_tree.h"
 #include "knn/cpu_walk.h"
+#include "knn/cpu_ties.h"
 #include "knn/cpu_scores.h"
 #include "knn/cpu_panels.h"
 #include "knn/cpu_pairs.h"
@@ -16,24 +17,25 @@ constexpr int64_t kFewPairs = 4096;
 struct Extremes {
   bool infinite = false;
   bool large = false;  // their squares overflow in T
-  int64_t tiny = 0;    // squares of the differences of so many underflow in float32
+  int64_t beyond = 0;  // squares of the differences of so many underflow in T, or overflow in float64
 
   template <typename T>
   void add(const T* values, int64_t count) {
     constexpr bool single = std::is_same_v<T, float>;
-    constexpr T most = std::numeric_limits<T>::max(), limit = single ? T(1e18) : T(1e150), little = T(1e-14);
+    constexpr T most = std::numeric_limits<T>::max(), limit = single ? T(1e18) : T(1e150);
+    constexpr T little = single ? T(1e-14) : T(1e-154), much = single ? most : T(2e154);
     constexpr int64_t block = 1 << 16;
     for (int64_t first = 0; first < count; first += block) {
-      int32_t infinities = 0, larges = 0, tinies = 0;
+      int32_t infinities = 0, larges = 0, beyonds = 0;
       for (int64_t i = first; i < std::min(count, first + block); ++i) {
         const T x = std::abs(values[i]);
         infinities += x > most;
         larges += (x > limit) & (x <= most);
-        if (single) tinies += (x < little) & (x > 0);
+        beyonds += ((x < little) & (x > 0)) | ((x > much) & (x <= most));
       }
       infinite |= infinities > 0;
       large |= larges > 0;
-      tiny += tinies;
+      beyond += beyonds;
     }
   }
 };
@@ -103,6 +105,7 @@ void search_cloud(const Search<T>& search) {
   Extremes extremes;
   extremes.add(search.point, search.points * channels);
   if (!search.searches_itself()) extremes.add(search.query, search.queries * channels);
+  const bool many = 16 * extremes.beyond > search.points * channels;
   const bool overflows = extremes.large && std::is_same_v<T, double>;  // in exact distances, too
   if (extremes.infinite) {
     if (inner || overflows) search_exactly(search);
@@ -110,10 +113,12 @@ void search_cloud(const Search<T>& search) {
   } else if (!tree) {
     if (overflows) search_exactly(search);
     else search_channels(search);
-  } else if (std::is_same_v<T, float> && (extremes.large || 16 * extremes.tiny > search.points * channels)) {
-    search_rows<double>(search, all_rows(search.queries), all_rows(search.points), {}, search_space<double>);
-  } else {
+  } else if (!many && (overflows || !extremes.large)) {  // few large ones do no harm in float64
     search_space(search);
+  } else if constexpr (std::is_same_v<T, double>) {
+    if (!search_ties(search)) search_exactly(search);
+  } else {
+    search_rows<double>(search, all_rows(search.queries), all_rows(search.points), {}, search_space<double>);
   }
 }
 

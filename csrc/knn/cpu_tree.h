@@ -11,6 +11,14 @@ struct TreePoint {
   int32_t index;
 };
 
+// To a point whose coordinates are `step` apart.
+template <typename T>
+double exact_distance(const T* query, const T* x, int64_t step) {
+  double total = 0;
+  for (int64_t d = 0; d < kDimensions; ++d) total += term<false>(double(query[d]), double(x[d * step]));
+  return total;
+}
+
 // In the order of one dimension, equal ones by index.
 template <typename T>
 struct Before {

@@ -26,11 +26,7 @@ struct TreeDistances {
   void find(int64_t q, const int32_t* positions, int64_t count, Found* found) const {
     for (int64_t i = 0; i < count; ++i) {
       const T* at = tree.coordinates(positions[i] / kLeaf) + positions[i] % kLeaf;
-      double total = 0;
-      for (int64_t d = 0; d < kDimensions; ++d) {
-        total += term<false>(double(queries[q].x[d]), double(at[d * kLeaf]));
-      }
-      found[i] = {total, tree.indices(0)[positions[i]]};
+      found[i] = {exact_distance(queries[q].x, at, kLeaf), tree.indices(0)[positions[i]]};
     }
   }
 
@@ -196,6 +192,18 @@ std::vector<int64_t> group(const Tree<T>& tree, std::vector<TreePoint<T>>& queri
 
 // So many exact distances for each query: more than there are points in the leaves that it most often looks at.
 constexpr int64_t kExactInTree = 1024;
+template <typename T>
+int64_t most_exact(const Search<T>& search) {
+  return search.queries * std::max(kExactInTree, 8 * search.wanted());
+}
+
+// Queries with NaN, of which all but so many are, have no neighbours.
+template <typename T>
+void write_none_for_nan(const Search<T>& search, int64_t others) {
+  if (others == search.queries) return;
+  std::fill_n(search.index, search.queries * search.problem.k, -1);
+  std::fill_n(search.distance, search.queries * search.problem.k, std::numeric_limits<T>::infinity());
+}
 
 // False where it gave up.
 template <typename T>
@@ -211,11 +219,8 @@ bool search_tree(const Search<T>& search) {
     groups = group(tree, others);
   }
   const std::vector<TreePoint<T>>& queries = search.searches_itself() ? tree.points() : others;
-  if (static_cast<int64_t>(queries.size()) < search.queries) {  // queries with NaN have no neighbours
-    std::fill_n(search.index, search.queries * search.problem.k, -1);
-    std::fill_n(search.distance, search.queries * search.problem.k, std::numeric_limits<T>::infinity());
-  }
-  std::atomic<int64_t> left = search.queries * std::max(kExactInTree, 8 * search.wanted());
+  write_none_for_nan(search, queries.size());
+  std::atomic<int64_t> left = most_exact(search);
   parallel_for(0, groups.size() - 1, 8, [&](int64_t begin, int64_t end) {
     TreeWalk<T> walk(search, tree, left);
     for (int64_t g = begin; g < end; ++g) walk.run(queries.data() + groups[g], groups[g + 1] - groups[g]);

@@ -134,7 +134,8 @@ struct Wanted {
       }
     }
     for (int64_t r = lane; r < k; r += kWarp) {
-      const int64_t rank = listed ? listed[r] : r * dilation, place = rank + (rank >= own_rank ? 1 : 0);
+      const int64_t rank = listed ? listed[r] : r * dilation;
+      const int64_t place = rank < own_rank ? rank : rank < count ? rank + 1 : count;
       const bool there = 0 <= place && place < count;
       index[query * k + r] = there ? found.indices[place] + offset : -1;
       distance[query * k + r] = there ? static_cast<A>(found.distances[place]) : static_cast<A>(INFINITY);

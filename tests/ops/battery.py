@@ -6,8 +6,9 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -84,9 +85,16 @@ class Battery:
         """The arguments of each of `ops`."""
         raise NotImplementedError
 
+    def raw_calls(self) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+        """Each op that has a kernel on the device that is tested, with arguments on the CPU."""
+        for case in self.fixed_cases():
+            for name, arguments in self.op_arguments(case).items():
+                if raw_ops.has_kernel(name):
+                    yield name, self.ops[name], arguments
+
     def test_kernels_are_loaded(self) -> None:
         for name in self.ops:
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"paper_layers::{name}", "CPU")
+            assert raw_ops.has_kernel(name, "cpu")
 
     def test_opcheck(self) -> None:
         for case in self.fixed_cases():
@@ -131,34 +139,33 @@ class Battery:
                 call()
 
     def test_raw_op_with_bad_arguments(self, subtests: Any) -> None:
-        for case in self.fixed_cases():
-            for name, arguments in self.op_arguments(case).items():
-                for what, wrong in raw_ops.wrong_arguments(arguments):
-                    if (name, what) not in self.taken:
-                        with subtests.test(f"{name}: {what}"):
-                            assert raw_ops.attempt(self.ops[name], wrong) is not None
+        for name, op, arguments in self.raw_calls():
+            for what, wrong in raw_ops.wrong_arguments(raw_ops.to_device(arguments, raw_ops.DEVICE)):
+                if (name, what) not in self.taken:
+                    with subtests.test(f"{name}: {what}"):
+                        assert raw_ops.attempt(op, wrong) is not None
 
-    def test_raw_op_survives_or_refuses(self) -> None:
+    def test_raw_op_with_odd_arguments(self) -> None:
         """Sizes and numbers that do not fit. Where they happen to, a result is as well."""
-        for case in self.fixed_cases():
-            for name, arguments in self.op_arguments(case).items():
-                for odd in raw_ops.odd_arguments(arguments):
-                    raw_ops.attempt(self.ops[name], odd)
+        for _, op, arguments in self.raw_calls():
+            for odd in raw_ops.odd_arguments(arguments):
+                raw_ops.attempt(op, odd, "cpu")
+                raw_ops.attempt_on_gpu(op, odd)
 
     def test_sizes_without_elements(self) -> None:
-        for case in self.fixed_cases():
-            for name, arguments in self.op_arguments(case).items():
-                sizes = list(raw_ops.sizes_without_elements(arguments))
+        for name, op, arguments in self.raw_calls():
+            sizes = list(raw_ops.sizes_without_elements(arguments))
 
-                def calls(name: str = name, sizes: list[Any] = sizes) -> None:
-                    for some in sizes:
-                        raw_ops.attempt(self.ops[name], some)
-
-                if raw_ops.survives(calls):
-                    continue
+            def calls(op: Any = op, sizes: list[Any] = sizes) -> None:
                 for some in sizes:
-                    shapes = [a.shape if isinstance(a, Tensor) else a for a in some]
-                    assert raw_ops.survives(lambda n=name, s=some: raw_ops.attempt(self.ops[n], s), 10), (name, shapes)
+                    raw_ops.attempt(op, some, "cpu")
+
+            survived = raw_ops.survives(calls)
+            for some in sizes:
+                shapes = [a.shape if isinstance(a, Tensor) else a for a in some]
+                call = partial(raw_ops.attempt, op, some, "cpu")
+                assert survived or raw_ops.survives(call, 10), (name, shapes)
+                raw_ops.attempt_on_gpu(op, some)
 
     def test_lesser_instruction_set(self) -> None:
         """The baseline kernels, in a process of their own: the set is chosen when the library is loaded."""

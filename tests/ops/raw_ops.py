@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The device whose kernels are called, and another one, whose tensors they must refuse. The dispatcher would not show
+# them tensors of "meta": `attempt` goes past it.
+DEVICE = os.environ.get("PAPER_LAYERS_TEST_DEVICE", "cpu")
+ELSEWHERE = "meta" if DEVICE == "cpu" else "cpu"
+
 # Products of two of these wrap to -1, 0 or a small number. The first of each is more than any memory holds.
 HUGE = [(281479271743489, 65535), (6148914691236517205, 3), (2**56, 2**8), (2**62, 2)]
 
@@ -29,16 +34,18 @@ def _shorter(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.narrow(dim, 0, min(size, tensor.shape[dim])) if tensor.dim() > dim else tensor
 
 
-def wrong_arguments(arguments: tuple[Any, ...], device: str = "cpu") -> Iterator[tuple[str, tuple[Any, ...]]]:
+def wrong_arguments(arguments: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Arguments to refuse: one tensor at a time of another dtype, with a dimension more, or on another device."""
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "dtype": lambda t: t.long() if t.is_floating_point() or t.dtype == torch.bool else t.double(),
         "a dimension more": lambda t: t[None],
+        "device": lambda t: t.to(ELSEWHERE),
     }
-    if device != "cpu":
-        changes["device"] = Tensor.cpu
     for name, change in changes.items():
-        for number, changed in enumerate(_changed(arguments, change)):
+        every = list(_changed(arguments, change))
+        if name == "device" and len(every) == 1:  # which then is the device of the call
+            continue
+        for number, changed in enumerate(every):
             yield f"{name} of tensor {number}", changed
 
 
@@ -102,11 +109,29 @@ def in_layout(argument: Any, layout: torch.memory_format) -> Any:
     return argument
 
 
-def attempt(op: Callable[..., Any], arguments: tuple[Any, ...]) -> Exception | None:
-    """The error of a call, on copies of what it may write to."""
+def to_device(argument: Any, device: str) -> Any:
+    """The same argument, or arguments, on a device."""
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(to_device(a, device) for a in argument)
+    return argument.to(device) if isinstance(argument, Tensor) else argument
+
+
+def has_kernel(name: str, device: str = DEVICE) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"paper_layers::{name}", device.upper())
+
+
+def attempt(op: Any, arguments: tuple[Any, ...], device: str = DEVICE) -> Exception | None:
+    """The error of the device's kernel, wherever the arguments are, on copies of what it may write to."""
     copies = [a.clone() if isinstance(a, Tensor) and a.numel() else a for a in arguments]
     try:
-        op(*copies)
+        op.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper())), *copies)
     except Exception as error:
         return error
     return None
+
+
+def attempt_on_gpu(op: Any, arguments: tuple[Any, ...]) -> None:
+    """Call a GPU's kernel, if one is tested, with what the CPU's takes: a number out of range would end its work."""
+    if DEVICE != "cpu" and attempt(op, arguments, "cpu") is None:
+        attempt(op, to_device(arguments, DEVICE))
+        torch.accelerator.synchronize()

@@ -184,7 +184,7 @@ class TestKNN(OpBattery):
     @staticmethod
     def fixed_cases() -> list[Case]:
         return [
-            Case((cloud(2, 12, 3), cloud(2, 9, 3)), {"k": 3, "dilation": 2}),
+            Case((cloud(2, 12, 3), cloud(2, 9, 3)), {"k": 3, "dilation": 2, "ranks": ptr(0, 2, 5)}),
             Case((cloud(2, 8, 5),), {"k": 4, "include_self": False}),
             Case(
                 (cloud(9, 4), cloud(8, 4)), {"k": 3, "metric": "inner", "ptr": ptr(0, 4, 9), "points_ptr": ptr(0, 3, 8)}

@@ -116,7 +116,8 @@ def test_matches_reference(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 4, 64, 513])
 @pytest.mark.parametrize("inner", [False, True])
 def test_many_blocks(dtype: torch.dtype, channels: int, inner: bool) -> None:
-    x, y = _random(3, 300, channels, dtype=dtype), _random(3, 650, channels, dtype=dtype, seed=1)
+    clouds = 3 if channels < 513 else 1
+    x, y = _random(clouds, 300, channels, dtype=dtype), _random(clouds, 650, channels, dtype=dtype, seed=1)
     _check(x, y, _dense(20, 2, inner))
     _check(y, y, _dense(20, 2, inner, False))
     _check(y, y, _dense(5, 8, inner, False, _ptr(0, 3, 20, 38, 39)))

@@ -62,15 +62,15 @@ def test_unusual_clouds(name: str, channels: int) -> None:
     assert_equals_reference(x, inner=True)
 
 
+def seconds(query: Tensor, points: Tensor | None = None) -> float:
+    start = time.process_time()
+    knn(query, points)
+    return time.process_time() - start
+
+
 @pytest.mark.parametrize("channels", [3, 32])
 def test_time_of_unusual_large_clouds(channels: int) -> None:
     """Little more than that of other clouds, where exact distances of all pairs take 20 to 300 times as long."""
-
-    def seconds(query: Tensor, points: Tensor | None = None) -> float:
-        start = time.process_time()
-        knn(query, points)
-        return time.process_time() - start
-
     x = cloud(20000 if channels == 3 else 4000, channels)
     with number_of_threads(1):
         usual = min(seconds(x) for _ in range(3))
@@ -81,14 +81,24 @@ def test_time_of_unusual_large_clouds(channels: int) -> None:
         assert seconds(x, 0 * x) < 10 * usual + 0.05
 
 
+def test_time_of_unusual_large_clouds_in_float64() -> None:
+    """Most squares are infinite or zero."""
+    x = cloud(20000, 3).double()
+    with number_of_threads(1):
+        usual = min(seconds(x) for _ in range(3))
+        for scale in (1e155, 1e160, 1e200, 1e-160, 1e-170):
+            assert seconds(x * scale) < 10 * usual + 0.05, scale
+
+
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize("channels", [2, 3, 5, 20])
-@pytest.mark.parametrize("scale", [1e153, 1e154, 1e160, 1e300, 1e-160, 1e-170, 1e-310])
+@pytest.mark.parametrize("scale", [1e153, 1e154, 3e154, 1e155, 1e160, 1e300, 1e-155, 1e-160, 1e-162, 1e-170, 1e-310])
 def test_squares_beyond_float64(scale: float, channels: int, inner: bool) -> None:
     for points in (34, 300):
         x = cloud(points, channels).double() * scale
         assert_equals_reference(x, k=7, inner=inner)
         assert_equals_reference(x.index_fill(0, ptr(4), INF), k=points, inner=inner)
+        assert_equals_reference(x.index_fill(0, ptr(9), torch.nan), halves(x * 1.1, x), k=points - 5, inner=inner)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -142,8 +142,9 @@ def test_image_number_out_of_range_is_an_assertion() -> None:
     """In a process of its own, since the device is of no more use to one that failed an assertion."""
     code = """
 import torch, paper_layers
-boxes = torch.full((3, 5), 2.0, device="cuda")
-paper_layers.point_sample(torch.zeros(2, 4, 8, 8, device="cuda"), torch.zeros(3, 5, 2, device="cuda"), boxes=boxes)
+points, image = torch.zeros(3, 5, 2, device="cuda"), torch.full((3,), 2, device="cuda")
+maps = [torch.zeros(2, 4, 8, 8, device="cuda")]
+torch.ops.paper_layers.point_sample(points, image, maps, None, "bilinear", "zeros")
 torch.cuda.synchronize()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)

@@ -79,7 +79,7 @@ def test_bad_arguments_are_refused_before_memory_is_touched() -> None:
         "points: expected float32": lambda: op(x, None, points.double(), 4),
         "points: expected the device": lambda: op(x, None, points.cpu(), 4),
         "count: expected from 0": lambda: op(x, None, points, 10),
-        "not implemented for 'Int'": lambda: op(x.int(), None, points, 4),
+        "logits: expected float32": lambda: op(x.int(), None, points, 4),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from paper_layers.ops import soft_triple as soft_triple_module
 from paper_layers.ops import soft_triple_logits as logits_module
 from paper_layers.ops.soft_triple import cross_entropy, soft_triple
 from paper_layers.ops.soft_triple_logits import soft_triple_logits
+from tests.ops import raw_ops
 from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
 
 library = torch.ops.paper_layers
@@ -173,6 +175,13 @@ class TestSoftTriple(OpBattery):
             "soft_triple_similarity_backward_": (scores + 0, lengths, scores[: len(lengths)] + 0, 0.1),
         }
 
+    def raw_calls(self) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+        """And the ops on all classes, which have kernels on the CPU alone."""
+        yield from super().raw_calls()
+        for name, arguments in whole_arguments().items():
+            if raw_ops.has_kernel(name):
+                yield name, getattr(library, name).default, arguments
+
 
 def test_opcheck_of_the_whole() -> None:
     x, w, y = vectors(5, 6), vectors(7, 3, 6), torch.tensor([2, 0, -1, 4, 9])
@@ -192,8 +201,9 @@ def test_opcheck_of_the_whole() -> None:
 
 def whole_arguments() -> dict[str, tuple[Any, ...]]:
     """Those of the ops on all classes: some of the labels are none of theirs."""
-    x, w, y, factors = vectors(5, 6), vectors(37, 3, 6), torch.tensor([2, 0, -1, 36, 40]), (20.0, 0.1, 0.01)
-    logsumexp, target, distance, inverse, pull = library.soft_triple(x.double(), w.double(), y, *factors, True, 8)
+    x, w = vectors(5, 6).double(), vectors(37, 3, 6).double()
+    y, factors = torch.tensor([2, 0, -1, 36, 40]), (20.0, 0.1, 0.01)
+    logsumexp, target, distance, inverse, pull = library.soft_triple(x, w, y, *factors, True, 8)
     saved = (x, w, y, logsumexp, inverse, pull)
     logits, lengths = library.soft_triple_logits(x, w, 20.0, 0.1, 8)
     excesses = torch.tensor([-torch.inf, -800.0, -40.0, -9.0, 0.0, 3.0, 79.0, 81.0, 900.0, torch.inf, torch.nan])

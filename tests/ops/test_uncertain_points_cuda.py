@@ -83,7 +83,7 @@ def test_bad_arguments_are_refused_before_memory_is_touched() -> None:
         "num_points: expected at least 0": lambda: op(x, None, -1),
         "labels: expected int64": lambda: op(x, labels.int(), 4),
         "labels: expected the device": lambda: op(x, labels.cpu(), 4),
-        "not implemented for 'Int'": lambda: op(x.int(), None, 4),
+        "logits: expected float32": lambda: op(x.int(), None, 4),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call()
