@@ -17,6 +17,7 @@ from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._layout import memory_format
 from paper_layers.ops._library import define
+from paper_layers.ops._vmap import extent
 
 # Geometry is one argument: Dynamo tells whether forward takes a ctx by counting arguments.
 _Geometry = tuple[list[int], list[int], list[int], bool]
@@ -192,8 +193,7 @@ def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> l
 
 def _unfold(info: Any, in_dim: int | None, input: Tensor, tensor: Tensor) -> Tensor:
     """The vmapped dimension in front again, where `input` has as many images a call as the result."""
-    images = input.shape[0] if in_dim is None else input.movedim(in_dim, 0).shape[1]
-    return tensor.unflatten(0, (info.batch_size, images))
+    return tensor.unflatten(0, (info.batch_size, extent(input, in_dim, 0)))
 
 
 class _LIPPool2d(Function):
