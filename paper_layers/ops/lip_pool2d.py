@@ -114,7 +114,9 @@ def _backward_reference(
     dtype = _accumulation_dtype(input.dtype)
     taps = _Taps(input, kernel_size, stride, padding, ceil_mode)
     weight = taps.stack(logit.to(dtype), -torch.inf).softmax(0)
-    deviation = taps.stack(input.to(dtype), 0.0) - output.to(dtype)
+    values = taps.stack(input.to(dtype), 0.0)
+    # The error of a rounded output adds up over a window, while the gradients of its logits cancel.
+    deviation = values - (output if output.dtype == dtype else (weight * values).sum(0))
     grad_input = taps.scatter(grad.to(dtype) * weight, input)
     grad_logit = taps.scatter(grad.to(dtype) * weight * deviation, input)
     if logit.shape[1] != input.shape[1]:

@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.ops import raw_ops
 
-# Relative and absolute tolerance by dtype, for values of about one. Half types round once at the end, and
-# their gradients once more for the saved output.
+# Relative and absolute tolerance by dtype, for values of about one. Half types round once at the end.
 TOLERANCE = {
     torch.float64: (1e-11, 1e-12),
     torch.float32: (1e-5, 1e-5),
