@@ -95,7 +95,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
     auxiliary_class: type[AuxiliaryNorm] = AuxiliaryNorm
     _branch: int | None = None  # Set by `branch`, as is the next.
     _update_statistics = True
-    _name = ""  # Set by a swap, for errors.
+    _name_in_model = ""  # Set by a swap, for errors.
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
             if batch_size % self.num_splits:
                 raise ValueError(
                     f"input: expected a batch that num_splits={self.num_splits} divides, got {batch_size}"
-                    f"{self._name and f' in {self._name}'}; set split_sizes for uneven parts"
+                    f"{self._name_in_model and f' in {self._name_in_model}'}; set split_sizes for uneven parts"
                 )
             return [batch_size // self.num_splits] * self.num_splits
         if not isinstance(self.split_sizes[0], float):
