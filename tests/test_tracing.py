@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 # isort: off
 from tests import torchvision_stub  # noqa: F401 (must come first)
@@ -202,3 +203,47 @@ def test_compiled_one_by_one() -> None:
     torch._dynamo.reset()
     for build, arguments in HEADS.values():
         torch.compile(build().eval(), backend="eager", fullgraph=True)(*arguments)
+
+
+def larger(tensor: Tensor) -> Tensor:
+    """Twice as many rows or images, the images larger as well."""
+    images = torch.nn.functional.pad(tensor, (0, 2) * (tensor.dim() - 2), value=0.5) if tensor.dim() > 3 else tensor
+    return torch.cat([images, images])
+
+
+SYMBOLIC = (
+    "pool",
+    "2d",
+    "logit head",
+    "EdgeConv",
+    "MRConv",
+    "SAGEConv",
+    "block",
+    "point head",
+    "pairs",
+    "loss",
+)
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_symbolic_sizes(name: str) -> None:
+    """Under them torch takes decompositions for the fakes of ops, whose memory must be laid out alike."""
+    if name in LAYERS:
+        build, shape = LAYERS[name]
+        inputs: tuple[Tensor, ...] = (torch.randn(shape),)
+    else:
+        build, inputs = HEADS[name]
+    layer = build()
+    twin = copy.deepcopy(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tensors in (inputs, tuple(map(larger, inputs))):
+        results = []
+        for run in (compiled, twin):
+            leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+            if leaves[0].dim() == 4:
+                leaves = [t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in leaves]
+            outputs = pytree.tree_leaves(run(*leaves))
+            torch.stack([output.cos().sum() for output in outputs if output.requires_grad]).sum().backward()
+            results.append([*outputs, *(t.grad for t in leaves if t.grad is not None)])
+        torch.testing.assert_close(*results)

@@ -160,12 +160,14 @@ void forward(const LipPool2dProblem& problem, const T* input, const T* logit, T*
 
 // Gradients of some rows and columns of the input, streamed down the rows of windows that reach them.
 // With the gradient's share of a window s = g / sum(weights) and its product with the output, t = s * out,
-// dx = weight * sum(s) and dl = weight * (x * sum(s) - sum(t)), sums over the windows that hold the pixel.
+// dx = weight * sum(s) and dl = weight * (x * sum(s) - sum(t)), sums over the windows that hold the pixel. Half types
+// average again: the error of a rounded output adds up over a window, while the gradients of its logits cancel.
 template <typename Windows, typename Shares>
 class Backward {
   using T = typename Windows::Element;
   using A = Accumulator<T>;
   using V = Vec<A>;
+  static constexpr bool averages = !std::is_same_v<T, A>;
 
  public:
   Backward(const LipPool2dProblem& problem, Range columns, Range rows)
@@ -219,13 +221,16 @@ class Backward {
     const T* output = output_plane.at(o, windows_.outputs().begin);
     A *shares = shares_.share(o), *products = shares_.product(o);
     Resolved<A> resolved;
-    const auto write = [&](int64_t i, auto lanes, V weights, V) __attribute__((always_inline)) {
+    const auto write = [&](int64_t i, auto lanes, V weights, V values) __attribute__((always_inline)) {
       resolved.look_at(weights, lanes);
       const V share = load(grad + i, lanes) / weights;
       store(shares + i, share, lanes);
-      store(products + i, share * load(output + i, lanes), lanes);
+      V average;
+      if constexpr (averages) average = values / weights;
+      else average = load(output + i, lanes);
+      store(products + i, share * average, lanes);
     };
-    exponents_[o % exponents_.size()] = windows_.template sum<false>(o, write);
+    exponents_[o % exponents_.size()] = windows_.template sum<averages>(o, write);
     std::vector<Unresolved>& unresolved = unresolved_at(o);
     unresolved.clear();
     if (!resolved.all()) {

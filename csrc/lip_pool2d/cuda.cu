@@ -1,7 +1,9 @@
 // The CUDA kernels of local importance-based pooling.
 //
 // Forward: a thread a window. Backward: a thread a window for its largest logit and its normaliser, then a thread
-// an element, which gathers from the windows that hold it: no atomics, so results do not vary from run to run.
+// an element, which gathers from the windows that hold it: no atomics, so results do not vary from run to run. For half
+// types the windows' averages are computed again before: the error of a rounded output adds up over a window, while the
+// gradients of its logits cancel.
 
 #include "common/cuda_tensors.cuh"
 
@@ -55,9 +57,26 @@ template <typename T, bool Shared>
 void forward(const LipPool2dProblem& problem, const Tensor& input, const Tensor& logit, const Tensor& output) {
   with_shape<T, Shared>(problem, {input, logit}, [&](auto shape) {
     using S = decltype(shape);
-    for_each_window<Forward, T>(problem, input.get_device_index(), shape, packs<T, S::V>(input), packs<T, S::L>(logit),
+    for_each_window<Rounded, T>(problem, input.get_device_index(), shape, packs<T, S::V>(input), packs<T, S::L>(logit),
                                 mutable_packs<T, S::V>(output));
   });
+}
+
+// The output before it is rounded.
+template <typename T, bool Shared>
+Tensor averages(const LipPool2dProblem& problem, const Tensor& input, const Tensor& logit, const Tensor& output) {
+  using A = Accumulator<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    return output;
+  } else {
+    const Tensor average = new_empty(input, output_sizes(problem), ScalarType::Float, problem);
+    with_shape<T, Shared>(problem, {input, logit}, [&](auto shape) {
+      using S = decltype(shape);
+      for_each_window<Average, T>(problem, input.get_device_index(), shape, packs<T, S::V>(input),
+                                  packs<T, S::L>(logit), mutable_packs<A, S::V>(average));
+    });
+    return average;
+  }
 }
 
 template <typename T>
@@ -75,7 +94,8 @@ void backward(const LipPool2dProblem& problem, const Tensor& grad, const Tensor&
               const Tensor& output, const Tensor& largest, const Tensor& inverse_sum, const Tensor& grad_input,
               const Tensor& grad_logit) {
   using A = Accumulator<T>;
-  with_shape<T, Shared>(problem, {grad, input, logit, output}, [&](auto shape) {
+  const Tensor average = averages<T, Shared>(problem, input, logit, output);
+  with_shape<T, Shared>(problem, {grad, input, logit, average}, [&](auto shape) {
     using S = decltype(shape);
     using Body = Backward<T, S>;
     constexpr int V = S::V, L = S::L;
@@ -83,7 +103,7 @@ void backward(const LipPool2dProblem& problem, const Tensor& grad, const Tensor&
                     packs<T, V>(grad),
                     packs<T, V>(input),
                     packs<T, L>(logit),
-                    packs<T, V>(output),
+                    packs<A, V>(average),
                     packs<A, L>(largest),
                     packs<A, L>(inverse_sum),
                     mutable_packs<T, V>(grad_input),

@@ -146,8 +146,8 @@ C10_DEVICE Pack<Accumulator<T>, S::L> largest_logit(const S& shape, const Pack<T
   return largest;
 }
 
-// The output of a window.
-template <int K, typename T, typename S>
+// The output of a window, as an O.
+template <int K, typename T, typename S, typename O>
 struct Forward {
   using A = Accumulator<T>;
   using Index = typename S::Index;
@@ -156,7 +156,7 @@ struct Forward {
   S shape;
   const Pack<T, V>* input;
   const Pack<T, L>* logit;
-  Pack<T, V>* output;
+  Pack<O, V>* output;
 
   C10_DEVICE void operator()(Index index) const {
     const Place<Index> window = shape.windows.place(index);
@@ -172,11 +172,16 @@ struct Forward {
         total[v] += weight[v % L] * (inside ? value : A(0));
       }
     });
-    Pack<T, V> result;
-    for (int v = 0; v < V; ++v) result[v] = static_cast<T>(total[v] / sum[v % L]);
+    Pack<O, V> result;
+    for (int v = 0; v < V; ++v) result[v] = static_cast<O>(total[v] / sum[v % L]);
     output[index] = result;
   }
 };
+
+template <int K, typename T, typename S>
+using Rounded = Forward<K, T, S, T>;
+template <int K, typename T, typename S>
+using Average = Forward<K, T, S, Accumulator<T>>;
 
 // The largest logit of a window and one over the sum of its weights.
 template <int K, typename T, typename S>
@@ -217,7 +222,7 @@ struct Backward {
   const Pack<T, V>* grad;
   const Pack<T, V>* input;
   const Pack<T, L>* logit;
-  const Pack<T, V>* output;
+  const Pack<A, V>* average;
   const Pack<A, L>* largest;
   const Pack<A, L>* inverse_sum;
   Pack<T, V>* grad_input;
@@ -232,14 +237,15 @@ struct Backward {
       shape.width.each_cover(here.column, [&](Index column) {
         const Index window = shape.windows.at(here.outer, row, column, here.inner);
         const Index statistics = shape.logit_at(shape.windows, here.outer, row, column, here.inner);
-        const Pack<T, V> g = grad[window], out = output[window];
+        const Pack<T, V> g = grad[window];
+        const Pack<A, V> mean = average[window];
         const Pack<A, L> shift = largest[statistics], scale = inverse_sum[statistics];
         A weight[L];
         for (int v = 0; v < L; ++v) weight[v] = std::exp(A(l[v]) - shift[v]) * scale[v];
         for (int v = 0; v < V; ++v) {
           const A share = weight[v % L] * A(g[v]);
           dx[v] += share;
-          dl[v] += share * (A(x[v]) - A(out[v]));
+          dl[v] += share * (A(x[v]) - mean[v]);
         }
       });
     });

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paper_layers._core.fusing import readable
 from paper_layers._core.recompute import recomputing
 from paper_layers._core.tracing import Leaf
 from paper_layers.ops import _checks
@@ -27,8 +28,12 @@ class AuxiliaryNorm(_BatchNorm):
     Its classes for 1, 2 and 3 dimensions are batch norms of torch's classes, which loops over modules find.
     """
 
+    _owner: tuple[SplitBatchNorm, ...] = ()  # While it runs; in a tuple, so that it is no submodule.
+
     def forward(self, input: Tensor) -> Tensor:
-        """Refuse: eps, momentum and mode are those of the norm that it belongs to."""
+        """Normalise for the norm that it belongs to, whose eps, momentum and mode count; refuse all others."""
+        for owner in self._owner:
+            return owner.normalize(input, [self])
         raise RuntimeError("aux_bn: expected to be run by its SplitBatchNorm, as in `with branch(model, 1)`")
 
     def reset_running_stats(self) -> None:
@@ -65,13 +70,22 @@ class AuxiliaryNorms(nn.ModuleList):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Refuse what conversions of models would put in a branch's place: it would not be run."""
+        self._check(name, module)
+        super().add_module(name, module)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse the same."""
+        if isinstance(value, nn.Module):
+            self._check(name, value)
+        super().__setattr__(name, value)
+
+    def _check(self, name: str, module: nn.Module | None) -> None:
         if not isinstance(module, AuxiliaryNorm):
             raise TypeError(
                 f"aux_bn.{name}: expected an AuxiliaryNorm, got {type(module).__name__}. A conversion of batch norms, "
                 "such as nn.SyncBatchNorm.convert_sync_batchnorm, would lose the split: convert the model first, "
                 "and then split its norms"
             )
-        super().add_module(name, module)
 
 
 class SplitBatchNorm(Leaf, _BatchNorm):
@@ -81,7 +95,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
     auxiliary_class: type[AuxiliaryNorm] = AuxiliaryNorm
     _branch: int | None = None  # Set by `branch`, as is the next.
     _update_statistics = True
-    _name = ""  # Set by a swap, for errors.
+    _name_in_model = ""  # Set by a swap, for errors.
 
     def __init__(
         self,
@@ -146,7 +160,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
             if batch_size % self.num_splits:
                 raise ValueError(
                     f"input: expected a batch that num_splits={self.num_splits} divides, got {batch_size}"
-                    f"{self._name and f' in {self._name}'}; set split_sizes for uneven parts"
+                    f"{self._name_in_model and f' in {self._name_in_model}'}; set split_sizes for uneven parts"
                 )
             return [batch_size // self.num_splits] * self.num_splits
         if not isinstance(self.split_sizes[0], float):
@@ -169,6 +183,24 @@ class SplitBatchNorm(Leaf, _BatchNorm):
             norms = norms[self._branch : self._branch + 1]
         elif not self.training or self._is_recalibrated():
             norms = norms[:1]
+        if all(norm is self or readable(norm, self.auxiliary_class) for norm in norms):
+            return self.normalize(input, norms)
+        parts = input.split(self._parts(input, norms))
+        return torch.cat([self._call(norm, part) for norm, part in zip(norms, parts, strict=True)])
+
+    def _call(self, norm: Any, input: Tensor) -> Tensor:
+        """Run one branch by a call, for which hooks may wait."""
+        if norm is self:
+            return self.normalize(input, [norm])
+        norm._owner = (self,)
+        try:
+            output: Tensor = norm(input)
+        finally:
+            norm._owner = ()
+        return output
+
+    def normalize(self, input: Tensor, norms: list[_BatchNorm]) -> Tensor:
+        """Normalise a batch by these branches, its parts where there are several."""
         if not self.training and norms[0].running_mean is not None:
             norm = norms[0]
             return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=self.eps)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paper_layers._core.tracing import Leaf
+from paper_layers.deep_gcn.clouds import starts
 from paper_layers.deep_gcn.convs import CONVS
 from paper_layers.deep_gcn.edge_norm import Order
 from paper_layers.deep_gcn.knn import DilatedKNN
@@ -88,8 +89,9 @@ class PlainGCNBlock(Leaf):
 
         A static graph, `index` or `edge_index` as in `EdgeConv`, takes the place of the nearest neighbours.
         """
+        ptr = starts(x, batch, ptr)
         if index is None and edge_index is None:
-            index = self.knn(x, batch, ptr)
+            index = self.knn(x, ptr=ptr)
         return self.combine(x, self.conv(x, index, edge_index=edge_index, ptr=ptr))
 
     def combine(self, x: Tensor, output: Tensor) -> Tensor:

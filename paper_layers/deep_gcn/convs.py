@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
+from paper_layers.deep_gcn.clouds import starts
 from paper_layers.deep_gcn.edge_norm import Order
 from paper_layers.deep_gcn.edges import check_nodes, to_edge_index
 from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, fuses, splits
@@ -54,6 +55,7 @@ class _GraphConv(Leaf, abc.ABC):
         if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
             expected = f"(N, {self.in_channels}) or (B, N, {self.in_channels})"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+        ptr = starts(x, None, ptr)
         if (index is None) == (edge_index is None):
             raise ValueError(f"index: expected either index or edge_index, got {'none' if index is None else 'both'}")
         if edge_index is None:

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.blocks import Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
+from paper_layers.deep_gcn.clouds import pool, spread, starts
 from paper_layers.deep_gcn.edge_norm import Order
 from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, splits
 from paper_layers.ops import _checks
-from paper_layers.ops._index import batch_starts
 
 Block = Literal["res", "dense", "plain"]
 Dilations = Sequence[int] | Callable[[int], int]
@@ -34,49 +34,6 @@ def _rates(dilations: Dilations | None, count: int, most: int | None) -> list[in
     if len(rates) != count:
         raise ValueError(f"dilations: expected one for each of the {count} blocks after the head, got {len(rates)}")
     return [min(rate, most or rate) for rate in rates]
-
-
-def starts(x: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor | None:
-    """Where the clouds of (N, C) start, from either form; None for (B, N, C) and for one cloud."""
-    for name, value in (("batch", batch), ("ptr", ptr)):
-        if value is not None:
-            _checks.numbers(name, value)
-            if x.dim() == 3:
-                raise ValueError(f"{name}: expected None for x of shape (B, N, C), got a Tensor")
-    if batch is None:
-        return ptr
-    if ptr is not None:
-        raise ValueError("ptr: expected either batch or ptr, got both")
-    return batch_starts("batch", batch, x)
-
-
-def pool(x: Tensor, ptr: Tensor | None, reduce: Literal["max", "mean"]) -> Tensor:
-    """One row a cloud: (B, C), with (1, C) for (N, C) without `ptr`."""
-    if ptr is not None:
-        cloud = _cloud(x, ptr)[:, None].expand_as(x)
-        counts = ptr.diff()[:, None]
-        if reduce == "mean":
-            return x.new_zeros(len(counts), x.shape[1]).scatter_add(0, cloud, x) / counts.clamp(min=1)
-        # From -inf, not 0: a start that equals the maximum would take a share of the gradient. And not segment_reduce,
-        # which hands a negative gradient to each of several equals in full.
-        largest = x.new_full((len(counts), x.shape[1]), -torch.inf).scatter_reduce(0, cloud, x, "amax")
-        return largest.where(counts > 0, 0)
-    rows = x if x.dim() == 3 else x[None]
-    if rows.shape[1] == 0:  # As a cloud without points among those of `ptr`.
-        return rows.sum(1)
-    return rows.amax(1) if reduce == "max" else rows.mean(1)
-
-
-def spread(x: Tensor, like: Tensor, ptr: Tensor | None) -> Tensor:
-    """A row for each node of its cloud's."""
-    if ptr is not None:
-        return x[_cloud(like, ptr)]
-    return x[:, None] if like.dim() == 3 else x
-
-
-def _cloud(rows: Tensor, ptr: Tensor) -> Tensor:
-    """The number of each row's cloud."""
-    return torch.arange(len(ptr) - 1, device=ptr.device).repeat_interleave(ptr.diff(), output_size=len(rows))
 
 
 class Prediction(nn.Sequential):

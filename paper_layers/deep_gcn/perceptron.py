@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
+from paper_layers.deep_gcn.clouds import starts
 from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, max_over_edges, may_fuse
 from paper_layers.ops import _checks
 
@@ -100,6 +101,7 @@ class Perceptron(Leaf):
 
     def forward(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
         """Apply the layer to (B, N, C), or (N, C) of one cloud or of those that start at `ptr`."""
+        ptr = starts(x, None, ptr)
         return self.drop(self.activate_and_normalize(self.linear(x), ptr), ptr)
 
     def activate_and_normalize(self, z: Tensor, ptr: Tensor | None = None) -> Tensor:

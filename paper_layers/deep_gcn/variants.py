@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers.deep_gcn.nets import DeepGCN, Prediction, pool, spread, starts
+from paper_layers.deep_gcn.clouds import pool, spread, starts
+from paper_layers.deep_gcn.nets import DeepGCN, Prediction
 from paper_layers.deep_gcn.perceptron import Perceptron, call
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers.lip._host import init_host
+from paper_layers.lip.logit import relu_of
 from paper_layers.lip.pool import LIPPool2d
 
 _BOTTLENECK = 4  # The 1x1 convolution of a dense layer has this many times the growth rate's channels.
@@ -40,8 +41,7 @@ class DenseLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) to new features (N, growth_rate, H, W)."""
-        hidden = self.conv1(F.relu(self.norm1(input), inplace=True))
-        return self.conv2(F.relu(self.norm2(hidden), inplace=True))
+        return self.conv2(relu_of(self.norm2, self.conv1(relu_of(self.norm1, input))))
 
 
 class DenseBlock(nn.Sequential):
@@ -108,7 +108,7 @@ class LIPTransition(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) to (N, out_channels, H // 2, W // 2)."""
-        return self.pool(self.conv(F.relu(self.norm(input), inplace=True)))
+        return self.pool(self.conv(relu_of(self.norm, input)))
 
 
 class LIPDenseNet(nn.Module):
@@ -177,7 +177,7 @@ class LIPDenseNet(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Images (N, 3, H, W) to class scores (N, num_classes)."""
-        output = F.relu(self.features(input), inplace=True)
+        output = F.relu(self.features(input))
         return self.classifier(F.adaptive_avg_pool2d(output, 1).flatten(1))
 
 

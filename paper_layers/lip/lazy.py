@@ -66,20 +66,28 @@ class LazyLIPPool2d(LazyModuleMixin, LIPPool2d):
             return
         if input.dim() not in (3, 4):
             raise ValueError(f"input: expected shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}")
-        self._materialize(input.shape[-3])
+        self._materialize(int(input.shape[-3]))  # While torch.jit traces, sizes are tensors.
         if self.form != "custom":
             self.reset_parameters()
 
     def _materialize(self, channels: int) -> None:
+        if self.form != "custom":
+            self._materialize_logit(channels)
         self.channels = channels
-        if self.form == "custom":
-            return
+
+    def _materialize_logit(self, channels: int) -> None:
         built = LIPPool2d(
             channels, logit=self.form, bottleneck_width=self.bottleneck_width, zero_init=self.zero_init, device="meta"
         )
         shapes = {name: parameter.shape for name, parameter in built.named_parameters()}
         for name, parameter in self.named_parameters():
-            parameter.materialize(shapes[name])  # type: ignore[attr-defined]
+            if not is_lazy(parameter):
+                raise RuntimeError(
+                    f"{name}: expected a parameter that has no shape before the first input, got one of shape "
+                    f"{tuple(parameter.shape)}. Torch's lazy parameters cannot be moved to the meta device: build the "
+                    "pool there, or after the first input"
+                )
+            parameter.materialize(shapes[name])
         for mine, theirs in zip(self.modules(), built.modules(), strict=True):
             for name in ("in_channels", "out_channels", "num_features"):
                 if hasattr(theirs, name):
@@ -95,6 +103,9 @@ class LazyLIPPool2d(LazyModuleMixin, LIPPool2d):
         if self.form == "custom" or not self.has_uninitialized_params():
             return
         head = "logit.head." if self.form == "bottleneck" else "logit."
-        weight = state_dict.get(f"{prefix}{head}norm.weight")
-        if weight is not None and not is_lazy(weight):
-            self._materialize(weight.shape[0])
+        for name, dim in ((f"{head}norm.weight", 0), (f"{head}conv.weight", 0), ("logit.stem.conv1.weight", 1)):
+            weight = state_dict.get(prefix + name)
+            if weight is not None and not is_lazy(weight):
+                self._materialize(weight.shape[dim])
+                self.reset_parameters()  # Some may not be in the state dict.
+                return

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core.fusing import unwatched
 from paper_layers._core.tracing import Leaf
 
 BOUND = 12.0  # The gate keeps logits in (0, BOUND).
@@ -44,6 +45,11 @@ class InstanceNorm2d(Leaf, nn.InstanceNorm2d):
     def extra_repr(self) -> str:
         """Channels, epsilon and starting weight, for the repr."""
         return f"{self.num_features}, eps={self.eps}, initial_weight={self.initial_weight}"
+
+
+def relu_of(norm: nn.Module, input: Tensor) -> Tensor:
+    """The positive part of a norm's output, in place unless somebody else may see the output."""
+    return F.relu(norm(input), inplace=unwatched(norm))
 
 
 class LogitHead(nn.Module):
@@ -141,8 +147,7 @@ class BottleneckStem(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Images (N, channels, H, W) to features (N, width, H, W)."""
-        hidden = F.relu(self.norm1(self.conv1(input)), inplace=True)
-        return F.relu(self.norm2(self.conv2(hidden)), inplace=True)
+        return relu_of(self.norm2, self.conv2(relu_of(self.norm1, self.conv1(input))))
 
 
 class BottleneckLogit(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -65,14 +66,14 @@ def batch_starts(name: str, batch: Tensor, rows: Tensor, clouds: int | None = No
 
 def check_starts(name: str, ptr: Tensor, rows: int) -> None:
     """Refuse `ptr` that does not ascend from 0 to the number of rows; reads the data."""
-    if len(ptr) == 0:
+    numbers = ptr.tolist()
+    if not numbers:
         raise ValueError(f"{name}: expected shape (B + 1,), got (0,)")
-    if int(ptr[0]) != 0 or int(ptr[-1]) != rows:
-        raise ValueError(f"{name}: expected numbers from 0 to {rows}, got {int(ptr[0])} to {int(ptr[-1])}")
-    wrong = ptr[1:] < ptr[:-1]
-    if wrong.any():
-        first = int(wrong.nonzero()[0]) + 1
-        raise ValueError(f"{name}: expected numbers that never descend, got {int(ptr[first])} at position {first}")
+    if (numbers[0], numbers[-1]) != (0, rows):
+        raise ValueError(f"{name}: expected numbers from 0 to {rows}, got {numbers[0]} to {numbers[-1]}")
+    for position, (before, number) in enumerate(itertools.pairwise(numbers), 1):
+        if number < before:
+            raise ValueError(f"{name}: expected numbers that never descend, got {number} at position {position}")
 
 
 def cloud_count(batch: Tensor) -> int:

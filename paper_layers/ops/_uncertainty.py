@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paper_layers.ops import _checks
+from paper_layers.ops._vmap import extent
 
 
 def of_class(logits: Tensor, labels: Tensor | None) -> Tensor:
@@ -68,5 +69,6 @@ def fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...]
     return folded
 
 
-def unfold(info: Any, index: Tensor) -> tuple[Tensor, int]:
-    return index.unflatten(0, (info.batch_size, index.shape[0] // info.batch_size)), 0
+def unfold(info: Any, in_dim: int | None, logits: Tensor, index: Tensor) -> tuple[Tensor, int]:
+    """The vmapped dimension in front again."""
+    return index.unflatten(0, (info.batch_size, extent(logits, in_dim, 0))), 0

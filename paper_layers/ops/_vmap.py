@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def extent(tensor: Tensor, vmapped: int | None, dim: int) -> int:
+    """The size of a dimension in each element of a tensor, of which there may be none."""
+    return (tensor if vmapped is None else tensor.movedim(vmapped, -1)).shape[dim]
+
+
 def one_by_one(
     function: Callable[..., tuple[Tensor, ...]], batch_size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -17,6 +17,7 @@ from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._layout import memory_format
 from paper_layers.ops._library import define
+from paper_layers.ops._vmap import extent
 
 # Geometry is one argument: Dynamo tells whether forward takes a ctx by counting arguments.
 _Geometry = tuple[list[int], list[int], list[int], bool]
@@ -113,7 +114,9 @@ def _backward_reference(
     dtype = _accumulation_dtype(input.dtype)
     taps = _Taps(input, kernel_size, stride, padding, ceil_mode)
     weight = taps.stack(logit.to(dtype), -torch.inf).softmax(0)
-    deviation = taps.stack(input.to(dtype), 0.0) - output.to(dtype)
+    values = taps.stack(input.to(dtype), 0.0)
+    # The error of a rounded output adds up over a window, while the gradients of its logits cancel.
+    deviation = values - (output if output.dtype == dtype else (weight * values).sum(0))
     grad_input = taps.scatter(grad.to(dtype) * weight, input)
     grad_logit = taps.scatter(grad.to(dtype) * weight * deviation, input)
     if logit.shape[1] != input.shape[1]:
@@ -192,8 +195,7 @@ def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> l
 
 def _unfold(info: Any, in_dim: int | None, input: Tensor, tensor: Tensor) -> Tensor:
     """The vmapped dimension in front again, where `input` has as many images a call as the result."""
-    images = input.shape[0] if in_dim is None else input.movedim(in_dim, 0).shape[1]
-    return tensor.unflatten(0, (info.batch_size, images))
+    return tensor.unflatten(0, (info.batch_size, extent(input, in_dim, 0)))
 
 
 class _LIPPool2d(Function):

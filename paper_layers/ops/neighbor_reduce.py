@@ -158,7 +158,7 @@ class _NeighborReduceBackward(Function):
             t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
             for t, d in zip((grad, index, arg), in_dims, strict=False)
         )
-        arg = arg.flatten(0, 1) if arg.dim() == 3 else arg[0]
+        arg = arg.flatten(0, 1)
         result = _NeighborReduceBackward.apply(
             grad.flatten(0, 1), flat_index(index, rows), arg, info.batch_size * rows, reduce, relative
         )

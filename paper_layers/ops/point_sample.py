@@ -16,6 +16,7 @@ from paper_layers.ops import _checks
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._layout import memory_format
 from paper_layers.ops._library import define, library
+from paper_layers.ops._vmap import extent
 
 MODES = ("bilinear", "nearest")
 PADDINGS = ("zeros", "border")
@@ -171,10 +172,6 @@ def _fold_images(info: Any, dim: int | None, image: Tensor | None, images: int) 
     return (image + images * torch.arange(info.batch_size, device=image.device)[:, None]).flatten()
 
 
-def _images(map: Tensor, dim: int | None) -> int:
-    return map.shape[0] if dim is None else map.movedim(dim, 0).shape[1]
-
-
 class _PointSample(Function):
     @staticmethod
     def forward(
@@ -210,9 +207,9 @@ class _PointSample(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], options: _Options, image: Tensor | None, *tensors: Any) -> Any:
-        image = _fold_images(info, in_dims[1], image, _images(tensors[1], in_dims[3]))
+        image = _fold_images(info, in_dims[1], image, extent(tensors[1], in_dims[3], 0))
         output = _PointSample.apply(options, image, *_fold(info, in_dims[2:], tensors))
-        return output.unflatten(0, (info.batch_size, -1)), 0
+        return output.unflatten(0, (info.batch_size, extent(tensors[0], in_dims[2], 0))), 0
 
 
 class _PointSampleBackward(Function):
@@ -262,9 +259,12 @@ class _PointSampleBackward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], options: tuple[Any, ...], image: Tensor | None, *tensors: Any) -> Any:
-        image = _fold_images(info, in_dims[1], image, _images(tensors[2], in_dims[4]))
+        image = _fold_images(info, in_dims[1], image, extent(tensors[2], in_dims[4], 0))
         grads = _PointSampleBackward.apply(options, image, *_fold(info, in_dims[2:], tensors))
-        return tuple(g.unflatten(0, (info.batch_size, -1)) for g in grads), (0,) * len(grads)
+        rows = [extent(t, dim, 0) for t, dim in zip(tensors[1:], in_dims[3:], strict=True) if t is not None]
+        # The points' gradient comes first, if wanted.
+        parts = zip(grads, rows if options[-1][0] else rows[1:], strict=False)
+        return tuple(g.unflatten(0, (info.batch_size, each)) for g, each in parts), (0,) * len(grads)
 
 
 def _image_reference(numbers: Tensor, images: int) -> Tensor:

@@ -44,7 +44,7 @@ def _fake(logits: Tensor, labels: Tensor | None, points: Tensor, count: int) -> 
 def _vmap(
     info: Any, in_dims: tuple[Any, ...], logits: Tensor, labels: Tensor | None, points: Tensor, count: int
 ) -> Any:
-    return unfold(info, _op(*fold(info, in_dims, (logits, labels, points)), count))
+    return unfold(info, in_dims[0], logits, _op(*fold(info, in_dims, (logits, labels, points)), count))
 
 
 _op = define(

@@ -14,6 +14,7 @@ from paper_layers.ops import _checks
 from paper_layers.ops import _split_batch_norm as formulas
 from paper_layers.ops._autograd import Function
 from paper_layers.ops._library import define
+from paper_layers.ops._vmap import extent
 
 _Options = tuple[list[int], float]
 
@@ -96,8 +97,11 @@ def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...
     return folded
 
 
-def _unfold(info: Any, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    parts = tuple(t.unflatten(1, (info.batch_size, t.shape[1] // info.batch_size)) for t in tensors)
+def _unfold(
+    info: Any, in_dim: int | None, like: Tensor, tensors: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The vmapped dimension before the channels again, of which each element has as many as `like`."""
+    parts = tuple(t.unflatten(1, (info.batch_size, extent(like, in_dim, 1))) for t in tensors)
     return parts, (1,) * len(parts)
 
 
@@ -131,7 +135,8 @@ class _SplitBatchNorm(Function):
         bias: Tensor | None,
         options: _Options,
     ) -> Any:
-        return _unfold(info, _SplitBatchNorm.apply(*_fold(info, in_dims, (input, weight, bias)), options))
+        results = _SplitBatchNorm.apply(*_fold(info, in_dims, (input, weight, bias)), options)
+        return _unfold(info, in_dims[0], input, results)
 
 
 class _SplitBatchNormBackward(Function):
@@ -175,7 +180,7 @@ class _SplitBatchNormBackward(Function):
         options: _Options,
     ) -> Any:
         folded = _fold(info, in_dims, (grad, input, weight, mean, var))
-        return _unfold(info, _SplitBatchNormBackward.apply(*folded, options))
+        return _unfold(info, in_dims[0], grad, _SplitBatchNormBackward.apply(*folded, options))
 
 
 def parameters(name: str, values: Tensor | Sequence[Tensor] | None, splits: int, input: Tensor) -> Tensor | None:

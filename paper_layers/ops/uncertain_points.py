@@ -39,7 +39,7 @@ def _fake(logits: Tensor, labels: Tensor | None, num_points: int) -> Tensor:
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, labels: Tensor | None, num_points: int) -> Any:
-    return unfold(info, _op(*fold(info, in_dims, (logits, labels)), num_points))
+    return unfold(info, in_dims[0], logits, _op(*fold(info, in_dims, (logits, labels)), num_points))
 
 
 _op = define("uncertain_points(Tensor logits, Tensor? labels, SymInt num_points) -> Tensor", _reference, _fake)

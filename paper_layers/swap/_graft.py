@@ -16,9 +16,10 @@ from torch import nn
 class Grafted(nn.Module):
     """Comes before the host's own class in a class that `graft` makes; super() is the host."""
 
-    prefix: str  # Of the new class's name.
-    added: str  # The name of the child that we add.
-    arguments: tuple[inspect.Parameter, ...] = ()  # Our forward's arguments beside the host's.
+    # The host's class may have attributes of any name.
+    _graft_prefix: str  # Of the new class's name.
+    _graft_added: str  # The name of the child that we add.
+    _graft_arguments: tuple[inspect.Parameter, ...] = ()  # Our forward's arguments beside the host's.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the two classes: the one that is made of them cannot be found by its name."""
@@ -29,16 +30,16 @@ class SequentialGraft(Grafted):
     """Of an nn.Sequential, whose forward calls what it holds one after the other, but not what we have added."""
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter([module for name, module in self.named_children() if name != self.added])
+        return iter([module for name, module in self.named_children() if name != self._graft_added])
 
 
 @functools.cache
 def graft(ours: Any, host: Any) -> Any:
     """The host's class with ours before it, and a forward with the signature of the host's."""
     members = {"__module__": ours.__module__, "__doc__": ours.__doc__}
-    if ours.arguments:
-        members["forward"] = _with_signature(ours.forward, host.forward, ours.arguments)
-    return type(f"{ours.prefix}{host.__name__}", (ours, host), members)
+    if ours._graft_arguments:
+        members["forward"] = _with_signature(ours.forward, host.forward, ours._graft_arguments)
+    return type(f"{ours._graft_prefix}{host.__name__}", (ours, host), members)
 
 
 def _with_signature(function: Any, host: Any, arguments: tuple[inspect.Parameter, ...]) -> Any:

@@ -22,10 +22,10 @@ def logits_of(output: Any) -> Any:
 class SemanticHost(Grafted):
     """A segmentation model that refines its logits with PointRend; see `paper_layers.swap.pointrend`."""
 
-    prefix, added = "PointRend", "point_rend"
+    _graft_prefix, _graft_added = "PointRend", "point_rend"
     point_rend: PointRendSemantic
     _point_rend_taps: list[Tap]  # Of the coarse logits, and of the fine features.
-    arguments = (Parameter("target", Parameter.KEYWORD_ONLY, default=None),)
+    _graft_arguments = (Parameter("target", Parameter.KEYWORD_ONLY, default=None),)
 
     def forward(self, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:
         """What the host returns, with refined logits in evaluation, and those of points in training without target.
@@ -81,7 +81,7 @@ class MaskHost(Grafted):
     Its own mask branch is gone, so that it predicts boxes (and keypoints), for which the masks are then predicted.
     """
 
-    prefix, added = "PointRend", "point_rend"
+    _graft_prefix, _graft_added = "PointRend", "point_rend"
     point_rend: PointRendMask
     _point_rend_level: str  # Name of the feature map.
     _point_rend_samples: tuple[list[Tensor], ...] = ()  # Boxes, the numbers of their objects and labels.

@@ -59,6 +59,17 @@ def called(name: str) -> str:
     return f"model.{name}" if name else "model"
 
 
+def check_names(module: nn.Module, name: str, ours: type[nn.Module], added: Iterable[str] = ()) -> None:
+    """Refuse a module with attributes of the user's whose names its new class, or what that adds, has need of."""
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    found = {n for n in added if hasattr(module, n)} | own & {*dir(ours)} - {*dir(type(module))}
+    for taken in sorted(found - {*getattr(type(module), "__constants__", ()), *_OF_ALL_MODULES}):
+        raise ValueError(
+            f"{called(name)}: expected no attribute {taken!r} beside those of {type(module).__name__}, as "
+            f"{ours.__name__} has one, got {getattr(module, taken)!r}; rename it, or let filter leave the module out"
+        )
+
+
 def become(old: Any, new: nn.Module) -> None:
     """Turn `old` into `new` where it stands. It keeps its mode, hooks (the very dictionaries) and the user's own state.
 

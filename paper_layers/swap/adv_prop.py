@@ -17,7 +17,7 @@ from paper_layers.adv_prop.norm import (
 )
 from paper_layers.adv_prop.sync import SplitSyncBatchNorm
 from paper_layers.ops._checks import integer
-from paper_layers.swap._surgery import Filter, called, select
+from paper_layers.swap._surgery import Filter, called, check_names, select
 
 _SPLIT: dict[type[nn.Module], type[SplitBatchNorm]] = {
     nn.BatchNorm1d: SplitBatchNorm1d,
@@ -105,6 +105,7 @@ def split_batch_norm(
                 f"{called(name)}: expected a batch norm of torch's or timm's own classes, got {type(norm).__name__}, "
                 "which may compute something else; filter can leave it out"
             )
+        check_names(norm, name, kind, ["num_splits", "split_sizes"])
         kinds.append(kind)
     for (norm, name), kind in zip(norms.items(), kinds, strict=True):
         auxiliaries = kind.new_auxiliaries(norm, num_splits, device="meta")
@@ -112,7 +113,7 @@ def split_batch_norm(
             _copy_tensors(norm, auxiliary)
         norm.__class__ = kind
         norm.num_splits, norm.split_sizes, norm.aux_bn = setting.num_splits, setting.split_sizes, auxiliaries
-        norm._name = called(name)
+        norm._name_in_model = called(name)
         auxiliaries.train(norm.training)
     return model
 
@@ -167,7 +168,8 @@ def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter: Filter | None
         norm._buffers.update(kept._buffers)
         norm.__class__ = _plain_class(type(norm))
         del norm.aux_bn, norm.num_splits, norm.split_sizes
-        vars(norm).pop("_name", None)
+        for private in ("_name_in_model", "_branch", "_update_statistics"):
+            vars(norm).pop(private, None)
     return model
 
 

@@ -14,7 +14,7 @@ from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.pooling import POOLS, pooled
 from paper_layers.big_bigan.scores import TERMS, chosen_terms
 from paper_layers.swap._graft import Grafted, SequentialGraft, Tap, graft
-from paper_layers.swap._surgery import Filter, placement
+from paper_layers.swap._surgery import Filter, check_names, placement
 from paper_layers.swap._wrapped import check_free
 
 
@@ -29,11 +29,11 @@ class Seen(Tap):
 class BigBiGANHost(Grafted):
     """A GAN's discriminator that scores pairs; see `paper_layers.swap.bigan_discriminator`."""
 
-    prefix, added = "BigBiGAN", "big_bigan"
+    _graft_prefix, _graft_added = "BigBiGAN", "big_bigan"
     big_bigan: BigBiGANHeads
     _big_bigan_tap: Seen
     _big_bigan_pool: str
-    arguments = (Parameter("latents", Parameter.POSITIONAL_OR_KEYWORD, default=None),)
+    _graft_arguments = (Parameter("latents", Parameter.POSITIONAL_OR_KEYWORD, default=None),)
 
     def forward(self, *images: Any, latents: Tensor | None = None, **kwargs: Any) -> Scores:
         """`Scores` (N,) of images and latents (N, latent_dim), in float32 also under autocast.
@@ -133,13 +133,13 @@ def bigan_discriminator(
     name, last = _last_layer(model, filter)
     if "forward" in vars(model):
         raise ValueError("model: expected the forward of its class, got one set on the object")
-    if hasattr(model, BigBiGANHost.added):
-        raise ValueError(f"model: expected no attribute {BigBiGANHost.added!r}, got a {type(model.big_bigan).__name__}")
+    ours = SequentialHost if isinstance(model, nn.Sequential) else BigBiGANHost
+    check_names(model, "", ours, ["big_bigan", "_big_bigan_tap", "_big_bigan_pool"])
     features = last.in_features if isinstance(last, nn.Linear) else last.in_channels
     options = (width, depth, activation, spectral_norm, None, projection_bias, projection_spectral_norm)
     heads = BigBiGANHeads(features, latent_dim, terms, *options, **placement(model, name))
     heads.x = None  # The last layer is.
-    ours, host = SequentialHost if isinstance(model, nn.Sequential) else BigBiGANHost, cast(Any, model)
+    host = cast(Any, model)
     host.__class__ = graft(ours, host.__class__)
     model.big_bigan = heads.train(model.training)
     model._big_bigan_tap, model._big_bigan_pool = Seen(last), pool  # type: ignore[assignment]

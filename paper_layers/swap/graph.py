@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from paper_layers.swap._surgery import Filter, exactly, select
+from paper_layers.swap._surgery import Filter, check_names, exactly, select
 
 
 def graph_conv(model: nn.Module, *, filter: Filter | None = None) -> nn.Module:
@@ -52,6 +52,9 @@ def graph_conv(model: nn.Module, *, filter: Filter | None = None) -> nn.Module:
 
     ours = {host.EdgeConv: pyg.EdgeConv, host.DynamicEdgeConv: pyg.DynamicEdgeConv}
     wanted = "PyG EdgeConv or DynamicEdgeConv"
-    for conv in select(model, wanted, exactly(*ours), exactly(*ours.values()), filter):
+    convs = select(model, wanted, exactly(*ours), exactly(*ours.values()), filter)
+    for conv, name in convs.items():
+        check_names(conv, name, ours[type(conv)])
+    for conv in convs:
         conv.__class__ = ours[type(conv)]
     return model

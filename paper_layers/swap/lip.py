@@ -13,7 +13,7 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from paper_layers.lip.pool import LIPPool2d, Logit
 from paper_layers.swap._lip_conv import FOLDS, LIPConv2d, Refusal, own_logit, stride_pool
-from paper_layers.swap._surgery import Filter, become, called, exactly, placement, select
+from paper_layers.swap._surgery import Filter, become, called, check_names, exactly, placement, select
 from paper_layers.swap._trial import M, trial_run
 
 _FUNCTIONS = re.compile(r"\b(?:max|avg)_pool2d\(")
@@ -111,6 +111,7 @@ def pooling(
         lip = LIPPool2d(
             channels[pool], logit=own_logit(logit, place), bottleneck_width=bottleneck_width, **geometry, **place
         )
+        check_names(pool, name, LIPPool2d, {*vars(lip), *lip._modules})
         built.append(lip)
     for pool, new in zip(pools, built, strict=True):
         become(pool, new)
@@ -157,6 +158,8 @@ def strided_conv(
         return plain(module) and max(module.stride) > 1 and wanted
 
     convs = select(model, "strided nn.Conv2d", fits, exactly(LIPConv2d), filter, _conv_like)
+    for conv, name in convs.items():
+        check_names(conv, name, LIPConv2d, ["pool"])
     pools = [stride_pool(conv, logit, bottleneck_width, placement(conv, "")) for conv in convs]
     for (conv, name), pool in zip(convs.items(), pools, strict=True):
         conv.__class__ = LIPConv2d

@@ -13,7 +13,7 @@ from paper_layers.point_rend.mask import PointRendMask
 from paper_layers.point_rend.semantic import PointRendSemantic
 from paper_layers.swap._graft import Tap, graft
 from paper_layers.swap._refined import MaskHost, SemanticHost, SequentialHost, logits_of
-from paper_layers.swap._surgery import Filter, placement, select
+from paper_layers.swap._surgery import Filter, check_names, placement, select
 from paper_layers.swap._trial import trial_run
 
 _WANTED = "torchvision FCN, DeepLabV3, LRASPP or Mask R-CNN (fine and coarse name the modules of another model)"
@@ -93,7 +93,7 @@ def pointrend(
     changes = []
     for host, name in select(model, _WANTED, fits, _done, filter).items():
         build = _masks if _has_masks(host) else _semantic
-        changes.append(build(host, fine, coarse, example_input, options, placement(model, name)))
+        changes.append(build(host, name, fine, coarse, example_input, options, placement(model, name)))
     for change in changes:
         change()
     return model
@@ -120,7 +120,7 @@ def _inherits(module: nn.Module, *names: str) -> bool:
 
 
 def _semantic(
-    host: Any, fine: Any, coarse: Any, example_input: Any, options: dict[str, Any], place: dict[str, Any]
+    host: Any, name: str, fine: Any, coarse: Any, example_input: Any, options: dict[str, Any], place: dict[str, Any]
 ) -> Callable[[], None]:
     """What turns a semantic model into its PointRend version, once it is called."""
     head = _module(host, "coarse", "classifier" if coarse is None else coarse)
@@ -150,9 +150,10 @@ def _semantic(
         )
     channels = sum(_map("fine", calls[part][1]).shape[1] for part in parts)
     refine = PointRendSemantic(channels, low.shape[1], **options, **place)
+    ours = SequentialHost if isinstance(host, nn.Sequential) else SemanticHost
+    check_names(host, name, ours, ["point_rend", "_point_rend_taps"])
 
     def change() -> None:
-        ours = SequentialHost if isinstance(host, nn.Sequential) else SemanticHost
         host.__class__ = graft(ours, host.__class__)
         host.point_rend = refine.train(host.training)
         host._point_rend_taps = [Tap(module) for module in (head, *parts)]
@@ -161,12 +162,16 @@ def _semantic(
 
 
 def _masks(
-    host: Any, fine: Any, coarse: Any, example_input: Any, options: dict[str, Any], place: dict[str, Any]
+    host: Any, name: str, fine: Any, coarse: Any, example_input: Any, options: dict[str, Any], place: dict[str, Any]
 ) -> Callable[[], None]:
     """What turns a Mask R-CNN into its PointRend version, once it is called."""
     if fine is not None or coarse is not None:
         raise ValueError(f"fine, coarse: expected None for {type(host).__name__}, got {fine!r}, {coarse!r}")
     heads = host.roi_heads
+    check_names(heads, f"{name}.roi_heads".strip("."), MaskHost, ["point_rend", "_point_rend_level"])
+    for method in ("forward", "check_targets", "select_training_samples"):
+        if method in vars(heads):
+            raise ValueError(f"roi_heads: expected the {method} of its class, got one set on the object")
     level = heads.mask_roi_pool.featmap_names[0]
     convs = [layer for layer in heads.mask_predictor.modules() if isinstance(layer, nn.Conv2d)]
     if not convs:

@@ -267,3 +267,20 @@ X = torch.ones(4, 3, 2, 2)
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_auxiliary_branches_with_hooks() -> None:
+    """They are called then, compiled too; what is no such branch is refused in its place."""
+    norm, x = SplitBatchNorm2d(3), torch.randn(4, 3, 2, 2)
+    twin = copy.deepcopy(norm)
+    norm.aux_bn[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    compiled = torch.compile(copy.deepcopy(norm), backend="aot_eager", fullgraph=True)
+    first, second = twin(x).chunk(2)
+    for run in (norm, compiled):
+        torch.testing.assert_close(run(x), torch.cat([first, 2 * second]))
+    torch.testing.assert_close(norm.state_dict(), twin.state_dict())
+    with pytest.raises(RuntimeError, match="expected to be run by its SplitBatchNorm"):
+        norm.aux_bn[0](x)
+    for other in (nn.SyncBatchNorm(3), nn.Identity()):
+        with pytest.raises(TypeError, match=f"aux_bn.0: expected an AuxiliaryNorm, got {type(other).__name__}"):
+            norm.set_submodule("aux_bn.0", other)

@@ -380,8 +380,5 @@ def test_refuses_nodes_that_do_not_exist() -> None:
                 edges[row, 1] = wrong
                 with pytest.raises(ValueError, match=f"edge_index: expected nodes from 0 to 4, got .*{wrong}"):
                     kind(4, 4)(x, edge_index=edges), name
-    for bounds in ([0, 3, 7], [0, 3], [1, 5], [0, 4, 2, 5]):
-        with pytest.raises(ValueError, match="ptr: expected ascending numbers from 0 to 5"):
-            EdgeConv(4, 4, norm="instance")(x, table(5, 2, rows=5), ptr=torch.tensor(bounds))
     with pytest.raises(ValueError, match="index: expected nodes from 0 to 2, got 0 to 3"):
         to_edge_index(torch.tensor([[[1], [-1], [3]], [[0], [1], [2]]]))

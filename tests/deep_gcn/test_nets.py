@@ -226,7 +226,7 @@ def test_bad_inputs() -> None:
         (lambda: net(x, torch.zeros(19, dtype=torch.int64)), ValueError, r"batch: expected shape \(20,\), got \(19,\)"),
         (lambda: net(x, torch.tensor([1, 0] * 10)), ValueError, "batch: .*ascending"),
         (lambda: net(x, torch.zeros(20)), TypeError, "batch: expected an int64 Tensor"),
-        (lambda: net(x, ptr=torch.tensor([0, 21])), RuntimeError, "query_ptr: expected numbers from 0 to 20"),
+        (lambda: net(x, ptr=torch.tensor([0, 21])), ValueError, "ptr: expected numbers from 0 to 20"),
         (lambda: DeepGCN(6, 3, block="deep"), ValueError, "block: expected res, dense or plain, got 'deep'"),
         (lambda: DeepGCN(6, 3, conv="gat"), ValueError, "conv: expected one of edge, mr, gin, sage, got 'gat'"),
         (lambda: DeepGCN(6, 3, blocks=0), ValueError, "blocks: expected at least 1, got 0"),

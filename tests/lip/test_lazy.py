@@ -86,3 +86,31 @@ def test_bad_first_input() -> None:
     lazy(torch.randn(2, 6, 9, 9))
     with pytest.raises(ValueError, match=r"input: expected shape \(N, 6, H, W\)"):
         lazy(torch.randn(2, 5, 9, 9))
+
+
+@pytest.mark.parametrize("missing", ["logit.head.norm.weight", "logit.head", "logit.stem"])
+def test_parts_of_a_state_dict(missing: str) -> None:
+    eager, lazy = (LIPPool2d(6, bottleneck_width=4), LazyLIPPool2d(bottleneck_width=4))
+    state = {name: value for name, value in eager.state_dict().items() if not name.startswith(missing)}
+    assert all(name.startswith(missing) for name in lazy.load_state_dict(state, strict=False).missing_keys)
+    assert lazy.channels == 6
+    for name, value in lazy.state_dict().items():
+        assert torch.equal(value, state.get(name, value))
+        assert value.isfinite().all()
+    assert torch.equal(lazy.logit.stem.norm2.weight, torch.ones(4))
+    assert torch.equal(lazy.logit.head.norm.weight, torch.zeros(6))
+
+
+def test_meta_device_before_the_first_input() -> None:
+    """Torch itself makes parameters without numbers of lazy ones there."""
+    lazy = LazyLIPPool2d().to("meta")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"no shape before the first input, got one of shape \(0,\)"):
+            lazy(torch.randn(2, 6, 9, 9, device="meta"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_on_its_first_input() -> None:
+    x = torch.randn(2, 6, 9, 9)
+    traced = torch.jit.trace(LazyLIPPool2d(logit="identity"), x, check_trace=False)
+    torch.testing.assert_close(traced(2 * x), LIPPool2d(6, logit="identity")(2 * x))

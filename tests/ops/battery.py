@@ -16,12 +16,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops import raw_ops
 
-# Relative and absolute tolerance by dtype, for values of about one. Half types round once at the end, and
-# their gradients once more for the saved output.
+# Relative and absolute tolerance by dtype, for values of about one. Half types round once at the end.
 TOLERANCE = {
     torch.float64: (1e-11, 1e-12),
     torch.float32: (1e-5, 1e-5),
@@ -117,6 +117,18 @@ class Battery:
             on_meta = self.function(*(t.to("meta") for t in case.tensors), **options)
             real = self.function(*case.tensors, **case.options)
             assert (on_meta.shape, on_meta.dtype, on_meta.stride()) == (real.shape, real.dtype, real.stride())
+
+    def maps(self, case: Case) -> list[Callable[..., Any]]:
+        """Functions for `test_vmap_over_nothing`. In them torch has no arithmetic of one number for each element."""
+        return [lambda *tensors: self.function(*tensors, **case.options)]
+
+    def test_vmap_over_nothing(self) -> None:
+        for case, dim in itertools.product(self.fixed_cases(), (0, -1)):
+            two = tuple(torch.stack([t, t], dim) for t in case.tensors)
+            for function in self.maps(case):
+                mapped = torch.func.vmap(function, dim)
+                none, some = (pytree.tree_leaves(mapped(*(t.narrow(dim, 0, n) for t in two))) for n in (0, 2))
+                assert [t.shape for t in none] == [(0, *t.shape[1:]) for t in some]
 
     def test_decompositions(self) -> None:
         """They return what the kernels do, in memory too: under symbolic sizes torch takes them for the fakes."""
@@ -246,6 +258,11 @@ class OpBattery(Battery):
 
         for case in self.fixed_cases():
             check(case.to(torch.float64))
+
+    def maps(self, case: Case) -> list[Callable[..., Any]]:
+        (function,) = super().maps(case)
+        gradients = torch.func.grad(lambda *t: function(*t).square().sum(), tuple(range(len(case.tensors))))
+        return [function, gradients]
 
     def test_jvp_is_refused(self) -> None:
         case = self.fixed_cases()[0]

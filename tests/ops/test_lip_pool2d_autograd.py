@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from paper_layers import lip_pool2d
+from paper_layers.ops.lip_pool2d import _backward_reference
 from tests.ops.battery import Case
 from tests.ops.test_lip_pool2d import images
 
@@ -163,3 +164,20 @@ def test_one_tensor_as_input_and_logit_compiles() -> None:
         torch.compile(step, backend="aot_eager", fullgraph=True)(actual).square().sum().backward()
         step(expected).square().sum().backward()
         torch.testing.assert_close(actual.grad, expected.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [3, 31])
+def test_half_gradients_of_images_far_from_zero(dtype: torch.dtype, layout: torch.memory_format, kernel: int) -> None:
+    """The gradients of a window's logits cancel: they are about averages that no half type has rounded."""
+    input = (8 + images(2, 16, 36, 36) / 4).to(dtype).contiguous(memory_format=layout)
+    geometry = ([kernel, kernel], [1, 1], [0, 0], False)
+    for logit in (images(2, 1, 36, 36).to(dtype), images(2, 16, 36, 36).flip(0).to(dtype)):
+        exact, tensors = ([t.to(d).requires_grad_() for t in (input, logit)] for d in (torch.float64, dtype))
+        grads = [torch.autograd.grad(lip_pool2d(*t, kernel, 1).double().sum(), t) for t in (exact, tensors)]
+        output = lip_pool2d(*tensors, kernel, 1).detach()
+        grads.append(_backward_reference(torch.ones_like(output), input, logit, output, *geometry))
+        for want, *others in zip(*grads, strict=True):
+            for got in others:
+                assert (got.double() - want).abs().max() < 5e-3 * want.abs().max()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,10 @@ class TestSoftTriple(OpBattery):
             Case((vectors(5, 6), vectors(5, 3, 6)), {"labels": labels, "chunk_size": 2}),
             Case((vectors(5, 6), vectors(5, 1, 6)), {"labels": labels, "reduction": "none", "margin": 0.2}),
         ]
+
+    def maps(self, case: Case) -> list[Callable[..., Any]]:
+        labels = case.options["labels"].clamp(min=0)
+        return [lambda x, w: soft_triple(x, w, labels), soft_triple_logits]
 
     @staticmethod
     def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
