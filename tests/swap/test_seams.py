@@ -49,62 +49,6 @@ SWAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-class Flagged(nn.Module):
-    """Has an attribute that is named like torch's hooks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._output_capturing_hooks_installed = self.flag = True
-        self.conv, self.pool = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.flag is True
-        return self.pool(self.conv(x))
-
-
-class Capturing(nn.Module):
-    """Lives by a hook, which is a function, a method or a callable object."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.body, self.pool, self.seen = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), []
-        hooks = {"function": lambda m, a, out: self.seen.append(out), "method": self.keep, "partial": Keep(self.seen)}
-        self.body.register_forward_hook(hooks[kind])
-
-    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.seen.append(output)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.clear()
-        self.body(x)
-        return self.pool(self.seen[0])
-
-
-class Keep:
-    def __init__(self, seen: list[Tensor]):
-        self.seen = seen
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.seen.append(output)
-
-
-def test_hooks_that_a_host_lives_by() -> None:
-    assert swap.pooling(Flagged()).pool.channels == 8
-    for kind in ("function", "method", "partial"):
-        model = Capturing(kind)
-        assert swap.pooling(model).pool.channels == 8
-        assert model.seen == []
-        model(torch.randn(1, 3, 8, 8))
-        assert not model.seen[0].is_meta
-
-
-def test_hooks_that_a_host_can_do_without_do_not_run() -> None:
-    model, calls = sequential(), []
-    model[0].register_forward_hook(lambda *_: calls.append(1))
-    swap.pooling(model)
-    assert calls == []
-
-
 DETECTION = torchvision.models.detection
 
 
