@@ -123,6 +123,12 @@ class SplitBatchNorm(Leaf, _BatchNorm):
         """The main norm, which is this module itself, and the auxiliary ones."""
         return [self, *self.aux_bn]
 
+    def __getattr__(self, name: str) -> Any:
+        """Hand out the tensors of the branch that `branch` has set: tools that fold the norm read them here."""
+        if self._branch and name in _TENSORS:
+            return getattr(self.aux_bn[self._branch - 1], name)
+        return super().__getattr__(name)
+
     def reset_running_stats(self) -> None:
         """Forget the statistics of one branch: the one that `branch` has set, else the main one.
 

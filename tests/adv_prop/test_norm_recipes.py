@@ -83,7 +83,10 @@ def test_folding_is_of_the_evaluated_norm() -> None:
     model.eval()
     with pytest.raises(AssertionError, match="did not find fuser method"):
         fuse_modules(model, ["0", "1"])
-    torch.testing.assert_close(fuse_conv_bn_eval(model[0], model[1])(x), model[1](model[0](x)), rtol=1e-4, atol=1e-4)
+    for index in (0, 1):
+        with branch(model, index):
+            fused = fuse_conv_bn_eval(model[0], model[1])
+            torch.testing.assert_close(fused(x), model[1](model[0](x)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

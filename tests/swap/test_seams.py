@@ -194,6 +194,23 @@ def test_lip_conv_is_no_conv() -> None:
     assert conv.weight.count_nonzero()
 
 
+def test_tied_convolutions() -> None:
+    """They are tied again where they come apart, as checkpoints tie them: the values are the same."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1))
+    model[1].weight = model[0].weight
+    swap.strided_conv(model, "projection").eval()
+    x = torch.randn(2, 4, 8, 8)
+    expected = model(x)
+    model[1].weight = model[0].weight
+    model.load_state_dict(model.state_dict(), assign=True)
+    model[1].weight = model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    torch.testing.assert_close(model(x), expected)
+    model[1].weight = nn.Parameter(model[1].weight.double())
+    assert model[1].weight.dtype == torch.double
+    with pytest.raises(RuntimeError, match=r"bias: .* To change\s+values or to tie them .*in training mode"):
+        model[1].bias = nn.Parameter(torch.ones(4))
+
+
 def test_reparametrising_is_refused() -> None:
     model = trained(swap.strided_conv(timm.create_model("mobileone_s0", num_classes=3), "projection"))
     with pytest.raises(RuntimeError, match=r"reparameterize: expected plain convolutions, got the LIPConv2d model\."):
