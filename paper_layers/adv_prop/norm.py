@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ class AuxiliaryNorm(_BatchNorm):
     Its classes for 1, 2 and 3 dimensions are batch norms of torch's classes, which loops over modules find.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Refuse: eps, momentum and mode are those of the norm that it belongs to."""
-        raise RuntimeError("aux_bn: expected to be run by its SplitBatchNorm, as in `with branch(model, 1)`")
+    def forward(self, input: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Refuse, unless its norm runs within: eps, momentum and mode are those of the norm that it belongs to."""
+        if run is None:
+            raise RuntimeError("aux_bn: expected to be run by its SplitBatchNorm, as in `with branch(model, 1)`")
+        return run(input)
 
     def reset_running_stats(self) -> None:
         """Do nothing: its SplitBatchNorm knows whether the images that follow a reset come to this branch."""
@@ -175,6 +178,14 @@ class SplitBatchNorm(Leaf, _BatchNorm):
             norms = norms[self._branch : self._branch + 1]
         elif not self.training or self._is_recalibrated():
             norms = norms[:1]
+        run = functools.partial(self._run, norms=norms)
+        for norm in norms:
+            if norm is not self and hasattr(type(norm), "unshard"):  # By FSDP2, which gathers it while it is called.
+                run = functools.partial(norm, run=run)
+        return run(input)
+
+    def _run(self, input: Tensor, norms: list[_BatchNorm]) -> Tensor:
+        """Run some branches."""
         if not self.training and norms[0].running_mean is not None:
             norm = norms[0]
             return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=self.eps)

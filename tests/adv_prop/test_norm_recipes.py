@@ -59,9 +59,12 @@ def test_frozen_by_a_loop() -> None:
     assert all(p.grad is None for p in model[1].parameters())
 
 
-def test_timm_freezes_the_main_branch() -> None:
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_timm_freezes_the_main_branch(synchronised: bool) -> None:
     model, x = timm.create_model("test_efficientnet").train(), torch.randn(2, 3, 32, 32)
     model(torch.randn(4, 3, 32, 32))
+    if synchronised:
+        model = timm.layers.convert_sync_batchnorm(model)
     expected = timm.layers.freeze_batch_norm_2d(copy.deepcopy(model)).eval()
     split = swap.split_batch_norm(model)
     assert all(isinstance(m, BatchNormAct2d) for m in split.modules() if hasattr(m, "num_splits"))
