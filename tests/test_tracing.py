@@ -159,6 +159,47 @@ def test_feature_extractors(name: str) -> None:
     assert extractor(x).shape == (4, 128, 4, 4)
 
 
+class Scaled(nn.Module):
+    """A host with an option, whose output may be in a dictionary."""
+
+    def __init__(self, named: bool):
+        super().__init__()
+        self.body, self.head, self.named = nn.Conv2d(3, 6, 3, 4, 1), nn.Conv2d(6, 4, 3, 2, 1), named
+
+    def forward(self, images: Tensor, scale: float = 8.0) -> Any:
+        logits = nn.functional.interpolate(self.head(self.body(images)), scale_factor=scale)
+        return {"out": logits} if self.named else logits
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_pointrend(named: bool) -> None:
+    """The graph has all arguments, and follows the mode."""
+    model = swap.pointrend(Scaled(named), fine="body", coarse="head", num_points=20, subdivision_num_points=20)
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(4, (2, 32, 32))
+    for whole in (model, nn.Sequential(model)):
+        traced = fx.symbolic_trace(whole)
+        arguments: list[dict[str, Any]] = [{}, {"target": labels}] if whole is model else [{}]
+        for module in (traced.eval(), traced.train()):
+            for more in arguments:
+                torch.manual_seed(0)
+                expected = whole.train(module.training)(images, **more)
+                torch.manual_seed(0)
+                torch.testing.assert_close(module(images, **more), expected)
+                torch.manual_seed(0)
+                values = (images, 8.0, *more.values()) if whole is model else (images,)
+                torch.testing.assert_close(fx.Interpreter(module).run(*values), expected)
+
+
+def test_bigan_discriminator() -> None:
+    layers = nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(inplace=True), nn.Conv2d(4, 1, 4), nn.ReLU(inplace=True)
+    model = swap.bigan_discriminator(nn.Sequential(*layers), 5, width=4, depth=2).eval()
+    images, latents = torch.randn(4, 3, 8, 8), torch.randn(4, 5)
+    traced = fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(images, latents), model(images, latents))
+    extractor = create_feature_extractor(model, ["1", "score"])(images, latents)
+    torch.testing.assert_close(extractor["score"], model(images, latents))
+
+
 class Holder(nn.Module):
     def __init__(self, layer: nn.Module, count: int):
         super().__init__()

@@ -31,7 +31,7 @@ class Leaf(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, or add a node that runs it to the graph that is being traced."""
-        tracer = _tracer(args, kwargs)
+        tracer = tracer_of(args, kwargs)
         if tracer is None:
             return super().__call__(*args, **kwargs)
 
@@ -49,7 +49,7 @@ def leaf(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        tracer = _tracer(args, kwargs)
+        tracer = tracer_of(args, kwargs)
         if tracer is None:
             return function(*args, **kwargs)
         node: Any = tracer.create_proxy("call_function", call, args, kwargs)
@@ -58,7 +58,7 @@ def leaf(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _tracer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def tracer_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The tracer of the first traced argument, or None."""
     values = (*args, *kwargs.values()) if kwargs else args
     if has_torch_function(values):  # Plain tensors have none, and this asks without a loop in Python.

@@ -17,6 +17,7 @@ def branch(model: nn.Module, index: int, *, update_statistics: bool = True) -> I
 
     In eval with the branch's running statistics: to attack the auxiliary branch as in Xie et al., "Adversarial Examples
     Improve Image Recognition", CVPR 2020, or to measure accuracy through it. In training with those of the batch.
+    Reading a norm's weight, bias and statistics gives the branch's, as tools do that fold norms into convolutions.
     Everything is as before afterwards; contexts nest, the inner one wins.
 
     Args:

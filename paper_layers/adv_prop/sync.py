@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from paper_layers.adv_prop.norm import SplitBatchNorm, affine_of
+from paper_layers.adv_prop.norm import AuxiliaryNorm2d, SplitBatchNorm, affine_of
 from paper_layers.ops._split_batch_norm import statistics_dtype
 from paper_layers.ops._split_batch_norm_steps import (
     split_backward_input,
@@ -22,12 +23,14 @@ from paper_layers.ops._split_batch_norm_steps import (
 from paper_layers.ops.split_batch_norm import parameters
 
 
-class SplitSyncBatchNorm(SplitBatchNorm):
+class SplitSyncBatchNorm(SplitBatchNorm, nn.BatchNorm2d):
     """Split batch norm whose parts are synchronised, each by itself, over all processes: see `SplitBatchNorm2d`.
 
     In training a branch has the statistics of its parts in all of them, as `nn.SyncBatchNorm` has of whole batches.
     Batches may differ in size, be empty, and be on a CPU, where DistributedDataParallel refuses an `nn.SyncBatchNorm`:
-    so this is none. All processes must run the same branches; a batch that one of them cannot split is an error in all.
+    so this is none, but an `nn.BatchNorm2d` for tools that freeze norms. A batch that one process cannot split, and
+    processes that run different branches, are an error in all of them. As with any collective, all of them must run the
+    norm, in training mode: one that does not lets the others wait.
 
     Args:
         *args: As in `SplitBatchNorm2d`, and the keyword arguments as well.
@@ -42,6 +45,8 @@ class SplitSyncBatchNorm(SplitBatchNorm):
         >>> SplitSyncBatchNorm(16)(torch.randn(4, 16, 8, 8)).shape  # One process alone has nothing to wait for.
         torch.Size([4, 16, 8, 8])
     """
+
+    auxiliary_class = AuxiliaryNorm2d
 
     def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -60,7 +65,7 @@ class SplitSyncBatchNorm(SplitBatchNorm):
             return super()._parts(input, norms)
         except ValueError:
             if self._is_synchronised():  # The others wait for this process's values: tell them that none will come.
-                rows = torch.zeros(len(norms), 1 + 2 * input.shape[1], dtype=statistics_dtype(input.dtype))
+                rows = torch.zeros(self.num_splits, 1 + 2 * input.shape[1], dtype=statistics_dtype(input.dtype))
                 rows[:, 0] = -1 - input.shape[0]
                 _gather(rows.to(input.device), self.process_group)
             raise
@@ -73,8 +78,10 @@ class SplitSyncBatchNorm(SplitBatchNorm):
         splits, affine = len(sizes), zip(("weight", "bias"), affine_of(norms), strict=True)
         stacked = [parameters(name, values, splits, input) for name, values in affine]
         flat = input.flatten(2) if input.dim() > 2 else input[..., None]
-        output, mean, var, count = _Synchronised.apply(flat, *stacked, (sizes, self.eps, self.process_group))
-        return output.reshape(input.shape), mean, var, count.flatten().tolist()
+        first = 0 if splits > 1 else self._branch or 0
+        options = sizes, slice(first, first + splits), self.num_splits, self.eps, self.process_group
+        output, mean, var, counts = _Synchronised.apply(flat, *stacked, options)
+        return output.reshape(input.shape), mean, var, counts
 
 
 def _gather(own: Tensor, group: Any) -> Tensor:
@@ -84,63 +91,71 @@ def _gather(own: Tensor, group: Any) -> Tensor:
     return torch.stack(parts)
 
 
-def _check_counts(counts: Tensor) -> None:
-    """Counts (ranks, S) of all processes: the same error in each of them."""
-    for rank, (first, *_) in enumerate(counts.tolist()):
+def _totals(counts: list[list[float]], run: slice) -> list[int]:
+    """How many values the splits have in all processes, from the counts of each: the same error in each of them."""
+    for rank, (first, *_) in enumerate(counts):
         if first < 0:
             raise ValueError(
                 "input: expected a batch that the norms of every process can split, "
                 f"got {int(-1 - first)} on rank {rank}"
             )
-    if 1 in (totals := counts.sum(0).tolist()):
+    branches = [[i for i, count in enumerate(row) if count != math.inf] for row in counts]
+    if any(some != branches[0] for some in branches):
+        raise ValueError(f"branch: expected the same branches in every process, got {branches} by rank")
+    totals = [int(sum(column)) for column in zip(*(row[run] for row in counts), strict=True)]
+    if 1 in totals:
         raise ValueError(
-            "split_sizes: expected at least 2 values per channel in each split over all processes, "
-            f"got {[int(total) for total in totals]}"
+            f"split_sizes: expected at least 2 values per channel in each split over all processes, got {totals}"
         )
+    return totals
 
 
 class _Synchronised(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, options: tuple[list[int], float, Any]
-    ) -> tuple[Tensor, ...]:
-        sizes, eps, group = ctx.options = options
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, options: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        sizes, run, num_splits, eps, group = options
+        ctx.eps, ctx.group = eps, group
         some, own_sizes = ctx.own = _filled(sizes, input.shape[2])
-        own = input.new_zeros(len(sizes), 1 + 2 * input.shape[1], dtype=statistics_dtype(input.dtype))
+        # All branches have a row, so that processes that run different ones find out.
+        rows = input.new_zeros(num_splits, 1 + 2 * input.shape[1], dtype=statistics_dtype(input.dtype))
+        rows[:, 0] = math.inf
+        own = rows[run].zero_()
         if own_sizes:
             own[some, 1:] = torch.cat(split_statistics(input, own_sizes), 1)
         own[:, 0] = own.new_tensor(sizes) * input.shape[2]
         channels = input.shape[1]
-        counts, means, variances = _gather(own, group).split([1, channels, channels], 2)
-        _check_counts(counts[..., 0])
+        gathered = _gather(rows, group)
+        totals = _totals(gathered[..., 0].tolist(), run)  # The one wait of the host for the device.
+        counts, means, variances = gathered[:, run].split([1, channels, channels], 2)
         count = counts.sum(0)
         shares = counts / count.clamp(min=1)
         mean = (shares * means).sum(0)
         var = (shares * (variances + (means - mean).square())).sum(0)
-        ctx.mark_non_differentiable(mean, var, count)
+        ctx.mark_non_differentiable(mean, var)
         ctx.has_bias = bias is not None
         ctx.save_for_backward(input, weight, mean, var, count)
         if not own_sizes:
-            return torch.empty_like(input), mean, var, count
+            return torch.empty_like(input), mean, var, totals
         chosen = (None if values is None else values[some] for values in (weight, bias, mean, var))
-        return split_normalize(input, *chosen, own_sizes, eps), mean, var, count
+        return split_normalize(input, *chosen, own_sizes, eps), mean, var, totals
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         input, weight, mean, var, count = ctx.saved_tensors
-        _, eps, group = ctx.options
         some, own_sizes = ctx.own
         sums = mean.new_zeros(2, *mean.shape)
         if own_sizes:
-            own = split_backward_sums(grad, input, mean[some], var[some], own_sizes, eps)
+            own = split_backward_sums(grad, input, mean[some], var[some], own_sizes, ctx.eps)
             sums[:, some] = torch.stack(own)
         grad_weight, grad_bias = sums.clone()  # This process's alone.
-        dist.all_reduce(sums, group=group)
+        dist.all_reduce(sums, group=ctx.group)
         if own_sizes:
             means = sums / count.clamp(min=1)
             chosen = (None if values is None else values[some] for values in (weight, mean, var, *means))
-            grad_input = split_backward_input(grad, input, *chosen, own_sizes, eps)
+            grad_input = split_backward_input(grad, input, *chosen, own_sizes, ctx.eps)
         else:
             grad_input = torch.empty_like(input)
         return grad_input, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, None

@@ -97,6 +97,8 @@ power_iteration = define(
 linear_forward = define(
     "spectral_linear(Tensor input, Tensor weight, Tensor? bias, Tensor sigma) -> Tensor", _forward, _forward_fake
 )
+# ONNX export knows no op of ours, only what it is made of.
+torch._decomp.register_decomposition(linear_forward)(_forward)
 # Gradients of input, weight and bias; of those that are not needed, empty tensors.
 linear_backward = define(
     "spectral_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor left, Tensor right, Tensor sigma, "

@@ -48,10 +48,12 @@ def _backward_reference(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_weight, grad_bias = formulas.backward_sums(grad, input, mean, var, split_sizes, eps)
-    count = torch.tensor(split_sizes, dtype=mean.dtype, device=mean.device)[:, None] * input.shape[2]
-    count = count.clamp(min=1)  # The mean of nothing is not used.
-    means = (grad_weight / count, grad_bias / count)
-    grad_input = formulas.backward_input(grad, input, weight, mean, var, *means, split_sizes, eps)
+    counts = [torch.sym_max(size * input.shape[2], 1) for size in split_sizes]  # The mean of nothing is not used.
+    mean_product, mean_grad = (
+        torch.stack([row / count for row, count in zip(sums.unbind(), counts, strict=True)])
+        for sums in (grad_weight, grad_bias)
+    )
+    grad_input = formulas.backward_input(grad, input, weight, mean, var, mean_product, mean_grad, split_sizes, eps)
     return formulas.in_layout(grad_input, input), grad_weight, grad_bias
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from inspect import Parameter
 from typing import Any
 
 import torch
 from torch import nn
+
+from paper_layers._core.tracing import tracer_of
 
 
 class Grafted(nn.Module):
@@ -19,7 +21,7 @@ class Grafted(nn.Module):
     # The host's class may have attributes of any name.
     _graft_prefix: str  # Of the new class's name.
     _graft_added: str  # The name of the child that we add.
-    _graft_arguments: tuple[inspect.Parameter, ...] = ()  # Our forward's arguments beside the host's.
+    _graft_arguments: tuple[Parameter, ...] = ()  # Our forward's arguments beside the host's.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the two classes: the one that is made of them cannot be found by its name."""
@@ -38,26 +40,39 @@ def graft(ours: Any, host: Any) -> Any:
     """The host's class with ours before it, and a forward with the signature of the host's."""
     members = {"__module__": ours.__module__, "__doc__": ours.__doc__}
     if ours._graft_arguments:
-        members["forward"] = _with_signature(ours.forward, host.forward, ours._graft_arguments)
+        members["forward"] = _with_names(ours.forward, host.forward, ours._graft_arguments)
     return type(f"{ours._graft_prefix}{host.__name__}", (ours, host), members)
 
 
-def _with_signature(function: Any, host: Any, arguments: tuple[inspect.Parameter, ...]) -> Any:
-    """A copy of a function that tells tools by `inspect.signature` to take the host's arguments, and some more."""
-    parameters = inspect.signature(host).parameters
-    old = [parameter for name, parameter in parameters.items() if name not in {new.name for new in arguments}]
-    # Each kind in its place: `**kwargs` comes last.
-    merged = sorted([*old, *arguments], key=lambda parameter: parameter.kind)
-    same = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    same.__kwdefaults__, same.__doc__, same.__annotations__ = (
-        function.__kwdefaults__,
-        function.__doc__,
-        function.__annotations__,
-    )
-    same.__dict__["__signature__"] = inspect.Signature(merged)
-    return same
+def _with_names(function: Any, host: Any, added: tuple[Parameter, ...]) -> Any:
+    """Return a function that has the host's arguments and some more, and hands them on to another one.
+
+    Tools find their names by `inspect.signature`, and torch.fx finds them in the code itself.
+    """
+    ours = [parameter.name for parameter in added]
+    own = [parameter for name, parameter in inspect.signature(host).parameters.items() if name not in ours]
+    # Each kind in its place, as `**kwargs` comes last; and ours come before the host's options.
+    merged = sorted([*added, *own], key=lambda parameter: (parameter.kind, parameter.default is not parameter.empty))
+    signature = inspect.Signature(merged)
+    optional = [p for p in merged if p.default is not p.empty]
+    bare = [p.replace(annotation=p.empty, default=None if p in optional else p.empty) for p in merged]
+    passed = ", ".join([*_passed(own), *(f"{name}={name}" for name in ours)])
+    scope: dict[str, Any] = {"_function": function}
+    exec(f"def forward{inspect.Signature(bare)}: return _function({passed})", scope)
+    forward = scope["forward"]
+    forward.__defaults__ = tuple(p.default for p in optional if p.kind is not p.KEYWORD_ONLY)
+    forward.__kwdefaults__ = {p.name: p.default for p in optional if p.kind is p.KEYWORD_ONLY}
+    forward.__doc__, forward.__signature__ = function.__doc__, signature
+    return forward
+
+
+def _passed(parameters: list[Parameter]) -> Iterator[str]:
+    """Yield the arguments of a call that hands these on: options by name, as decorators of a host look for them."""
+    starred = any(p.kind is p.VAR_POSITIONAL for p in parameters)  # Then names would come in the way.
+    for p in parameters:
+        stars = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
+        option = p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty and not starred
+        yield f"{p.name}={p.name}" if option or p.kind is p.KEYWORD_ONLY else f"{stars}{p.name}"
 
 
 def _blank(ours: Any, host: Any) -> Any:
@@ -78,13 +93,47 @@ class Tap:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if _thread() in self.outputs:
-            self.outputs[_thread()] = output
+            self.outputs[_thread()] = self.kept(args, output)
+
+    def kept(self, args: Any, output: Any) -> Any:
+        """Return what to hand over of a call."""
+        return output
 
     def open(self) -> None:
         self.outputs[_thread()] = None
 
     def close(self) -> Any:
         return self.outputs.pop(_thread())
+
+
+def tapped(taps: Sequence[Tap], forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Call a host's forward; return its output, and what the taps have seen within."""
+    for tap in taps:
+        tap.open()
+    try:
+        tracer = tracer_of(args, kwargs)
+        output = forward(*args, **kwargs) if tracer is None else _traced(tracer, forward, args, kwargs)
+    finally:
+        seen = [tap.close() for tap in taps]
+    return output, seen
+
+
+def _traced(tracer: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function under torch.fx, which runs no hooks of the modules that become one node: run the taps."""
+    call_module = tracer.call_module
+
+    def show(module: nn.Module, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = call_module(module, run, args, kwargs)
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, Tap):
+                hook(module, args, output)
+        return output
+
+    tracer.call_module = show
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        tracer.call_module = call_module
 
 
 def _thread() -> int:

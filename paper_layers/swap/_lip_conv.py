@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from paper_layers._core.fusing import is_plain
@@ -62,20 +63,19 @@ class LIPConv2d(Leaf):
         return self.pool(nn.Conv2d._conv_forward(self, input, self.weight, self.bias))  # type: ignore[arg-type]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse another weight or bias in evaluation mode, which is how tools fold a norm into a convolution."""
+        """Refuse new values of weight or bias in evaluation mode, which is how tools fold a norm into a convolution."""
         if (
             name in ("weight", "bias")
             and isinstance(value, nn.Parameter)
             and name in self._parameters
-            and is_plain(value)
-            and is_plain(self._parameters[name])  # FSDP2 sets sharded parameters and whole ones in turn.
             and not self.training
+            and _differ(value, self._parameters[name])
             and "_loading" not in vars(self)
         ):
             raise RuntimeError(
-                f"{name}: expected to stay the same Parameter in evaluation mode, got another one. A norm cannot be "
-                "folded into this convolution, since a pool comes between them: fold first, and swap then. "
-                "To change values, write them in place, or in training mode"
+                f"{name}: expected to stay the same Parameter in evaluation mode, got one of other values. A norm "
+                "cannot be folded into this convolution, since a pool comes between them: fold first, and swap then. "
+                "To change values or to tie them to other ones, write them in place, or in training mode"
             )
         super().__setattr__(name, value)
 
@@ -89,6 +89,16 @@ class LIPConv2d(Leaf):
     def extra_repr(self) -> str:
         """All arguments of the convolution, for the repr."""
         return nn.Conv2d.extra_repr(self)  # type: ignore[arg-type]
+
+
+def _differ(new: Tensor, old: Tensor | None) -> bool:
+    """Return whether only the values are new: conversions change the type, and ties that are made again nothing."""
+    if new is old or not is_plain(new) or not is_plain(old):  # FSDP2 sets sharded parameters and whole ones in turn.
+        return False
+    if old is None:
+        return True
+    same_kind = (new.dtype, new.device, new.is_meta) == (old.dtype, old.device, False)
+    return same_kind and not torch.equal(new, old)
 
 
 class Refusal:

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from paper_layers._core.tracing import leaf
 from paper_layers.point_rend.mask import PointRendMask
 from paper_layers.point_rend.semantic import PointRendSemantic
-from paper_layers.swap._graft import Grafted, SequentialGraft, Tap
+from paper_layers.swap._graft import Grafted, SequentialGraft, Tap, tapped
 
 
 def logits_of(output: Any) -> Any:
@@ -34,41 +35,42 @@ class SemanticHost(Grafted):
             *args: The host's, and the keyword arguments as well.
             target: Labels, int64 of shape (N, H, W): return the loss at points too, as "loss_point".
         """
-        for tap in self._point_rend_taps:
-            tap.open()
-        try:
-            output = super().forward(*args, **kwargs)
-        finally:
-            coarse, *features = [tap.close() for tap in self._point_rend_taps]
-        logits = logits_of(output)
-        if not self.training:
-            refined = self.point_rend(coarse, features, size=tuple(logits.shape[2:]))
-        elif target is None:
-            refined = self._with_points(logits, coarse, features)
-        else:
-            refined = logits
-        if output is logits:
-            if target is None:
-                return refined
-            output = {}
-        output["out"] = refined
-        if target is not None:
-            output["loss_point"] = self.point_rend.point_loss(coarse, features, target)
-        return output
+        output, (coarse, *features) = tapped(self._point_rend_taps, super().forward, args, kwargs)
+        return refined(self.point_rend, output, coarse, features, target)
 
-    def _with_points(self, logits: Tensor, coarse: Tensor, features: list[Tensor]) -> Tensor:
-        """The map with the point head's logits at the pixels that points fall on."""
-        points = self.point_rend.draw(coarse)
-        height, width = logits.shape[2:]
-        x, y = ((p * n).long().clamp(max=n - 1) for p, n in zip(points.unbind(2), (width, height), strict=True))
-        points = torch.stack([(x + 0.5) / width, (y + 0.5) / height], 2)
-        values = self.point_rend.predict(coarse, features, points).to(logits.dtype)
-        fixed = values.detach()
-        weighted = fixed + (values - fixed) * (height * width / points.shape[1])
-        # Points on one pixel have one value there, and scatter's backward gives each of them the pixel's gradient: a
-        # pixel counts as often as it was drawn, as in the paper's loss.
-        index = (y * width + x)[:, None].expand_as(weighted)
-        return logits.flatten(2).scatter(2, index, weighted).unflatten(2, (height, width))
+
+@leaf
+def refined(
+    point_rend: PointRendSemantic, output: Any, coarse: Tensor, features: list[Tensor], target: Tensor | None
+) -> Any:
+    """Return the host's output with other logits, and with the loss at points where there is a target."""
+    logits = logits_of(output)
+    if not point_rend.training:
+        result = point_rend(coarse, features, size=tuple(logits.shape[2:]))
+    else:
+        result = _with_points(point_rend, logits, coarse, features) if target is None else logits
+    if output is logits and target is None:
+        return result
+    output = {} if output is logits else output.copy()  # Of an fx.Interpreter's dictionary, which nobody can write to.
+    output["out"] = result
+    if target is not None:
+        output["loss_point"] = point_rend.point_loss(coarse, features, target)
+    return output
+
+
+def _with_points(point_rend: PointRendSemantic, logits: Tensor, coarse: Tensor, features: list[Tensor]) -> Tensor:
+    """The map with the point head's logits at the pixels that points fall on."""
+    points = point_rend.draw(coarse)
+    height, width = logits.shape[2:]
+    x, y = ((p * n).long().clamp(max=n - 1) for p, n in zip(points.unbind(2), (width, height), strict=True))
+    points = torch.stack([(x + 0.5) / width, (y + 0.5) / height], 2)
+    values = point_rend.predict(coarse, features, points).to(logits.dtype)
+    fixed = values.detach()
+    weighted = fixed + (values - fixed) * (height * width / points.shape[1])
+    # Points on one pixel have one value there, and scatter's backward gives each of them the pixel's gradient: a
+    # pixel counts as often as it was drawn, as in the paper's loss.
+    index = (y * width + x)[:, None].expand_as(weighted)
+    return logits.flatten(2).scatter(2, index, weighted).unflatten(2, (height, width))
 
 
 class SequentialHost(SequentialGraft, SemanticHost):

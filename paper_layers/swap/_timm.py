@@ -24,7 +24,7 @@ class SplitBatchNormAct2d(_Activated, SplitBatchNorm2d, BatchNormAct2d):
     """timm's BatchNormAct2d, split."""
 
 
-class SplitSyncBatchNormAct(_Activated, SplitSyncBatchNorm):
+class SplitSyncBatchNormAct(_Activated, SplitSyncBatchNorm, BatchNormAct2d):
     """timm's SyncBatchNormAct, split."""
 
 

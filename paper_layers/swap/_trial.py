@@ -1,24 +1,28 @@
-"""A run of a copy of a model on the meta device, which tells shapes."""
+"""A run of a model that tells shapes."""
 
 from __future__ import annotations
 
 import copy
-import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from paper_layers.swap._lip_conv import LIPConv2d
 
 _GUESSED_SIZE = 224
-_HOOKS = [key for key, value in vars(nn.Module()).items() if key.endswith("_hooks") and isinstance(value, dict)]
-_ALL_HOOKS = [key for key in vars(nn.Module()) if "_hooks" in key]  # And what is noted of some of them.
+_HOOKS = [key for key in vars(nn.Module()) if "_hooks" in key]  # And what is noted of some of them.
+_META = torch.device("meta")
 
 M = TypeVar("M", bound=nn.Module)
+# A model to run, what has become of some modules, and the device that it is on.
+Ready = tuple[nn.Module, Mapping[M, M], torch.device]
 
 
 def trial_run(
@@ -30,8 +34,8 @@ def trial_run(
 ) -> tuple[Any, Exception | None]:
     """Run a copy of the model on the meta device: no data, no random numbers, no hooks but those that are set here.
 
-    A run that breaks off is tried again with the model's own hooks, which some hosts live by, and then in evaluation
-    mode, as detectors want targets in training.
+    A run that breaks off is tried again in evaluation mode, as detectors want targets in training. Some hosts live by
+    their hooks, or by their data: at last the model itself runs in evaluation mode, once, and is as before afterwards.
 
     Args:
         model: Any module, which is left as it is.
@@ -43,74 +47,76 @@ def trial_run(
     Returns:
         The output, or None and the error that broke the run off. Any host may raise anything.
     """
-    inputs = list(_guess_inputs(model)) if example_input is None else [example_input]
+    examples = list(_guess_inputs(model)) if example_input is None else [example_input]
+    inputs = [example if isinstance(example, tuple) else (example,) for example in examples]
+    tries: list[tuple[Any, tuple[Any, ...], bool]] = []
+    for args in inputs:
+        tries += [(_copied, args, training) for training in ((True, False) if model.training else (False,))]
+        if model.training and len(args) > 1:  # In evaluation no host needs targets, whose values are not there.
+            tries.append((_copied, args[:1], False))
+    if not any(map(is_lazy, model.parameters())):
+        tries.append((_itself, inputs[0], False))
     reported: Exception | None = None  # The first guess's error, in the model's own mode.
-    hooked = any(vars(module)[key] for module in model.modules() for key in _HOOKS)
-    for example in inputs:
-        args = example if isinstance(example, tuple) else (example,)
-        args = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), args)
-        for training in (True, False) if model.training else (False,):
-            # In evaluation no host needs targets, whose values the meta device does not have.
-            fewer = [args] if training == model.training or len(args) == 1 else [args, args[:1]]
-            for some, hooks in ((some, hooks) for some in fewer for hooks in ((False, True) if hooked else (False,))):
-                output, failure = _try(model, modules, some, watch, hooks, training)
-                if failure is None or enough():
-                    return output, failure
-                if example is inputs[0] and training == model.training:
-                    reported = failure
+    for ready, args, training in tries:
+        output, failure = _try(ready(model, modules), args, watch, training)
+        if failure is None or enough():
+            return output, failure
+        reported = reported or failure
     return None, reported
 
 
 def _try(
-    model: nn.Module,
-    modules: Iterable[M],
-    args: tuple[Any, ...],
-    watch: Callable[[M, M], Any],
-    hooks: bool,
-    training: bool,
+    ready: AbstractContextManager[Ready[M]], args: tuple[Any, ...], watch: Callable[[M, M], Any], training: bool
 ) -> tuple[Any, Exception | None]:
     try:
-        with torch.no_grad(), torch.device("meta"), torch.random.fork_rng([]), torch.compiler.set_stance("force_eager"):
-            twin, twins = _meta_copy(model, modules, hooks)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), ready as (model, modules, device):
             if not training:
-                twin.eval()
-            for module, copied in twins.items():
+                model.eval()
+            for module, copied in modules.items():
                 watch(module, copied)
-            return twin(*args), None
+            return model(*tree_map_only(Tensor, lambda tensor: _on(device, tensor), args)), None
     except Exception as error:
         return None, error
 
 
-def _meta_copy(model: nn.Module, modules: Iterable[M], hooks: bool) -> tuple[nn.Module, dict[M, M]]:
-    """The model without data, with its hooks or without, and what has become of some of its modules."""
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    """A copy of a tensor, of zeros where there is no data."""
+    if _META in (device, tensor.device):
+        return torch.zeros_like(tensor, device=device)
+    return tensor.detach().clone().to(device)
+
+
+@contextmanager
+def _copied(model: nn.Module, modules: Iterable[M]) -> Iterator[Ready[M]]:
+    """Yield the model without data and without hooks."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in chain(vars(module).values(), module._parameters.values(), module._buffers.values()):
             if isinstance(value, Tensor):
-                memo[id(value)] = value.detach().to("meta")
-        if not hooks:
-            memo.update((id(vars(module)[key]), type(vars(module)[key])()) for key in _ALL_HOOKS)
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules() if hooks else ():
-        for key in _HOOKS:
-            found = vars(module)[key]
-            found.update({number: _rebound(hook, memo) for number, hook in found.items()})
-    return twin, {module: memo[id(module)] for module in modules}
+                memo[id(value)] = value.detach().to(_META)
+        memo.update((id(vars(module)[key]), type(vars(module)[key])()) for key in _HOOKS)
+    with _META, torch.random.fork_rng([]):
+        twin = copy.deepcopy(model, memo)
+        yield twin, {module: memo[id(module)] for module in modules}, _META
 
 
-def _rebound(hook: Any, memo: dict[int, Any]) -> Any:
-    """A hook that sees the copied model where it saw the model: functions are not copied with what they refer to."""
-    if not isinstance(hook, types.FunctionType) or not hook.__closure__:
-        return hook
-    cells = []
-    for cell in hook.__closure__:
-        try:
-            cells.append(types.CellType(copy.deepcopy(cell.cell_contents, memo)))
-        except Exception:  # An empty cell, or what cannot be copied.
-            cells.append(cell)
-    bound = types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, tuple(cells))
-    bound.__kwdefaults__ = hook.__kwdefaults__
-    return bound
+@contextmanager
+def _itself(model: nn.Module, modules: Iterable[M]) -> Iterator[Ready[M]]:
+    """Yield the model, and put back all attributes of its modules, and what is in them."""
+    devices = [tensor.device for tensor in chain(model.parameters(), model.buffers())]
+    held = [own for module in model.modules() for own in (vars(module), *vars(module).values())]
+    containers: list[Any] = [own for own in held if type(own) in (dict, OrderedDict, list, set)]
+    before = [(container, container.copy()) for container in containers]
+    for container in containers:
+        if isinstance(container, dict):  # Buffers, which may be written in place: the run has copies of them.
+            container.update((name, own.clone()) for name, own in container.items() if type(own) is Tensor)
+    try:
+        with torch.random.fork_rng([device for device in {*devices} if device.type == "cuda"]):
+            yield model, {module: module for module in modules}, devices[0] if devices else torch.device("cpu")
+    finally:
+        for container, content in before:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
 
 
 def _guess_inputs(model: nn.Module) -> Iterator[Tensor]:

@@ -9,21 +9,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core.tracing import leaf
 from paper_layers.big_bigan import BigBiGANDiscriminator, BigBiGANHeads, Scores
 from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.pooling import POOLS, pooled
 from paper_layers.big_bigan.scores import TERMS, chosen_terms
-from paper_layers.swap._graft import Grafted, SequentialGraft, Tap, graft
+from paper_layers.swap._graft import Grafted, SequentialGraft, Tap, graft, tapped
 from paper_layers.swap._surgery import Filter, check_names, placement
 from paper_layers.swap._wrapped import check_free
 
 
 class Seen(Tap):
-    """Hands over what the last layer gets and gives."""
+    """Hands over the last layer's input, and each image's score, before a layer in place writes over it."""
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """As a hook."""
-        super().__call__(module, args, (args[0], output))
+    def kept(self, args: Any, output: Any) -> Any:
+        """Return both."""
+        return args[0], output.flatten(1).mean(1)
 
 
 class BigBiGANHost(Grafted):
@@ -43,20 +44,19 @@ class BigBiGANHost(Grafted):
             latents: None for the scores of images alone.
             **kwargs: The host's argument, by its name.
         """
-        if len(images) > 1:
-            *images, latents = images  # type: ignore[assignment]
-        self._big_bigan_tap.open()
-        try:
-            super().forward(*images, **kwargs)
-        finally:
-            seen = self._big_bigan_tap.close()
+        _, (seen,) = tapped([self._big_bigan_tap], super().forward, images, kwargs)
         if seen is None:
             raise ValueError("model: expected a forward that calls the last layer, got one that does not")
-        last, score = seen
-        features = pooled("the last layer's input", last, self._big_bigan_pool, self.big_bigan.feature_dim, "its size")
-        x = score.flatten(1).mean(1)
-        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        return cast(Scores, self.big_bigan(features, latents))._replace(x=x)
+        features, x = seen
+        return score(self.big_bigan, self._big_bigan_pool, features, x, latents)
+
+
+@leaf
+def score(heads: BigBiGANHeads, pool: str, features: Tensor, x: Tensor, latents: Tensor | None) -> Scores:
+    """Return all scores, where the host's last layer gives one of them."""
+    features = pooled("the last layer's input", features, pool, heads.feature_dim, "its size")
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return cast(Scores, heads(features, latents))._replace(x=x)
 
 
 class SequentialHost(SequentialGraft, BigBiGANHost):

@@ -22,7 +22,7 @@ _UNSUPPORTED = {"dilation": (1, (1, 1), [1, 1]), "return_indices": (False,), "di
 
 
 def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: Any) -> dict[M, int]:
-    """How many channels reach each module, by a run on the meta device: no data, no random numbers, no hooks.
+    """How many channels reach each module, by a trial run.
 
     A run that breaks off after it has reached all of them (say at a linear layer of another image size) will do.
     """
@@ -60,13 +60,14 @@ def pooling(
 
     The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; `LIPPool2d` has the equation.
     Adaptive (global) pools, subclasses and calls of `F.max_pool2d` are left alone. Channel counts come from a run of
-    a copy of the model on the meta device, which touches neither the model nor the random state.
+    a copy of the model on the meta device or, for a model that lives by its hooks or by data, of itself in evaluation
+    mode; neither changes the model or the random state.
 
     Args:
         model: Any module; changed in place.
         logit: As in `LIPPool2d`; of a module, each pool gets a copy.
         bottleneck_width: As in `LIPPool2d`.
-        example_input: A tensor, or a tuple of the model's arguments, for the run; only shapes and dtypes matter.
+        example_input: A tensor, or a tuple of the model's arguments, for the run.
             Default: two images of 224 x 224 with the channels of the first `nn.Conv2d`.
         filter: ``filter(module, name) -> bool``, which pools to swap; default all.
 

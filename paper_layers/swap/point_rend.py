@@ -58,9 +58,9 @@ def pointrend(
             part of the backbone with stride 4.
         coarse: The module whose output is the coarse logits. Where it is given, `model` itself is the host. Default,
             for torchvision: "classifier".
-        example_input: A tensor, or a tuple of the host's arguments (of its backbone's for Mask R-CNN) for a run of a
-            copy on the meta device that finds the channels; only shapes and dtypes matter. Default: two images of
-            224 x 224 with the channels of the first `nn.Conv2d`.
+        example_input: A tensor, or a tuple of the host's arguments (of its backbone's for Mask R-CNN) for a run
+            that finds the channels, as in `pooling`. Default: two images of 224 x 224 with the channels of the first
+            `nn.Conv2d`.
         filter: ``filter(module, name) -> bool``, which of torchvision's models to swap; default all.
         **options: Further arguments of `PointRendSemantic` or `PointRendMask`: `num_points` and the like.
 
@@ -192,7 +192,7 @@ def _masks(
 
 
 def _run(host: nn.Module, modules: Sequence[nn.Module], example_input: Any) -> tuple[Any, dict[nn.Module, Any]]:
-    """The output of the host in a run on the meta device, and arguments and output of some modules there."""
+    """The output of the host in a trial run, and arguments and output of some modules there."""
     calls: dict[nn.Module, Any] = dict.fromkeys(modules, ((), None))
 
     def watch(module: nn.Module, copied: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from pathlib import Path
@@ -12,6 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from paper_layers import swap
@@ -116,6 +121,21 @@ def run_fast(model: Any, batches: list[tuple[Tensor, Tensor]]) -> Record:
     return record(getattr(model, "module", model))
 
 
+def run_sharded(model: Any, shard: Any = None) -> Record:
+    """A model whose norms, auxiliary ones too, are sharded each by itself; in all branches, and in one of them."""
+    if shard is not None:
+        for layer in [module for module in model.modules() if isinstance(module, _BatchNorm)][::-1]:
+            shard(layer)
+        shard(model)
+    x, _ = data((4,))[0]
+    outputs = [model(x)]
+    with branch(model, 1):
+        outputs += [model(x), model.eval()(x)]
+    torch.stack(outputs).square().sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    return {"outputs": outputs, "grads": [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]}
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
@@ -137,6 +157,11 @@ def worker(rank: int, folder: str) -> None:
     for name, batch in (("odd", 4 - rank), ("empty and odd", rank), ("one value", 2 * rank)):
         x = torch.randn(batch, 3, 1, 1).double()
         found["error", name] = error(functools.partial(norm(), x))
+    apart = norm()
+    with branch(apart, 1) if rank else contextlib.nullcontext():
+        found["error", "branches"] = error(lambda: apart(torch.randn(4, 3, 1, 1).double()))
+    mesh = init_device_mesh("cpu", (2,))
+    found["sharded"] = run_sharded(swap.split_batch_norm(network()), functools.partial(fully_shard, mesh=mesh))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -212,9 +237,16 @@ def test_parts_without_images(ranks: list[dict[Any, Record]], name: str) -> None
     [
         ("odd", ["norms of every process can split, got 3 on rank 1", "num_splits=2 divides, got 3"]),
         ("empty and odd", ["norms of every process can split, got 1 on rank 1", "num_splits=2 divides, got 1"]),
+        ("branches", ["expected the same branches in every process, got [[0, 1], [1]] by rank"] * 2),
         ("one value", ["at least 2 values per channel in each split over all processes, got [1, 1]"] * 2),
     ],
 )
 def test_errors_reach_every_rank(ranks: list[dict[Any, Any]], name: str, messages: list[str]) -> None:
     for rank, message in zip(ranks, messages, strict=True):
         assert message in rank["error", name]
+
+
+def test_norms_that_are_sharded_each_by_itself(ranks: list[dict[Any, Record]]) -> None:
+    expected = run_sharded(swap.split_batch_norm(network()))
+    for rank in ranks:
+        torch.testing.assert_close(rank["sharded"], expected)

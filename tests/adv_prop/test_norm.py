@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 # isort: off
 from tests import torchvision_stub  # noqa: F401 (must come first)
@@ -199,6 +200,17 @@ def test_compile(options: dict[str, Any]) -> None:
     with branch(norm, 1), branch(twin, 1):
         torch.testing.assert_close(compiled(x), twin(x))
     torch.testing.assert_close(compiled(x), twin(x))
+
+
+def test_one_graph_for_all_batches() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(SplitBatchNorm2d(3), backend=counter, dynamic=True, fullgraph=True)
+    counts = []
+    for size in (4, 6, 10):
+        compiled(torch.randn(size, 3, 5, 7)).sum().backward()
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
 
 
 def test_export() -> None:

@@ -59,9 +59,12 @@ def test_frozen_by_a_loop() -> None:
     assert all(p.grad is None for p in model[1].parameters())
 
 
-def test_timm_freezes_the_main_branch() -> None:
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_timm_freezes_the_main_branch(synchronised: bool) -> None:
     model, x = timm.create_model("test_efficientnet").train(), torch.randn(2, 3, 32, 32)
     model(torch.randn(4, 3, 32, 32))
+    if synchronised:
+        model = timm.layers.convert_sync_batchnorm(model)
     expected = timm.layers.freeze_batch_norm_2d(copy.deepcopy(model)).eval()
     split = swap.split_batch_norm(model)
     assert all(isinstance(m, BatchNormAct2d) for m in split.modules() if hasattr(m, "num_splits"))
@@ -83,7 +86,10 @@ def test_folding_is_of_the_evaluated_norm() -> None:
     model.eval()
     with pytest.raises(AssertionError, match="did not find fuser method"):
         fuse_modules(model, ["0", "1"])
-    torch.testing.assert_close(fuse_conv_bn_eval(model[0], model[1])(x), model[1](model[0](x)), rtol=1e-4, atol=1e-4)
+    for index in (0, 1):
+        with branch(model, index):
+            fused = fuse_conv_bn_eval(model[0], model[1])
+            torch.testing.assert_close(fused(x), model[1](model[0](x)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -91,6 +91,15 @@ def test_scores(build: Any, norm: Any) -> None:
     assert not model.big_bigan.training
 
 
+def test_layers_in_place_leave_the_scores() -> None:
+    model, (images, latents) = dcgan().eval(), batch()
+    scores = [
+        swap.bigan_discriminator(nn.Sequential(*model[:5], act), LATENT, **SMALL)(images, latents).x
+        for act in (nn.ReLU(), nn.ReLU(inplace=True))
+    ]
+    torch.testing.assert_close(*scores)
+
+
 @pytest.mark.parametrize("build", [dcgan, Dense])
 @pytest.mark.parametrize("terms", [("x", "z", "xz"), ("x", "z"), ("x",)])
 def test_learns(build: Any, terms: tuple[str, ...]) -> None:

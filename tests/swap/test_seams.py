@@ -49,62 +49,6 @@ SWAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-class Flagged(nn.Module):
-    """Has an attribute that is named like torch's hooks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._output_capturing_hooks_installed = self.flag = True
-        self.conv, self.pool = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.flag is True
-        return self.pool(self.conv(x))
-
-
-class Capturing(nn.Module):
-    """Lives by a hook, which is a function, a method or a callable object."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.body, self.pool, self.seen = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), []
-        hooks = {"function": lambda m, a, out: self.seen.append(out), "method": self.keep, "partial": Keep(self.seen)}
-        self.body.register_forward_hook(hooks[kind])
-
-    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.seen.append(output)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.clear()
-        self.body(x)
-        return self.pool(self.seen[0])
-
-
-class Keep:
-    def __init__(self, seen: list[Tensor]):
-        self.seen = seen
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.seen.append(output)
-
-
-def test_hooks_that_a_host_lives_by() -> None:
-    assert swap.pooling(Flagged()).pool.channels == 8
-    for kind in ("function", "method", "partial"):
-        model = Capturing(kind)
-        assert swap.pooling(model).pool.channels == 8
-        assert model.seen == []
-        model(torch.randn(1, 3, 8, 8))
-        assert not model.seen[0].is_meta
-
-
-def test_hooks_that_a_host_can_do_without_do_not_run() -> None:
-    model, calls = sequential(), []
-    model[0].register_forward_hook(lambda *_: calls.append(1))
-    swap.pooling(model)
-    assert calls == []
-
-
 DETECTION = torchvision.models.detection
 
 
@@ -248,6 +192,23 @@ def test_lip_conv_is_no_conv() -> None:
     assert (conv.weight == 0).all()
     conv.reset_parameters()
     assert conv.weight.count_nonzero()
+
+
+def test_tied_convolutions() -> None:
+    """They are tied again where they come apart, as checkpoints tie them: the values are the same."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1))
+    model[1].weight = model[0].weight
+    swap.strided_conv(model, "projection").eval()
+    x = torch.randn(2, 4, 8, 8)
+    expected = model(x)
+    model[1].weight = model[0].weight
+    model.load_state_dict(model.state_dict(), assign=True)
+    model[1].weight = model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    torch.testing.assert_close(model(x), expected)
+    model[1].weight = nn.Parameter(model[1].weight.double())
+    assert model[1].weight.dtype == torch.double
+    with pytest.raises(RuntimeError, match=r"bias: .* To change\s+values or to tie them .*in training mode"):
+        model[1].bias = nn.Parameter(torch.ones(4))
 
 
 def test_reparametrising_is_refused() -> None:
