@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +28,13 @@ class AuxiliaryNorm(_BatchNorm):
     Its classes for 1, 2 and 3 dimensions are batch norms of torch's classes, which loops over modules find.
     """
 
-    def forward(self, input: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    _owner: tuple[SplitBatchNorm, ...] = ()  # While it runs; in a tuple, so that it is no submodule.
+
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise for the norm that it belongs to, whose eps, momentum and mode count; refuse all others."""
-        if run is None:
-            raise RuntimeError("aux_bn: expected to be run by its SplitBatchNorm, as in `with branch(model, 1)`")
-        return run(input)
+        for owner in self._owner:
+            return owner.normalize(input, [self])
+        raise RuntimeError("aux_bn: expected to be run by its SplitBatchNorm, as in `with branch(model, 1)`")
 
     def reset_running_stats(self) -> None:
         """Do nothing: its SplitBatchNorm knows whether the images that follow a reset come to this branch."""
@@ -189,17 +190,22 @@ class SplitBatchNorm(Leaf, _BatchNorm):
         elif not self.training or self._is_recalibrated():
             norms = norms[:1]
         if all(norm is self or readable(norm, self.auxiliary_class) for norm in norms):
-            return self._run(input, norms)
+            return self.normalize(input, norms)
         parts = input.split(self._parts(input, norms))
         return torch.cat([self._call(norm, part) for norm, part in zip(norms, parts, strict=True)])
 
     def _call(self, norm: Any, input: Tensor) -> Tensor:
         """Run one branch by a call, for which hooks may wait, and FSDP2 to gather it."""
-        run = functools.partial(self._run, norms=[norm])
-        output: Tensor = run(input) if norm is self else norm(input, run=run)
+        if norm is self:
+            return self.normalize(input, [norm])
+        norm._owner = (self,)
+        try:
+            output: Tensor = norm(input)
+        finally:
+            norm._owner = ()
         return output
 
-    def _run(self, input: Tensor, norms: list[_BatchNorm]) -> Tensor:
+    def normalize(self, input: Tensor, norms: list[_BatchNorm]) -> Tensor:
         """Normalise a batch by these branches, its parts where there are several."""
         if not self.training and norms[0].running_mean is not None:
             norm = norms[0]

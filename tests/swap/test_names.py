@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, Callable[[nn.Module], nn.Mo
         Segmenter,
         "",
         lambda m: swap.pointrend(m, fine="fine", coarse="coarse", num_points=4),
-        "point_rend _point_rend_taps _with_points",
+        "point_rend _point_rend_taps",
     ),
     "masks": (mask_rcnn, "roi_heads", swap.pointrend, "point_rend"),
     "bigan_discriminator": (
