@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from paper_layers._core.checks import int64, integer, number, same_device
 from paper_layers.adv_prop.ball import Ball, Values
 from paper_layers.adv_prop.branch import branch as one_branch
 from paper_layers.adv_prop.norm import SplitBatchNorm
-from paper_layers.ops._checks import int64, integer, number, same_device
 
 _SCALE = 256  # Of the loss, so that gradients do not underflow in float16; their sign stays.
 

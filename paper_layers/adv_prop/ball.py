@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paper_layers.ops._checks import floating, number
+from paper_layers._core.checks import floating, number
 
 LEVELS = 255  # From black to white.
 

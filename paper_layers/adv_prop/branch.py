@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from paper_layers._core import checks
 from paper_layers.adv_prop.norm import SplitBatchNorm
-from paper_layers.ops import _checks
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def branch(model: nn.Module, index: int, *, update_statistics: bool = True) -> I
         >>> with branch(model, 1):
         ...     logits = model(torch.randn(5, 3, 8, 8))
     """
-    index = _checks.integer("index", index, 0)
+    index = checks.integer("index", index, 0)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, SplitBatchNorm)}
     if not norms:
         raise ValueError(f"model: expected at least one split batch norm, got none in {type(model).__name__}")

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paper_layers._core import checks
 from paper_layers._core.fusing import readable
 from paper_layers._core.recompute import recomputing
 from paper_layers._core.tracing import Leaf
-from paper_layers.ops import _checks
-from paper_layers.ops._split_batch_norm import statistics_dtype
-from paper_layers.ops.split_batch_norm import check_split_sizes, normalize_splits, update_statistics
+from paper_layers.ops.split_batch_norm.formulas import statistics_dtype
+from paper_layers.ops.split_batch_norm.op import check_split_sizes, normalize_splits, update_statistics
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -109,8 +109,8 @@ class SplitBatchNorm(Leaf, _BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        num_features = _checks.integer("num_features", num_features, 0)
-        num_splits = _checks.integer("num_splits", num_splits, 2)
+        num_features = checks.integer("num_features", num_features, 0)
+        num_splits = checks.integer("num_splits", num_splits, 2)
         if split_sizes is not None:
             _check_setting(split_sizes, num_splits)
         settings: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -13,14 +13,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paper_layers.adv_prop.norm import AuxiliaryNorm2d, SplitBatchNorm, affine_of
-from paper_layers.ops._split_batch_norm import statistics_dtype
-from paper_layers.ops._split_batch_norm_steps import (
+from paper_layers.ops.split_batch_norm.formulas import statistics_dtype
+from paper_layers.ops.split_batch_norm.op import parameters
+from paper_layers.ops.split_batch_norm.steps import (
     split_backward_input,
     split_backward_sums,
     split_normalize,
     split_statistics,
 )
-from paper_layers.ops.split_batch_norm import parameters
 
 
 class SplitSyncBatchNorm(SplitBatchNorm, nn.BatchNorm2d):

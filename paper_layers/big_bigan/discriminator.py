@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 from paper_layers._core.fusing import forward_method, method, within
 from paper_layers._core.tracing import Leaf
-from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.heads import JointHead, UnaryHead
 from paper_layers.big_bigan.pooling import POOLS, pooled
 from paper_layers.big_bigan.scores import TERMS, Scores, chosen_terms
-from paper_layers.ops import _checks
 
 
 class BigBiGANHeads(Leaf):
@@ -69,8 +68,8 @@ class BigBiGANHeads(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        feature_dim = _checks.integer("feature_dim", feature_dim, 1)
-        latent_dim = _checks.integer("latent_dim", latent_dim, 1)
+        feature_dim = checks.integer("feature_dim", feature_dim, 1)
+        latent_dim = checks.integer("latent_dim", latent_dim, 1)
         self.feature_dim, self.latent_dim, self.terms = feature_dim, latent_dim, chosen_terms(terms)
         self.num_classes = num_classes
         layers: dict[str, Any] = {"width": width, "activation": activation, "spectral_norm": spectral_norm}
@@ -159,7 +158,7 @@ class BigBiGANDiscriminator(Leaf):
         super().__init__()
         if not isinstance(trunk, nn.Module):
             raise TypeError(f"trunk: expected a Module, got {type(trunk).__name__}")
-        choice("pool", pool, POOLS)
+        checks.choice("pool", pool, POOLS)
         self.trunk, self.pool = trunk, pool
         self.heads = BigBiGANHeads(feature_dim, latent_dim, terms, **options)
 

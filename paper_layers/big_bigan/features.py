@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers.ops import _checks
+from paper_layers._core import checks
 
 
 def bn_crelu(features: Tensor, mean: Tensor | None = None, var: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -36,7 +36,7 @@ def bn_crelu(features: Tensor, mean: Tensor | None = None, var: Tensor | None = 
         >>> bn_crelu(torch.randn(8, 32)).shape
         torch.Size([8, 64])
     """
-    _checks.floating("features", features)
+    checks.floating("features", features)
     if features.dim() < 2:
         raise ValueError(f"features: expected shape (N, C) or (N, C, ...), got {tuple(features.shape)}")
     if (mean is None) != (var is None):

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core import checks
+from paper_layers._core.autocast import without_autocast
 from paper_layers._core.fusing import parameter_dtype
 from paper_layers._core.tracing import Leaf
-from paper_layers.big_bigan._checks import rows
 from paper_layers.big_bigan.mlp import ResidualMLP, start
-from paper_layers.ops import _checks
-from paper_layers.ops._autocast import without_autocast
 
 
 class Score(Leaf):
@@ -49,9 +48,9 @@ class Score(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_features = _checks.integer("in_features", in_features, 1)
+        in_features = checks.integer("in_features", in_features, 1)
         if num_classes is not None:
-            num_classes = _checks.integer("num_classes", num_classes, 1)
+            num_classes = checks.integer("num_classes", num_classes, 1)
         self.in_features, self.num_classes, self.spectral_norm = in_features, num_classes, spectral_norm
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.projection = nn.Linear(in_features, 1, bias=bias, **factory)
@@ -70,7 +69,7 @@ class Score(Leaf):
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """Scores (N,) of features (N, in_features), with labels, int64 of shape (N,), if there are classes."""
-        rows("features", features, self.in_features, "in_features")
+        checks.features("features", features, self.in_features, "in_features")
         if labels is not None and self.num_classes is None:
             raise ValueError("labels: expected None without num_classes, got labels")
         if labels is None and self.num_classes is not None:
@@ -79,7 +78,7 @@ class Score(Leaf):
             features = features.to(parameter_dtype(self.projection, torch.promote_types(features.dtype, torch.float32)))
             score = self.projection(features).squeeze(1)
             if self.classes is not None and labels is not None:
-                labels = _checks.int64("labels", labels, features.shape[0])
+                labels = checks.int64("labels", labels, features.shape[0])
                 score = score + (self.classes(labels) * features).sum(1)
             return score.float() if score.dtype in (torch.bfloat16, torch.float16) else score
 
@@ -185,8 +184,8 @@ class JointHead(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        feature_dim = _checks.integer("feature_dim", feature_dim, 1)
-        hidden_dim = _checks.integer("hidden_dim", hidden_dim, 1)
+        feature_dim = checks.integer("feature_dim", feature_dim, 1)
+        hidden_dim = checks.integer("hidden_dim", hidden_dim, 1)
         self.feature_dim, self.hidden_dim = feature_dim, hidden_dim
         self.mlp = ResidualMLP(feature_dim + hidden_dim, width, depth, activation, spectral_norm, device, dtype)
         projection = (num_classes, projection_bias, projection_spectral_norm, device, dtype)
@@ -203,8 +202,8 @@ class JointHead(Leaf):
 
     def forward(self, features: Tensor, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Scores (N,) of features (N, feature_dim) and (N, hidden_dim), with labels if there are classes."""
-        rows("features", features, self.feature_dim, "feature_dim")
-        rows("hidden", hidden, self.hidden_dim, "hidden_dim")
+        checks.features("features", features, self.feature_dim, "feature_dim")
+        checks.features("hidden", hidden, self.hidden_dim, "hidden_dim")
         if features.shape[0] != hidden.shape[0]:
             raise ValueError(f"hidden: expected {features.shape[0]} rows, as features has, got {hidden.shape[0]}")
         return self.score(self.mlp(torch.cat([features, hidden], 1)), labels)

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 from paper_layers._core.fusing import parameter_dtype
 from paper_layers._core.tracing import Leaf
-from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.mlp import ResidualMLP, start
 from paper_layers.big_bigan.pooling import POOLS, pooled
-from paper_layers.ops import _checks
 
 
 class Latent(NamedTuple):
@@ -74,8 +73,8 @@ class LatentHead(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        latent_dim = _checks.integer("latent_dim", latent_dim, 1)
-        choice("pool", pool, POOLS)
+        latent_dim = checks.integer("latent_dim", latent_dim, 1)
+        checks.choice("pool", pool, POOLS)
         self.latent_dim, self.spectral_norm, self.pool = latent_dim, spectral_norm, pool
         self.mlp = ResidualMLP(in_features, width, depth, activation, spectral_norm, device, dtype)
         self.linear = nn.Linear(self.mlp.out_features, 2 * latent_dim, device=device, dtype=dtype)

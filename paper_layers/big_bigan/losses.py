@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers.big_bigan._checks import choice
+from paper_layers._core import checks
 from paper_layers.big_bigan.scores import Scores
-from paper_layers.ops import _checks
 
 REDUCTIONS = ("sum", "mean")
 
@@ -81,7 +80,7 @@ def _combine(
     reduction: str,
     weights: Mapping[str, float] | None,
 ) -> Tensor:
-    choice("reduction", reduction, REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     terms, others = real.terms, fake.terms
     if not terms or terms.keys() != others.keys():
         raise ValueError(f"fake: expected scores of {[*terms] or 'some term'}, as real, got {[*others]}")
@@ -93,7 +92,7 @@ def _combine(
             raise ValueError(f"real, fake: expected at least one pair each, got scores of shape {tuple(score.shape)}")
         value = loss(score, 1).mean() + loss(others[name], -1).mean()
         if weights is not None and name in weights:
-            value = value * _checks.number(f"weights[{name!r}]", weights[name])
+            value = value * checks.number(f"weights[{name!r}]", weights[name])
         total = value if total is None else total + value
     assert total is not None
     return total / len(terms) if reduction == "mean" else total

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as normalize
 
+from paper_layers._core import checks
 from paper_layers._core.fusing import unwatched
-from paper_layers.big_bigan._checks import choice, rows
 from paper_layers.big_bigan.spectral import SpectralLinear
-from paper_layers.ops import _checks
 
 ACTIVATIONS = ("pre", "post")
 _LAYERS = 2  # Of a residual block.
@@ -97,12 +96,12 @@ class ResidualMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_features = _checks.integer("in_features", in_features, 1)
-        width = _checks.integer("width", width, 1)
-        depth = _checks.integer("depth", depth, 0)
+        in_features = checks.integer("in_features", in_features, 1)
+        width = checks.integer("width", width, 1)
+        depth = checks.integer("depth", depth, 0)
         if depth % _LAYERS:
             raise ValueError(f"depth: expected an even number, as blocks have two layers, got {depth}")
-        choice("activation", activation, ACTIVATIONS)
+        checks.choice("activation", activation, ACTIVATIONS)
         self.in_features, self.width, self.depth = in_features, width, depth
         self.activation, self.spectral_norm = activation, spectral_norm
         self.out_features = width if depth else in_features
@@ -128,6 +127,6 @@ class ResidualMLP(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """From (N, in_features) to (N, out_features)."""
-        rows("input", input, self.in_features, "in_features")
+        checks.features("input", input, self.in_features, "in_features")
         output = self.blocks(input)
         return F.relu(output) if self.activation == "pre" and self.depth else output

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from paper_layers.ops import _checks
+from paper_layers._core import checks
 
 POOLS = ("sum", "average")
 
 
 def pooled(name: str, features: Tensor, pool: str, size: int, size_name: str) -> Tensor:
     """Rows (N, size) of features (N, size), or the sum or average over places of (N, size, H, W) or (N, T, size)."""
-    _checks.floating(name, features)
+    checks.floating(name, features)
     places = {2: (), 3: (1,), 4: (2, 3)}.get(features.dim())
     channels = 2 if features.dim() == 3 else 1
     if places is None or features.shape[channels] != size:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.clouds import starts
 from paper_layers.deep_gcn.convs import CONVS
@@ -66,8 +67,7 @@ class PlainGCNBlock(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if conv not in CONVS:
-            raise ValueError(f"conv: expected one of {', '.join(CONVS)}, got {conv!r}")
+        checks.choice("conv", conv, CONVS)
         self.knn = DilatedKNN(k, dilation, stochastic, epsilon)
         settings: dict[str, Any] = {"act": act, "norm": norm, "bias": bias, "order": order}
         self.conv: Any = CONVS[conv](in_channels, out_channels, **settings, device=device, dtype=dtype)

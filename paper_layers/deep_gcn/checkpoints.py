@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from paper_layers._official import StateDict, load
+from paper_layers._core.checkpoints import StateDict, load
 from paper_layers.deep_gcn.convs import GINConv, SAGEConv
 from paper_layers.deep_gcn.perceptron import Perceptron
 

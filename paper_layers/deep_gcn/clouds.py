@@ -7,8 +7,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from paper_layers.ops import _checks
-from paper_layers.ops._index import batch_starts, check_starts
+from paper_layers._core import checks
+from paper_layers._core.ragged import batch_starts, check_starts
 
 
 def starts(x: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor | None:
@@ -18,8 +18,8 @@ def starts(x: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor | None
     if batch is not None and ptr is not None:
         raise ValueError("ptr: expected either batch or ptr, got both")
     name, given = ("ptr", ptr) if batch is None else ("batch", batch)
-    numbers = _checks.numbers(name, cast(Tensor, given))
-    _checks.same_device(name, numbers, "x", x)
+    numbers = checks.numbers(name, cast(Tensor, given))
+    checks.same_device(name, numbers, "x", x)
     if x.dim() == 3:
         raise ValueError(f"{name}: expected None for x of shape (B, N, C), got a Tensor")
     if batch is not None:

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.clouds import starts
 from paper_layers.deep_gcn.edge_norm import Order
 from paper_layers.deep_gcn.edges import check_nodes, to_edge_index
 from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, fuses, splits
-from paper_layers.ops import _checks
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
 
 
@@ -51,7 +51,7 @@ class _GraphConv(Leaf, abc.ABC):
             TypeError: An argument has the wrong type or dtype.
             ValueError: Not exactly one form of the graph is given, or shapes do not fit.
         """
-        _checks.floating("x", x)
+        checks.floating("x", x)
         if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
             expected = f"(N, {self.in_channels}) or (B, N, {self.in_channels})"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")

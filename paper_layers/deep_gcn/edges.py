@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks
 from paper_layers.ops.knn import knn
 
 FLOWS = ("source_to_target", "target_to_source")
@@ -147,5 +148,4 @@ def check_nodes(nodes: Tensor, count: int | None, name: str = "edge_index") -> N
 
 
 def _check_flow(flow: str) -> None:
-    if flow not in FLOWS:
-        raise ValueError(f"flow: expected one of {', '.join(FLOWS)}, got {flow!r}")
+    checks.choice("flow", flow, FLOWS)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
-from paper_layers.ops import _checks
 from paper_layers.ops.knn import METRICS, knn
 
 
@@ -50,12 +50,11 @@ class DilatedKNN(Leaf):
         include_self: bool = True,
     ):
         super().__init__()
-        k = _checks.integer("k", k, 1)
-        dilation = _checks.integer("dilation", dilation, 1)
+        k = checks.integer("k", k, 1)
+        dilation = checks.integer("dilation", dilation, 1)
         if not 0 <= epsilon <= 1:
             raise ValueError(f"epsilon: expected a probability, got {epsilon}")
-        if metric not in METRICS:
-            raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+        checks.choice("metric", metric, METRICS)
         self.k, self.dilation, self.stochastic, self.epsilon = k, dilation, stochastic, epsilon
         self.metric, self.include_self = metric, include_self
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from paper_layers._core import checks
 from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.blocks import Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
 from paper_layers.deep_gcn.clouds import pool, spread, starts
 from paper_layers.deep_gcn.edge_norm import Order
 from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, splits
-from paper_layers.ops import _checks
 
 Block = Literal["res", "dense", "plain"]
 Dilations = Sequence[int] | Callable[[int], int]
@@ -124,7 +124,7 @@ class DeepGCN(Leaf):
         super().__init__()
         if block not in ("res", "dense", "plain"):
             raise ValueError(f"block: expected res, dense or plain, got {block!r}")
-        in_channels, channels, blocks = _checks.positive(in_channels=in_channels, channels=channels, blocks=blocks)
+        in_channels, channels, blocks = checks.positive(in_channels=in_channels, channels=channels, blocks=blocks)
         if growth is not None and block != "dense":
             raise ValueError(f"growth: expected None with block={block!r}, got {growth}")
         if block == "plain":

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.clouds import starts
 from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, max_over_edges, may_fuse
-from paper_layers.ops import _checks
 
 Act = Literal["relu", "leakyrelu", "prelu"]
 Norm = Literal["batch", "instance"]
@@ -58,8 +58,8 @@ class Perceptron(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_channels = _checks.integer("in_channels", in_channels, 1)
-        out_channels = _checks.integer("out_channels", out_channels, 1)
+        in_channels = checks.integer("in_channels", in_channels, 1)
+        out_channels = checks.integer("out_channels", out_channels, 1)
         if act not in ("relu", "leakyrelu", "prelu", None):
             raise ValueError(f"act: expected relu, leakyrelu, prelu or None, got {act!r}")
         if norm not in ("batch", "instance", None):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch_geometric.nn.aggr.basic import MaxAggregation
 from torch_geometric.nn.models.mlp import MLP
 
+from paper_layers._core import checks
 from paper_layers._core.fusing import readable
 from paper_layers.deep_gcn.edge_norm import max_over_edges, may_fuse
 from paper_layers.deep_gcn.edges import table_of_edges, to_edge_index
-from paper_layers.ops import _checks
 from paper_layers.ops.knn import knn
 
 Pair = tuple[Tensor, Tensor]
@@ -130,7 +130,7 @@ class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
     propagate = pyg.MessagePassing.propagate
 
     def __init__(self, nn: Any, k: int, aggr: Any = "max", num_workers: int = 1, **kwargs: Any):
-        _checks.integer("k", k, 1)
+        checks.integer("k", k, 1)
         # PyG's own refuses where neither pyg-lib nor torch-cluster is installed.
         pyg.MessagePassing.__init__(self, aggr=aggr, flow="source_to_target", **kwargs)
         self.nn, self.k, self.num_workers = nn, int(k), num_workers
@@ -159,7 +159,7 @@ class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
 
 
 def _is_rows(x: Any, channels: int) -> bool:
-    return isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == channels and x.dtype in _checks.FLOATING
+    return isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == channels and x.dtype in checks.FLOATING
 
 
 def _are_edges(edge_index: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from paper_layers._official import StateDict, load
+from paper_layers._core.checkpoints import StateDict, load
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

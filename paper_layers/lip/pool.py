@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf, leaf
 from paper_layers.lip.logit import BottleneckLogit, LogitHead
-from paper_layers.ops import _checks
 from paper_layers.ops.lip_pool2d import lip_pool2d
 
 Logit = str | nn.Module | Callable[[Tensor], Tensor]
@@ -32,7 +32,7 @@ class _Function(nn.Module):
 
 def _plain(name: str, size: int | tuple[int, int], minimum: int) -> int | tuple[int, int]:
     """Return a checked size in Python's own integers, as one number or a pair as it came."""
-    height, width = _checks.pair(name, size, minimum)
+    height, width = checks.pair(name, size, minimum)
     return (height, width) if isinstance(size, tuple | list) else height
 
 
@@ -130,8 +130,8 @@ class LIPPool2d(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _checks.integer("channels", channels, 1)
-        _checks.integer("bottleneck_width", bottleneck_width, 1)
+        checks.integer("channels", channels, 1)
+        checks.integer("bottleneck_width", bottleneck_width, 1)
         self.channels = int(channels)
         self.kernel_size = _plain("kernel_size", kernel_size, 1)
         self.stride = _plain("stride", stride, 1)

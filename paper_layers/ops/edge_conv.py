@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paper_layers._core import outputs
+from paper_layers._core import checks, outputs
 from paper_layers._core.aliases import distinct
+from paper_layers._core.autograd import Function
+from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
-from paper_layers.ops import _checks
-from paper_layers.ops._autograd import Function
-from paper_layers.ops._index import check_rows, flat_index
-from paper_layers.ops._library import define
-from paper_layers.ops._vmap import one_by_one
+from paper_layers._core.vmap import one_by_one
+from paper_layers.ops.flat_index import check_rows, flat_index
 
 
 def _activate(z: Tensor, slope: Tensor) -> Tensor:
@@ -256,24 +255,24 @@ def edge_conv(
         >>> output.shape, mean.shape, var.shape
         (torch.Size([2, 1024, 32]), torch.Size([32]), torch.Size([32]))
     """
-    _checks.floating("center", center)
-    _checks.floating("neighbor", neighbor)
-    _checks.same_device("neighbor", neighbor, "center", center)
+    checks.floating("center", center)
+    checks.floating("neighbor", neighbor)
+    checks.same_device("neighbor", neighbor, "center", center)
     if center.dim() not in (2, 3):
         raise ValueError(f"center: expected shape (M, C) or (B, M, C), got {tuple(center.shape)}")
     clouds, channels = center.shape[:-2], center.shape[-1]
     if neighbor.dim() != center.dim() or neighbor.shape[:-2] != clouds or neighbor.shape[-1] != channels:
         expected = ", ".join(str(size) for size in (*clouds, "N", channels))
         raise ValueError(f"neighbor: expected shape ({expected}), got {tuple(neighbor.shape)}")
-    index = _checks.neighbors("index", index, *center.shape[:-1])
-    _checks.same_device("index", index, "center", center)
+    index = checks.neighbors("index", index, *center.shape[:-1])
+    checks.same_device("index", index, "center", center)
     if smallest is not None:
         if not isinstance(smallest, Tensor) or smallest.dtype != torch.bool:
             got = smallest.dtype if isinstance(smallest, Tensor) else type(smallest).__name__
             raise TypeError(f"smallest: expected a bool Tensor, got {got}")
         if smallest.shape != (channels,):
             raise ValueError(f"smallest: expected shape ({channels},), got {tuple(smallest.shape)}")
-        _checks.same_device("smallest", smallest, "center", center)
+        checks.same_device("smallest", smallest, "center", center)
 
     dtype = torch.promote_types(center.dtype, neighbor.dtype)
     center, neighbor = center.to(dtype), neighbor.to(dtype)
@@ -281,10 +280,10 @@ def edge_conv(
     if isinstance(negative_slope, Tensor):
         if negative_slope.numel() != 1:
             raise ValueError(f"negative_slope: expected one element, got shape {tuple(negative_slope.shape)}")
-        _checks.same_device("negative_slope", negative_slope, "center", center)
+        checks.same_device("negative_slope", negative_slope, "center", center)
         slope = negative_slope.to(wide).reshape(())
     else:
-        number = _checks.number("negative_slope", negative_slope)
+        number = checks.number("negative_slope", negative_slope)
         slope = torch.full((), number, dtype=wide, device=center.device)
     if center.dim() == 2:
         return _EdgeConv.apply(*distinct(center, neighbor, index, slope, smallest), bool(statistics))

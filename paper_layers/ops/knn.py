@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paper_layers._core import checks
 from paper_layers._core.aliases import distinct
+from paper_layers._core.autograd import Function
+from paper_layers._core.library import define
+from paper_layers._core.ragged import batch_starts, check_starts, cloud_count
 from paper_layers._core.tracing import leaf
-from paper_layers.ops import _checks
-from paper_layers.ops._autograd import Function
-from paper_layers.ops._index import batch_starts, check_rows, check_starts, cloud_count, flat_index
-from paper_layers.ops._library import define
-from paper_layers.ops._vmap import one_by_one
+from paper_layers._core.vmap import one_by_one
+from paper_layers.ops.flat_index import check_rows, flat_index
 
 METRICS = ("sqeuclidean", "cosine", "inner")
 _CHUNK = 1 << 22  # Elements of the reference's largest tensor.
@@ -293,23 +294,22 @@ def knn(
         >>> index.shape, distance.shape
         (torch.Size([2, 1024, 16]), torch.Size([2, 1024, 16]))
     """
-    _checks.floating("query", query)
+    checks.floating("query", query)
     if query.dim() not in (2, 3):
         raise ValueError(f"query: expected shape (B, M, C) or (M, C), got {tuple(query.shape)}")
     targets = query if points is None else points
-    _checks.floating("points", targets)
-    _checks.same_device("points", targets, "query", query)
+    checks.floating("points", targets)
+    checks.same_device("points", targets, "query", query)
     if targets.dim() != query.dim() or targets.shape[-1] != query.shape[-1] or targets.shape[:-2] != query.shape[:-2]:
         expected = "(N, C)" if query.dim() == 2 else f"({query.shape[0]}, N, C)"
         expected = expected.replace("C", str(query.shape[-1]))
         raise ValueError(f"points: expected shape {expected}, got {tuple(targets.shape)}")
-    k = _checks.integer("k", k, 1)
-    dilation = _checks.integer("dilation", dilation, 1)
+    k = checks.integer("k", k, 1)
+    dilation = checks.integer("dilation", dilation, 1)
     if ranks is not None:
-        ranks = _checks.int64("ranks", ranks, k)
-        _checks.same_device("ranks", ranks, "query", query)
-    if metric not in METRICS:
-        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+        ranks = checks.int64("ranks", ranks, k)
+        checks.same_device("ranks", ranks, "query", query)
+    checks.choice("metric", metric, METRICS)
     if not include_self and points is not None:
         raise ValueError("include_self: expected True where points are given, got False")
     starts = _starts(query, targets, points is None, batch, points_batch, ptr, points_ptr)
@@ -353,8 +353,8 @@ def _starts(
     named = {"batch": batch, "points_batch": points_batch, "ptr": ptr, "points_ptr": points_ptr}
     given = {name: value for name, value in named.items() if value is not None}
     for name, value in given.items():
-        given[name] = _checks.numbers(name, value)
-        _checks.same_device(name, value, "query", query)
+        given[name] = checks.numbers(name, value)
+        checks.same_device(name, value, "query", query)
         if query.dim() != 2:
             raise ValueError(f"{name}: expected None for query of shape (B, M, C), got a Tensor")
         if same and name.startswith("points"):

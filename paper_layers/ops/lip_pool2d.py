@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers._core import outputs
+from paper_layers._core import checks, outputs
 from paper_layers._core.aliases import distinct
+from paper_layers._core.autograd import Function
+from paper_layers._core.layout import memory_format
+from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
-from paper_layers.ops import _checks
-from paper_layers.ops._autograd import Function
-from paper_layers.ops._layout import memory_format
-from paper_layers.ops._library import define
-from paper_layers.ops._vmap import extent
+from paper_layers._core.vmap import extent
 
 # Geometry is one argument: Dynamo tells whether forward takes a ctx by counting arguments.
 _Geometry = tuple[list[int], list[int], list[int], bool]
@@ -294,17 +293,17 @@ def lip_pool2d(
         >>> paper_layers.lip_pool2d(x, logit=x, kernel_size=3, stride=2, padding=1).shape
         torch.Size([2, 8, 16, 16])
     """
-    _checks.floating("input", input)
-    _checks.floating("logit", logit)
-    _checks.same_device("logit", logit, "input", input)
+    checks.floating("input", input)
+    checks.floating("logit", logit)
+    checks.same_device("logit", logit, "input", input)
     if input.dim() not in (3, 4):
         raise ValueError(f"input: expected shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}")
     shared = (*input.shape[:-3], 1, *input.shape[-2:])
     if logit.shape not in (input.shape, shared):
         raise ValueError(f"logit: expected shape {tuple(input.shape)} or {shared}, got {tuple(logit.shape)}")
-    kernel = _checks.pair("kernel_size", kernel_size, 1)
-    step = kernel if stride is None else _checks.pair("stride", stride, 1)
-    pad = _checks.pair("padding", padding, 0)
+    kernel = checks.pair("kernel_size", kernel_size, 1)
+    step = kernel if stride is None else checks.pair("stride", stride, 1)
+    pad = checks.pair("padding", padding, 0)
     if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
         raise ValueError(f"padding: expected at most half of kernel_size {kernel_size!r}, got {padding!r}")
     for side, length, k, s, p in zip(("height", "width"), input.shape[-2:], kernel, step, pad, strict=True):

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks
 from paper_layers._core.aliases import distinct
+from paper_layers._core.autograd import Function
+from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
-from paper_layers.ops import _checks
-from paper_layers.ops._autograd import Function
-from paper_layers.ops._index import check_rows, flat_index
-from paper_layers.ops._library import define
+from paper_layers.ops.flat_index import check_rows, flat_index
 
 REDUCTIONS = ("max", "min", "sum", "mean")
 
@@ -199,13 +199,12 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relati
         >>> paper_layers.neighbor_reduce(x, index, "max").shape
         torch.Size([2, 1024, 64])
     """
-    _checks.floating("input", input)
+    checks.floating("input", input)
     if input.dim() not in (2, 3):
         raise ValueError(f"input: expected shape (N, C) or (B, N, C), got {tuple(input.shape)}")
-    index = _checks.neighbors("index", index, *input.shape[:-2], "M")
-    _checks.same_device("index", index, "input", input)
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce: expected one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    index = checks.neighbors("index", index, *input.shape[:-2], "M")
+    checks.same_device("index", index, "input", input)
+    checks.choice("reduce", reduce, REDUCTIONS)
     if relative and index.shape[-2] != input.shape[-2]:
         raise ValueError(f"index: expected {input.shape[-2]} rows with relative, got {index.shape[-2]}")
     if input.dim() == 2:

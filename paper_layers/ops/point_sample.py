@@ -10,13 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks
 from paper_layers._core.aliases import distinct
+from paper_layers._core.autograd import Function
+from paper_layers._core.layout import memory_format
+from paper_layers._core.library import define, library
 from paper_layers._core.tracing import leaf
-from paper_layers.ops import _checks
-from paper_layers.ops._autograd import Function
-from paper_layers.ops._layout import memory_format
-from paper_layers.ops._library import define, library
-from paper_layers.ops._vmap import extent
+from paper_layers._core.vmap import extent
 
 MODES = ("bilinear", "nearest")
 PADDINGS = ("zeros", "border")
@@ -304,12 +304,12 @@ def _check_maps(input: Tensor | Sequence[Tensor]) -> list[Tensor]:
         raise ValueError("input: expected at least one map, got none")
     first = next(iter(maps.values()))
     for name, map in maps.items():
-        _checks.floating(name, map)
+        checks.floating(name, map)
         if map.dim() != 4 or map.shape[2] == 0 or map.shape[3] == 0:
             raise ValueError(f"{name}: expected shape (N, C, H, W) with pixels, got {tuple(map.shape)}")
         if map.shape[0] != first.shape[0]:
             raise ValueError(f"{name}: expected as many images as input[0], {first.shape[0]}, got {map.shape[0]}")
-        _checks.same_device(name, map, "input[0]", first)
+        checks.same_device(name, map, "input[0]", first)
     dtype = functools.reduce(torch.promote_types, (map.dtype for map in maps.values()))
     return [map.to(dtype) for map in maps.values()]
 
@@ -318,7 +318,7 @@ def _check_boxes(boxes: Tensor | Sequence[Tensor], images: int, device: torch.de
     """All boxes (R, 4), and the number of each one's image."""
     parts, several = _named("boxes", boxes), isinstance(boxes, list | tuple)
     for name, part in parts.items():
-        _checks.floating(name, part)
+        checks.floating(name, part)
         if part.dim() != 2 or part.shape[1] != (4 if several else 5):
             raise ValueError(f"{name}: expected shape (R, {4 if several else 5}), got {tuple(part.shape)}")
         if part.device != device:
@@ -336,7 +336,7 @@ def _check_boxes(boxes: Tensor | Sequence[Tensor], images: int, device: torch.de
 
 def _check_scales(spatial_scale: float | Sequence[float], levels: int) -> list[float]:
     scales = [*spatial_scale] if isinstance(spatial_scale, list | tuple) else [cast(float, spatial_scale)] * levels
-    scales = [_checks.number("spatial_scale", scale) for scale in scales]
+    scales = [checks.number("spatial_scale", scale) for scale in scales]
     if len(scales) != levels or not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"spatial_scale: expected positive numbers, one or {levels}, got {spatial_scale!r}")
     return [float(scale) for scale in scales]
@@ -394,12 +394,10 @@ def point_sample(
         torch.Size([1, 256, 14, 14])
     """
     maps = _check_maps(input)
-    _checks.floating("points", points)
-    _checks.same_device("points", points, "input", maps[0])
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    if padding not in PADDINGS:
-        raise ValueError(f"padding: expected one of {', '.join(PADDINGS)}, got {padding!r}")
+    checks.floating("points", points)
+    checks.same_device("points", points, "input", maps[0])
+    checks.choice("mode", mode, MODES)
+    checks.choice("padding", padding, PADDINGS)
     scales = _check_scales(spatial_scale, len(maps))
     rows, count = "N", maps[0].shape[0]
     points = points.to(torch.promote_types(points.dtype, torch.float32))

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paper_layers._core import checks
 from paper_layers._core.aliases import distinct
-from paper_layers.ops import _checks
-from paper_layers.ops._autocast import autocasts, without_autocast
-from paper_layers.ops._autograd import Function
-from paper_layers.ops._library import define
-from paper_layers.ops._vmap import one_by_one
+from paper_layers._core.autocast import autocasts, without_autocast
+from paper_layers._core.autograd import Function
+from paper_layers._core.library import define
+from paper_layers._core.vmap import one_by_one
 
 _SHORTEST = 1e-12  # As in torch's spectral norm.
 
@@ -167,7 +167,7 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
         >>> spectral_linear(torch.tensor([6.0, 6.0]), weight, None, u, v, training=True)
         tensor([6., 4.])
     """
-    _checks.floating("input", input)
+    checks.floating("input", input)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (M, N), got {tuple(weight.shape)}")
     rows, columns = weight.shape

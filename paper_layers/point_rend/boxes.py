@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks, values
 from paper_layers._core.fusing import forward_method, within
 from paper_layers._core.tracing import Leaf
-from paper_layers.ops import _checks, _values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.point_rend.coarse import BoxHead
 from paper_layers.point_rend.subdivision import Size, Step, grid_sizes, last, regular_grid, subdivide
@@ -34,7 +34,7 @@ class BoxMasks(Leaf, abc.ABC):
         init_resolution: int = 1,
     ):
         super().__init__()
-        num_points, init_resolution, subdivision_num_points = _checks.positive(
+        num_points, init_resolution, subdivision_num_points = checks.positive(
             num_points=num_points, init_resolution=init_resolution, subdivision_num_points=subdivision_num_points
         )
         self.spatial_scale = spatial_scale
@@ -94,7 +94,7 @@ class BoxMasks(Leaf, abc.ABC):
         rois, classes = rows(boxes, labels, device)
         # An exported program should need no Python for a check that the layers make as well.
         known = torch.compiler.is_exporting()
-        return rois, classes if known else _values.labels("labels", classes, self.num_classes)
+        return rois, classes if known else values.labels("labels", classes, self.num_classes)
 
     @property
     @abc.abstractmethod
@@ -180,7 +180,7 @@ class BoxMasks(Leaf, abc.ABC):
         labels: Tensor | Sequence[Tensor],
         size: int,
     ) -> tuple[Tensor, Tensor, list[Size], Sampler]:
-        size = _checks.integer("size", size, 1)
+        size = checks.integer("size", size, 1)
         rois, classes = self._rows(boxes, labels, coarse.device)
         expected = (rois.shape[0], *self._coarse_shape)
         if coarse.dim() != len(expected) or coarse.shape[:2] != expected[:2]:

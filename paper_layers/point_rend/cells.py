@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paper_layers.ops._library import define, library
-from paper_layers.ops._vmap import one_by_one
+from paper_layers._core.library import define, library
+from paper_layers._core.vmap import one_by_one
 
 # Pixels of masks that are in float at a time: 16 MB, below the 32 MB from where glibc maps new pages for each tensor.
 _CHUNK = 1 << 22

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from paper_layers._official import StateDict, load
+from paper_layers._core.checkpoints import StateDict, load
 from paper_layers.point_rend.coarse import BoxHead, CoarseMaskHead
 from paper_layers.point_rend.head import PointRendHead
 from paper_layers.point_rend.implicit import ImplicitPointHead

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
-from paper_layers.ops import _checks
 
 
 class BoxHead(Leaf):
@@ -49,7 +49,7 @@ class BoxHead(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_channels, out_features, conv_dim, fc_dim = _checks.positive(
+        in_channels, out_features, conv_dim, fc_dim = checks.positive(
             in_channels=in_channels, out_features=out_features, conv_dim=conv_dim, fc_dim=fc_dim
         )
         self.in_channels, self.out_features = in_channels, out_features
@@ -120,7 +120,7 @@ class CoarseMaskHead(BoxHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        num_classes = _checks.integer("num_classes", num_classes, 1)
+        num_classes = checks.integer("num_classes", num_classes, 1)
         super().__init__(in_channels, num_classes * self.side**2, conv_dim, fc_dim, device, dtype)
         self.num_classes = num_classes
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
-from paper_layers.ops import _checks
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -66,7 +66,7 @@ class PointRendHead(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_channels, num_classes, fc_dim, num_fc = _checks.positive(
+        in_channels, num_classes, fc_dim, num_fc = checks.positive(
             in_channels=in_channels, num_classes=num_classes, fc_dim=fc_dim, num_fc=num_fc
         )
         self.in_channels, self.num_classes, self.fc_dim, self.num_fc = in_channels, num_classes, fc_dim, num_fc
@@ -115,7 +115,7 @@ class PointRendHead(Leaf):
         if coarse.shape != expected:
             raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
         if labels is not None:
-            labels = _checks.int64("labels", labels, fine.shape[0])
+            labels = checks.int64("labels", labels, fine.shape[0])
         if not self.splits:
             return self._call_layers(fine, coarse, labels)
         return self.finish(self._fine_shares([fine])[0], self.coarse_shares(coarse, labels), labels)

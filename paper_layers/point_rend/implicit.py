@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 from paper_layers._core.fusing import forward_method
 from paper_layers._core.tracing import Leaf
-from paper_layers.ops import _checks
 from paper_layers.point_rend.boxes import BoxMasks
 from paper_layers.point_rend.coarse import BoxHead
 from paper_layers.point_rend.targets import Boxes
@@ -67,7 +67,7 @@ class ImplicitPointHead(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_channels, num_classes, fc_dim, num_fc = _checks.positive(
+        in_channels, num_classes, fc_dim, num_fc = checks.positive(
             in_channels=in_channels, num_classes=num_classes, fc_dim=fc_dim, num_fc=num_fc
         )
         self.in_channels, self.num_classes, self.fc_dim, self.num_fc = in_channels, num_classes, fc_dim, num_fc
@@ -113,7 +113,7 @@ class ImplicitPointHead(Leaf):
             if value.shape != expected:
                 raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
         if labels is not None:
-            labels = _checks.int64("labels", labels, rows)
+            labels = checks.int64("labels", labels, rows)
         parts = parameters.split(self._sizes, 1)
         weights = [part.unflatten(1, shape) for part, shape in zip(parts, self._shapes, strict=False)]
         biases = [part[:, None] for part in parts[len(weights) :]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paper_layers._core.fusing import forward_method, readable
 from paper_layers.ops.point_sample import point_sample
-from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
+from paper_layers.ops.uncertain_points.samples import sample_uncertain_points
 from paper_layers.point_rend.boxes import BoxMasks, Sampler
 from paper_layers.point_rend.coarse import CoarseMaskHead
 from paper_layers.point_rend.head import PointRendHead

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.jit._trace import is_tracing
 
+from paper_layers._core import checks, values
 from paper_layers._core.fusing import forward_method
 from paper_layers._core.tracing import Leaf
-from paper_layers.ops import _checks, _values
 from paper_layers.ops.point_sample import point_sample
-from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
+from paper_layers.ops.uncertain_points.samples import sample_uncertain_points
 from paper_layers.point_rend.head import PointRendHead
 from paper_layers.point_rend.subdivision import Size, Step, halvings, last, subdivide
 
@@ -86,8 +86,8 @@ class PointRendSemantic(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        num_points = _checks.integer("num_points", num_points, 1)
-        subdivision_num_points = _checks.integer("subdivision_num_points", subdivision_num_points, 1)
+        num_points = checks.integer("num_points", num_points, 1)
+        subdivision_num_points = checks.integer("subdivision_num_points", subdivision_num_points, 1)
         self.num_points, self.subdivision_num_points = num_points, subdivision_num_points
         self.oversample_ratio, self.importance_sample_ratio = oversample_ratio, importance_sample_ratio
         self.ignore_index = ignore_index
@@ -153,7 +153,7 @@ class PointRendSemantic(Leaf):
         self._check(coarse)
         if is_tracing():  # Then sizes of tensors are tensors themselves, but a trace is for one size.
             size = cast(Size, tuple(map(int, size)))
-        height, width = _checks.pair("size", size, 1)
+        height, width = checks.pair("size", size, 1)
         _, *sizes = halvings((height, width), (coarse.shape[2], coarse.shape[3]))
         if not sizes and (height, width) != coarse.shape[2:]:
             coarse = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
@@ -179,9 +179,9 @@ class PointRendSemantic(Leaf):
         self._check(coarse)
         if isinstance(target, Tensor) and target.dtype == torch.bool:
             target = target.long()
-        target = _values.integers("target", target, coarse.shape[0], "H", "W")
-        _checks.same_device("target", target, "coarse", coarse)
-        return _values.labels("target", target, max(2, self.point_head.num_classes), self.ignore_index)
+        target = values.integers("target", target, coarse.shape[0], "H", "W")
+        checks.same_device("target", target, "coarse", coarse)
+        return values.labels("target", target, max(2, self.point_head.num_classes), self.ignore_index)
 
     def _point_loss(
         self,
@@ -210,7 +210,7 @@ class PointRendSemantic(Leaf):
         return self.point_head(point_sample(features, points), point_sample(coarse, points))
 
     def _check(self, coarse: Tensor) -> None:
-        _checks.floating("coarse", coarse)
+        checks.floating("coarse", coarse)
         classes = self.point_head.num_classes
         if coarse.dim() != 4 or coarse.shape[1] != classes or 0 in coarse.shape[2:]:
             raise ValueError(f"coarse: expected shape (N, {classes}, h, w) with pixels, got {tuple(coarse.shape)}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.jit._trace import is_tracing
 
-from paper_layers.ops.uncertain_points import uncertain_points
+from paper_layers.ops.uncertain_points.pixels import uncertain_points
 
 Size = tuple[int, int]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers.ops import _checks, _values
+from paper_layers._core import checks, values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.point_rend.cells import covered_share
 
@@ -28,15 +28,15 @@ def rows(boxes: Boxes, labels: Tensor | Sequence[Tensor], device: torch.device) 
     rois = torch.cat(parts) if parts else torch.empty(0, 5, device=device)
     if not isinstance(labels, Tensor):
         labels = torch.cat(list(labels)) if labels else torch.empty(0, dtype=torch.int64, device=device)
-    labels = _values.integers("labels", labels, rois.shape[0])
-    _checks.same_device("labels", labels, "boxes", rois)
+    labels = values.integers("labels", labels, rois.shape[0])
+    checks.same_device("labels", labels, "boxes", rois)
     return rois, labels
 
 
 def finite(boxes: Tensor) -> Tensor:
     """Boxes (R, 5) to train on, none of which would make the losses NaN."""
     largest = sys.float_info.max
-    corners = _values.within("boxes", boxes[:, 1:], -largest, largest, "finite numbers")
+    corners = values.within("boxes", boxes[:, 1:], -largest, largest, "finite numbers")
     return boxes.where(corners.isfinite().all(1, keepdim=True), 0)  # All are: so a compiler keeps the check.
 
 
@@ -92,9 +92,9 @@ def _images(
         if mask.dim() != 3:
             raise ValueError(f"{name}: expected shape (M, H, W), got {tuple(mask.shape)}")
         if matched is not None:
-            numbers = _values.integers(f"matched[{image}]", matched[image], box.shape[0])
+            numbers = values.integers(f"matched[{image}]", matched[image], box.shape[0])
             expected, last = f"numbers of {mask.shape[0]} masks", mask.shape[0] - 1
-            numbers = _values.within(f"matched[{image}]", numbers, 0, last, expected)
+            numbers = values.within(f"matched[{image}]", numbers, 0, last, expected)
         elif mask.shape[0] != box.shape[0]:
             raise ValueError(f"{name}: expected a mask for each of {box.shape[0]} boxes, got {mask.shape[0]}")
         else:
@@ -104,5 +104,5 @@ def _images(
         if mask.dtype != torch.bool:
             other = -1 if mask.dtype.is_signed else None
             expected = "values from 0 to 1, or -1 where a pixel does not count"
-            mask = _values.within(name, mask, 0, 1, expected, other=other)
+            mask = values.within(name, mask, 0, 1, expected, other=other)
         yield mask, numbers, box

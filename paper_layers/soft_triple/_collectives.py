@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paper_layers.ops.soft_triple import cross_entropy
+from paper_layers.ops.soft_triple.loss import cross_entropy
 
 
 def gather_rows(rows: Tensor, sizes: list[int], group: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from paper_layers._official import StateDict, load
+from paper_layers._core.checkpoints import StateDict, load
 from paper_layers.soft_triple.loss import SoftTripleLoss
 
 _Loss = TypeVar("_Loss", bound=SoftTripleLoss)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers.ops import _checks
+from paper_layers._core import checks
 from paper_layers.ops.knn import knn
 
 
@@ -59,7 +59,7 @@ def recall_at_k(
     wanted = list(k) if isinstance(k, Iterable) else [k]
     if not wanted:
         raise ValueError("k: expected at least one number, got none")
-    wanted = [_checks.integer("k", number, 1) for number in wanted]
+    wanted = [checks.integer("k", number, 1) for number in wanted]
 
     searched = labels if gallery_labels is None else gallery_labels
     findable = _count(labels, searched) > (1 if alone else 0)
@@ -122,13 +122,13 @@ def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
 
 def _samples(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> None:
     """Embeddings (N, d) and integer labels (N,) on one device."""
-    _checks.floating(name, embeddings)
+    checks.floating(name, embeddings)
     if embeddings.dim() != 2:
         raise ValueError(f"{name}: expected shape (N, d), got {tuple(embeddings.shape)}")
     if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex:
         got = getattr(labels, "dtype", type(labels).__name__)
         raise TypeError(f"{label_name}: expected a Tensor of integers, got {got}")
-    _checks.same_device(label_name, labels, name, embeddings)
+    checks.same_device(label_name, labels, name, embeddings)
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(f"{label_name}: expected shape ({len(embeddings)},), got {tuple(labels.shape)}")
 

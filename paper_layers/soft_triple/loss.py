@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
-from paper_layers.ops import _checks
-from paper_layers.ops.soft_triple import REDUCTIONS, soft_triple_loss
-from paper_layers.ops.soft_triple_logits import soft_triple_logits
+from paper_layers.ops.soft_triple.logits import soft_triple_logits
+from paper_layers.ops.soft_triple.loss import REDUCTIONS, soft_triple_loss
 from paper_layers.soft_triple import merging
 from paper_layers.soft_triple._metric_learning import (
     check_references,
@@ -91,20 +91,19 @@ class SoftTripleLoss(Leaf):
         dtype: torch.dtype | None = None,
     ):
         nn.Module.__init__(self)  # And not that of pytorch-metric-learning's base class.
-        num_classes, embedding_dim, centers_per_class = _checks.positive(
+        num_classes, embedding_dim, centers_per_class = checks.positive(
             num_classes=num_classes, embedding_dim=embedding_dim, centers_per_class=centers_per_class
         )
         factors = {"la": la, "gamma": gamma, "tau": tau, "margin": margin}
-        la, gamma, tau, margin = (_checks.number(name, value) for name, value in factors.items())
+        la, gamma, tau, margin = (checks.number(name, value) for name, value in factors.items())
         if not gamma > 0:
             raise ValueError(f"gamma: expected more than 0, got {gamma!r}")
         if not tau >= 0:
             raise ValueError(f"tau: expected at least 0, got {tau!r}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        ignore_index = _checks.integer("ignore_index", ignore_index, -(2**63))
+        checks.choice("reduction", reduction, REDUCTIONS)
+        ignore_index = checks.integer("ignore_index", ignore_index, -(2**63))
         if chunk_size is not None:
-            chunk_size = _checks.integer("chunk_size", chunk_size, 1)
+            chunk_size = checks.integer("chunk_size", chunk_size, 1)
         self.num_classes, self.embedding_dim, self.centers_per_class = num_classes, embedding_dim, centers_per_class
         self.la, self.gamma, self.tau, self.margin = la, gamma, tau, margin
         self.ignore_index, self.reduction, self.chunk_size = ignore_index, reduction, chunk_size

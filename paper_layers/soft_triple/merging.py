@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers.ops import _checks
+from paper_layers._core import checks
 
 _CHUNK = 1 << 22  # Elements of the largest tensor.
 
@@ -39,7 +39,7 @@ def _firsts(group: Tensor) -> Tensor:
 
 def _groups(centers: Tensor, threshold: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Unit centers (c, K, d) of some classes after others, and the first center (c, K) that each is connected to."""
-    threshold = _checks.number("threshold", threshold)
+    threshold = checks.number("threshold", threshold)
     if not threshold > 0:
         raise ValueError(f"threshold: expected more than 0, got {threshold!r}")
     k = centers.shape[1]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from paper_layers.ops import _checks
+from paper_layers._core import checks
 from paper_layers.soft_triple.loss import SoftTripleLoss
 
 
@@ -39,8 +39,8 @@ def param_groups(*modules: nn.Module, lr: float = 1e-4, center_lr: float = 1e-2)
         >>> [(len(group["params"]), group["lr"]) for group in optimizer.param_groups]
         [(2, 0.0001), (1, 0.01)]
     """
-    lr = _checks.number("lr", lr)
-    center_lr = _checks.number("center_lr", center_lr)
+    lr = checks.number("lr", lr)
+    center_lr = checks.number("center_lr", center_lr)
     losses = (part for module in modules for part in module.modules() if isinstance(part, SoftTripleLoss))
     centers = {id(loss.centers): loss.centers for loss in losses}
     if not centers:

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from paper_layers.ops import _checks, _values
-from paper_layers.ops._soft_triple import known_labels
-from paper_layers.ops._soft_triple_chunks import check, compute_dtype
-from paper_layers.ops.soft_triple import REDUCTIONS, reduced, soft_triple
+from paper_layers._core import checks, values
+from paper_layers.ops.soft_triple.chunk_ops import known_labels
+from paper_layers.ops.soft_triple.chunks import check, compute_dtype
+from paper_layers.ops.soft_triple.loss import REDUCTIONS, reduced, soft_triple
 from paper_layers.soft_triple._collectives import Gather, Join, gather_rows
 from paper_layers.soft_triple._metric_learning import check_references, counts_of_tuples, weights_of_counts
 from paper_layers.soft_triple.loss import SoftTripleLoss
@@ -202,9 +202,9 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
             check(embeddings, own, self.la, self.gamma, self.chunk_size)
             if indices_tuple is not None:
                 counts = counts_of_tuples(indices_tuple, embeddings)
-            labels = _values.integers("labels", labels, len(embeddings))
-            _checks.same_device("labels", labels, "embeddings", embeddings)
-            mine = [len(embeddings), _checks.FLOATING.index(embeddings.dtype)]
+            labels = values.integers("labels", labels, len(embeddings))
+            checks.same_device("labels", labels, "embeddings", embeddings)
+            mine = [len(embeddings), checks.FLOATING.index(embeddings.dtype)]
         except (IndexError, RuntimeError, TypeError, ValueError) as wrong:
             error = wrong
         settings = self._settings(error is None and embeddings.requires_grad)
@@ -218,7 +218,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
                     f"embeddings, labels: expected fitting ones on every rank, see the error of rank {rank}"
                 )
             if dtype != mine[1]:
-                theirs = str(_checks.FLOATING[dtype]).removeprefix("torch.")
+                theirs = str(checks.FLOATING[dtype]).removeprefix("torch.")
                 raise TypeError(f"embeddings: expected the dtype of rank {rank}, {theirs}, got {embeddings.dtype}")
         for (name, value), *bits in zip(settings.items(), *(bits for _, _, _, *bits in found), strict=True):
             if len(set(bits)) > 1:
@@ -241,7 +241,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
             "margin": float(self.margin),
             "ignore_index": self.ignore_index,
             "reduction": _Choice(REDUCTIONS, REDUCTIONS.index(self.reduction)),
-            "dtype of centers": _Choice(_checks.FLOATING, _checks.FLOATING.index(own.dtype)),
+            "dtype of centers": _Choice(checks.FLOATING, checks.FLOATING.index(own.dtype)),
             "embeddings.requires_grad": _Choice((False, True), int(grad and requires_grad)),
             "centers.requires_grad": _Choice((False, True), int(grad and self.centers.requires_grad)),
         }

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paper_layers._core.checks import integer
 from paper_layers.adv_prop.norm import (
     AuxiliaryNorm,
     SplitBatchNorm,
@@ -16,7 +17,6 @@ from paper_layers.adv_prop.norm import (
     SplitBatchNorm3d,
 )
 from paper_layers.adv_prop.sync import SplitSyncBatchNorm
-from paper_layers.ops._checks import integer
 from paper_layers.swap._surgery import Filter, called, check_names, select
 
 _SPLIT: dict[type[nn.Module], type[SplitBatchNorm]] = {

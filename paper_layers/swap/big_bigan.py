@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 from paper_layers._core.tracing import leaf
 from paper_layers.big_bigan import BigBiGANDiscriminator, BigBiGANHeads, Scores
-from paper_layers.big_bigan._checks import choice
 from paper_layers.big_bigan.pooling import POOLS, pooled
 from paper_layers.big_bigan.scores import TERMS, chosen_terms
 from paper_layers.swap._graft import Grafted, SequentialGraft, Tap, graft, tapped
@@ -121,7 +121,7 @@ def bigan_discriminator(
     terms = chosen_terms(terms)
     if "x" not in terms:
         raise ValueError(f"terms: expected 'x' among them, which the last layer gives, got {terms!r}")
-    choice("pool", pool, POOLS)
+    checks.choice("pool", pool, POOLS)
     if isinstance(model, BigBiGANHost | BigBiGANDiscriminator):
         heads = model.big_bigan if isinstance(model, BigBiGANHost) else model.heads
         if (heads.latent_dim, heads.terms) != (latent_dim, terms):

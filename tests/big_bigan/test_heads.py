@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 from typing import Any
 
@@ -24,7 +25,9 @@ from paper_layers.big_bigan import (
     bn_crelu,
 )
 from paper_layers.big_bigan.spectral import SpectralLinear
-from paper_layers.ops import spectral_linear
+
+# The package has a function of this name.
+spectral_linear = importlib.import_module("paper_layers.ops.spectral_linear")
 
 SMALL: dict[str, Any] = {"width": 12, "depth": 4}
 

@@ -62,7 +62,7 @@ def test_compile_and_dtype(loss: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((("x",), ("x",), "max"), ValueError, "reduction: expected one of 'sum', 'mean', got 'max'"),
+        ((("x",), ("x",), "max"), ValueError, "reduction: expected one of sum, mean, got 'max'"),
         ((("x", "xz"), ("x",)), ValueError, r"fake: expected scores of \['x', 'xz'\].* got \['x'\]"),
         (((), ()), ValueError, "fake: expected scores of some term"),
         ((("x",), ("x",), "sum", {"z": 1}), ValueError, r"weights: expected some of \['x'\], got 'z'"),

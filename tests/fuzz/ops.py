@@ -20,7 +20,7 @@ from paper_layers import (
     split_batch_norm,
     uncertain_points,
 )
-from paper_layers.ops.soft_triple_logits import soft_triple_logits
+from paper_layers.ops.soft_triple.logits import soft_triple_logits
 from paper_layers.ops.spectral_linear import spectral_linear
 from tests.ops import test_edge_conv as edges
 from tests.ops import test_knn as neighbors

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from paper_layers import knn, lip_pool2d, neighbor_reduce, point_sample, soft_triple_loss, split_batch_norm
 from paper_layers.ops.edge_conv import edge_conv
-from paper_layers.ops.sample_uncertain_points import sample_uncertain_points
-from paper_layers.ops.soft_triple_logits import soft_triple_logits
+from paper_layers.ops.soft_triple.logits import soft_triple_logits
 from paper_layers.ops.spectral_linear import spectral_linear
-from paper_layers.ops.uncertain_points import uncertain_points
+from paper_layers.ops.uncertain_points.pixels import uncertain_points
+from paper_layers.ops.uncertain_points.samples import sample_uncertain_points
 
 THREADS = (1, 2, 3, 4, 8)
 

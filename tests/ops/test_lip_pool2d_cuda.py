@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import paper_layers
-from paper_layers.ops import lip_pool2d as op
+
+op = importlib.import_module("paper_layers.ops.lip_pool2d")  # The package has a function of this name.
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is available")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import Any
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import paper_layers
-from paper_layers.ops import neighbor_reduce as op
+
+op = importlib.import_module("paper_layers.ops.neighbor_reduce")  # The package has a function of this name.
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is available")
 

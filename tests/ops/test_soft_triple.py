@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import soft_triple_loss
-from paper_layers.ops import _soft_triple as kernels
-from paper_layers.ops import soft_triple as soft_triple_module
-from paper_layers.ops import soft_triple_logits as logits_module
-from paper_layers.ops.soft_triple import cross_entropy, soft_triple
-from paper_layers.ops.soft_triple_logits import soft_triple_logits
+from paper_layers.ops.soft_triple import chunk_ops
+from paper_layers.ops.soft_triple import logits as logits_module
+from paper_layers.ops.soft_triple import loss as soft_triple_module
+from paper_layers.ops.soft_triple.logits import soft_triple_logits
+from paper_layers.ops.soft_triple.loss import cross_entropy, soft_triple
 from tests.ops import raw_ops
 from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
 
@@ -107,7 +107,7 @@ def chunk(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of 37 classes of three centers, their inverse lengths, and labels from class 5 on."""
     centers, embeddings = vectors(37, 3, 8).to(dtype), vectors(19, 8).to(dtype)
     labels = torch.arange(19) * 2 + 1
-    return centers.flatten(0, 1) @ embeddings.mT, kernels.inverse_length(centers)[..., 0], labels
+    return centers.flatten(0, 1) @ embeddings.mT, chunk_ops.inverse_length(centers)[..., 0], labels
 
 
 class TestSoftTriple(OpBattery):
@@ -229,15 +229,15 @@ LOGITS = ("soft_triple_logits", "soft_triple_logits_backward")
 def test_kernels_equal_their_references(name: str, dtype: torch.dtype) -> None:
     """The references are what other devices run."""
     references = {
-        "soft_triple_centers": kernels._centers,
-        "soft_triple_add_centers_": kernels._add_centers,
-        "soft_triple_chunk": kernels._forward,
-        "soft_triple_chunk_backward_": kernels._backward,
-        "soft_triple_similarity": kernels._similarity,
-        "soft_triple_similarity_backward_": kernels._similarity_backward,
+        "soft_triple_centers": chunk_ops._centers,
+        "soft_triple_add_centers_": chunk_ops._add_centers,
+        "soft_triple_chunk": chunk_ops._forward,
+        "soft_triple_chunk_backward_": chunk_ops._backward,
+        "soft_triple_similarity": chunk_ops._similarity,
+        "soft_triple_similarity_backward_": chunk_ops._similarity_backward,
         "soft_triple": soft_triple_module._forward,
         "soft_triple_backward": soft_triple_module._backward,
-        "soft_triple_cross_entropy": kernels._cross_entropy,
+        "soft_triple_cross_entropy": chunk_ops._cross_entropy,
         "soft_triple_logits": logits_module._logits,
         "soft_triple_logits_backward": logits_module._logits_backward,
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import paper_layers
 from paper_layers import soft_triple_loss
-from paper_layers.ops.soft_triple_logits import soft_triple_logits
+from paper_layers.ops.soft_triple.logits import soft_triple_logits
 from tests.ops.test_neighbor_reduce_cuda import DEVICE, LAYOUTS
 from tests.ops.test_soft_triple import TestSoftTriple as OnCPU
 from tests.ops.test_soft_triple import formula, relaxed, vectors

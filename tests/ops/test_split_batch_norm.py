@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import split_batch_norm
-from paper_layers.ops import split_batch_norm as module
+from paper_layers.ops.split_batch_norm import op as module
 from tests.ops.battery import Case, OpBattery, assert_close, by_dtype
 
 NAMES = ("", "_backward", "_statistics", "_normalize", "_backward_sums", "_backward_input")

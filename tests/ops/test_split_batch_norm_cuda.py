@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import paper_layers
-from paper_layers.ops import _split_batch_norm as formulas
+from paper_layers.ops.split_batch_norm import formulas
 from tests.ops.test_split_batch_norm import LAYOUTS, OPS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is available")

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks
 from paper_layers._core.aliases import distinct
+from paper_layers._core.autograd import Function
+from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
-from paper_layers.ops import _checks
-from paper_layers.ops import _split_batch_norm as formulas
-from paper_layers.ops._autograd import Function
-from paper_layers.ops._library import define
-from paper_layers.ops._vmap import extent
+from paper_layers._core.vmap import extent
+from paper_layers.ops.split_batch_norm import formulas
 
 _Options = tuple[list[int], float]
 
@@ -206,14 +206,14 @@ def _check_splits(name: str, values: Tensor | Sequence[Tensor], splits: int, inp
         got = tuple(values.shape) if isinstance(values, Tensor) else [tuple(value.shape) for value in values]
         raise ValueError(f"{name}: expected shape ({splits}, {channels}) or {splits} tensors ({channels},), got {got}")
     for value in values:
-        _checks.same_device(name, value, "input", input)
+        checks.same_device(name, value, "input", input)
 
 
 def check_split_sizes(input: Tensor, split_sizes: Sequence[int], values: int = 2) -> list[int]:
     """Return the sizes that make up the batch, of so many values per channel or more each, as ints."""
-    if len(split_sizes) == 0 or not all(_checks.is_integer(size) for size in split_sizes):
+    if len(split_sizes) == 0 or not all(checks.is_integer(size) for size in split_sizes):
         raise TypeError(f"split_sizes: expected at least one int, got {split_sizes!r}")
-    split_sizes = [_checks.integer("split_sizes", size, 0) for size in split_sizes]
+    split_sizes = [checks.integer("split_sizes", size, 0) for size in split_sizes]
     if sum(split_sizes) != input.shape[0]:
         raise ValueError(f"split_sizes: expected sizes that sum to the batch, {input.shape[0]}, got {split_sizes!r}")
     pixels = input.shape[2:].numel()
@@ -308,9 +308,9 @@ def split_batch_norm(
         >>> paper_layers.split_batch_norm(x, [8, 8]).shape
         torch.Size([16, 16, 32, 32])
     """
-    _checks.floating("input", input)
-    momentum = _checks.number("momentum", momentum)
-    eps = _checks.number("eps", eps)
+    checks.floating("input", input)
+    momentum = checks.number("momentum", momentum)
+    eps = checks.number("eps", eps)
     if input.dim() < 2:
         raise ValueError(f"input: expected shape (N, C, ...), got {tuple(input.shape)}")
     split_sizes = check_split_sizes(input, split_sizes)

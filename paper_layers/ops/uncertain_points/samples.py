@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks
+from paper_layers._core.library import define, library
 from paper_layers._core.tracing import leaf
-from paper_layers.ops import _checks
-from paper_layers.ops._library import define, library
-from paper_layers.ops._uncertainty import (
+from paper_layers.ops.point_sample import _sample
+from paper_layers.ops.uncertain_points.uncertainty import (
     check_logits,
     fold,
     most_uncertain,
@@ -20,7 +21,6 @@ from paper_layers.ops._uncertainty import (
     uncertainty,
     unfold,
 )
-from paper_layers.ops.point_sample import _sample
 
 
 def _uncertainties(logits: Tensor, labels: Tensor | None, points: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ def sample_uncertain_points(
         torch.Size([2, 100, 2])
     """
     labels = check_logits(logits, labels)
-    num_points = _checks.integer("num_points", num_points, 0)
-    oversample_ratio = _checks.number("oversample_ratio", oversample_ratio)
+    num_points = checks.integer("num_points", num_points, 0)
+    oversample_ratio = checks.number("oversample_ratio", oversample_ratio)
     if not 1 <= oversample_ratio < math.inf:
         raise ValueError(f"oversample_ratio: expected at least 1, got {oversample_ratio}")
-    importance_sample_ratio = _checks.number("importance_sample_ratio", importance_sample_ratio)
+    importance_sample_ratio = checks.number("importance_sample_ratio", importance_sample_ratio)
     if not 0 <= importance_sample_ratio <= 1:
         raise ValueError(f"importance_sample_ratio: expected from 0 to 1, got {importance_sample_ratio}")
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from paper_layers._pickles import is_array, read, to_tensor
+from paper_layers._core.pickles import is_array, read, to_tensor
 
 _Module = TypeVar("_Module", bound=nn.Module)
 StateDict = Mapping[str, Any] | str | os.PathLike[str]

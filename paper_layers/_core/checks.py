@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers as kinds
 import operator
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -69,6 +70,19 @@ def integer(name: str, value: Any, minimum: int) -> int:
 def positive(**values: Any) -> tuple[int, ...]:
     """Return integers of at least 1, by the names of their arguments, as ints."""
     return tuple(integer(name, value, 1) for name, value in values.items())
+
+
+def choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Check for one of a few strings."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def features(name: str, value: Tensor, count: int, size_name: str) -> None:
+    """Check for a floating tensor of shape (N, count)."""
+    floating(name, value)
+    if value.dim() != 2 or value.shape[1] != count:
+        raise ValueError(f"{name}: expected shape (N, {count}), as {size_name} says, got {tuple(value.shape)}")
 
 
 def number(name: str, value: Any) -> float:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paper_layers.ops import _checks
-from paper_layers.ops._vmap import extent
+from paper_layers._core import checks
+from paper_layers._core.vmap import extent
 
 
 def of_class(logits: Tensor, labels: Tensor | None) -> Tensor:
@@ -44,13 +44,13 @@ def onnx_most_uncertain(uncertainty: Tensor, count: int) -> Tensor:
 
 def check_logits(logits: Tensor, labels: Tensor | None) -> Tensor | None:
     """Check the arguments that say what is uncertain; the labels that the op looks at."""
-    _checks.floating("logits", logits)
+    checks.floating("logits", logits)
     if logits.dim() != 4 or logits.shape[1] == 0:
         raise ValueError(f"logits: expected shape (N, C, H, W) with at least one class, got {tuple(logits.shape)}")
     if labels is None:
         return None
-    labels = _checks.numbers("labels", labels)
-    _checks.same_device("labels", labels, "logits", logits)
+    labels = checks.numbers("labels", labels)
+    checks.same_device("labels", labels, "logits", logits)
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(
             f"labels: expected shape ({logits.shape[0]},), as logits has images, got {tuple(labels.shape)}"

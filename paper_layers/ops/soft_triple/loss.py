@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks, values
 from paper_layers._core.aliases import distinct
+from paper_layers._core.autograd import Function
+from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
-from paper_layers.ops import _checks, _values
-from paper_layers.ops import _soft_triple as kernels
-from paper_layers.ops._autograd import Function
-from paper_layers.ops._library import define
-from paper_layers.ops._soft_triple_chunks import Chunks, check, compute_dtype, relaxed_logits
-from paper_layers.ops._vmap import one_by_one
+from paper_layers._core.vmap import one_by_one
+from paper_layers.ops.soft_triple import chunk_ops
+from paper_layers.ops.soft_triple.chunks import Chunks, check, compute_dtype, relaxed_logits
 
 
 @torch.no_grad()
@@ -34,8 +34,8 @@ def _forward(
     logsumexps = [torch.full_like(target, -torch.inf)]
     inverses, pulls = [unit.new_empty(0, count)], [unit.new_empty((0, count, count) if regularized else 0)]
     for classes, chunk, scores in chunks:
-        inverse, distances, pull = kernels.of_centers(chunk, regularized)
-        logsumexp, own = kernels.chunk_forward(scores, inverse, labels, classes.start, la, gamma, margin)
+        inverse, distances, pull = chunk_ops.of_centers(chunk, regularized)
+        logsumexp, own = chunk_ops.chunk_forward(scores, inverse, labels, classes.start, la, gamma, margin)
         logsumexps.append(logsumexp)
         target += own
         distance += distances
@@ -81,7 +81,7 @@ def _backward(
     grads = (logsumexp, grad_logsumexp.contiguous(), grad_target.contiguous())
 
     def weigh(classes: slice, scores: Tensor) -> Tensor:
-        return kernels.chunk_backward(scores, inverse[classes], labels, classes.start, *grads, la, gamma, margin)
+        return chunk_ops.chunk_backward(scores, inverse[classes], labels, classes.start, *grads, la, gamma, margin)
 
     return Chunks(embeddings, centers, chunk_size).pull_back(weigh, inverse, pull, grad_distance)
 
@@ -134,8 +134,8 @@ def _formula(
     distance = logits.new_zeros(())
     if regularized:
         w = centers.to(logits.dtype)
-        w = w * kernels.inverse_length(w)
-        distance = ((2 - 2 * w @ w.mT).clamp(min=0) + kernels.ROOT).sqrt().triu(1).sum()
+        w = w * chunk_ops.inverse_length(w)
+        distance = ((2 - 2 * w @ w.mT).clamp(min=0) + chunk_ops.ROOT).sqrt().triu(1).sum()
     return others, (logits - la * margin).where(own, 0).sum(1), distance
 
 
@@ -212,7 +212,7 @@ class _SoftTripleBackward(Function):
 class _CrossEntropy(Function):
     @staticmethod
     def forward(others: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.rows_cross_entropy(others, target)
+        return chunk_ops.rows_cross_entropy(others, target)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -275,14 +275,14 @@ def soft_triple(
 
     Example:
         >>> import torch
-        >>> from paper_layers.ops.soft_triple import cross_entropy, soft_triple
+        >>> from paper_layers.ops.soft_triple.loss import cross_entropy, soft_triple
         >>> others, target, _ = soft_triple(torch.randn(8, 64), torch.randn(100, 10, 64), torch.arange(8))
         >>> loss = cross_entropy(others, target).mean()
     """
     size = check(embeddings, centers, la, gamma, chunk_size)
-    labels = _checks.int64("labels", labels, embeddings.shape[0])
-    _checks.same_device("labels", labels, "embeddings", embeddings)
-    margin = _checks.number("margin", margin)
+    labels = checks.int64("labels", labels, embeddings.shape[0])
+    checks.same_device("labels", labels, "embeddings", embeddings)
+    margin = checks.number("margin", margin)
     options = (float(la), float(gamma), float(margin), bool(regularized), size)
     others, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)
     return others, target, distance
@@ -353,22 +353,21 @@ def soft_triple_loss(
         >>> loss.backward()
     """
     size = check(embeddings, centers, la, gamma, chunk_size)
-    margin = _checks.number("margin", margin)
-    tau = _checks.number("tau", tau)
+    margin = checks.number("margin", margin)
+    tau = checks.number("tau", tau)
     if not tau >= 0:
         raise ValueError(f"tau: expected at least 0, got {tau!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    ignore_index = _checks.integer("ignore_index", ignore_index, -(2**63))
-    labels = _values.integers("labels", labels, embeddings.shape[0])
-    _checks.same_device("labels", labels, "embeddings", embeddings)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    ignore_index = checks.integer("ignore_index", ignore_index, -(2**63))
+    labels = values.integers("labels", labels, embeddings.shape[0])
+    checks.same_device("labels", labels, "embeddings", embeddings)
     if weights is not None:
-        _checks.floating("weights", weights)
-        _checks.same_device("weights", weights, "embeddings", embeddings)
+        checks.floating("weights", weights)
+        checks.same_device("weights", weights, "embeddings", embeddings)
         if weights.shape != labels.shape:
             raise ValueError(f"weights: expected shape ({labels.shape[0]},), got {tuple(weights.shape)}")
     classes, count, _ = centers.shape
-    labels = kernels.known_labels(labels, classes, ignore_index)
+    labels = chunk_ops.known_labels(labels, classes, ignore_index)
     regularized = tau > 0 and count > 1
     options = (float(la), float(gamma), float(margin), regularized, size)
     others, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)

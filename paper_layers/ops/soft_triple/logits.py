@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from paper_layers._core.aliases import distinct
-from paper_layers.ops import _soft_triple as kernels
-from paper_layers.ops._autograd import Function
-from paper_layers.ops._library import define
-from paper_layers.ops._soft_triple_chunks import Chunks, check, compute_dtype, relaxed_logits
-from paper_layers.ops._vmap import one_by_one
+from paper_layers._core.autograd import Function
+from paper_layers._core.library import define
+from paper_layers._core.vmap import one_by_one
+from paper_layers.ops.soft_triple import chunk_ops
+from paper_layers.ops.soft_triple.chunks import Chunks, check, compute_dtype, relaxed_logits
 
 
 @torch.no_grad()
@@ -21,8 +21,8 @@ def _logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_
     logits = chunks.unit.new_empty(len(embeddings), len(centers))
     inverses = [chunks.unit.new_empty(0, centers.shape[1])]
     for classes, chunk, scores in chunks:
-        inverse = kernels.of_centers(chunk, False)[0]
-        torch.mul(kernels.chunk_similarity(scores, inverse, gamma).mT, la, out=logits[:, classes])
+        inverse = chunk_ops.of_centers(chunk, False)[0]
+        torch.mul(chunk_ops.chunk_similarity(scores, inverse, gamma).mT, la, out=logits[:, classes])
         inverses.append(inverse)
     return logits, torch.cat(inverses)
 
@@ -40,7 +40,7 @@ def _logits_backward(
 ) -> tuple[Tensor, Tensor]:
     def weigh(classes: slice, scores: Tensor) -> Tensor:
         grad_similarity = (la * grad[:, classes]).mT.contiguous()
-        return kernels.chunk_similarity_backward(scores, inverse[classes], grad_similarity, gamma)
+        return chunk_ops.chunk_similarity_backward(scores, inverse[classes], grad_similarity, gamma)
 
     no_distance = grad.new_zeros(())
     return Chunks(embeddings, centers, chunk_size).pull_back(weigh, inverse, grad.new_empty(0), no_distance)
@@ -143,7 +143,7 @@ def soft_triple_logits(
 
     Example:
         >>> import torch
-        >>> from paper_layers.ops.soft_triple_logits import soft_triple_logits
+        >>> from paper_layers.ops.soft_triple.logits import soft_triple_logits
         >>> soft_triple_logits(torch.randn(8, 64), torch.randn(100, 10, 64)).shape
         torch.Size([8, 100])
     """

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks
+from paper_layers._core.library import define, library
 from paper_layers._core.tracing import leaf
-from paper_layers.ops import _checks
-from paper_layers.ops._library import define, library
-from paper_layers.ops._uncertainty import (
+from paper_layers.ops.uncertain_points.uncertainty import (
     check_logits,
     fold,
     most_uncertain,
@@ -81,7 +81,7 @@ def uncertain_points(logits: Tensor, num_points: int, *, labels: Tensor | None =
         (torch.Size([2, 100]), torch.Size([2, 100, 2]))
     """
     labels = check_logits(logits, labels)
-    num_points = _checks.integer("num_points", num_points, 0)
+    num_points = checks.integer("num_points", num_points, 0)
     index = _op(logits.detach(), labels, num_points)
     height, width = logits.shape[2:]
     columns = max(width, 1)  # Of no pixels there are no points, but torch refuses to divide them by zero.

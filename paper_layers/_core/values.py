@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paper_layers.ops import _checks
-from paper_layers.ops._library import define, library
+from paper_layers._core import checks
+from paper_layers._core.library import define, library
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -83,5 +83,5 @@ def integers(name: str, value: Tensor, *sizes: int | str) -> Tensor:
     """A tensor of any integer dtype as int64, of these sizes, where names stand for any."""
     if isinstance(value, Tensor) and value.dtype in _INTEGERS:
         value = value.long()
-    _checks.int64(name, value, *sizes)
+    checks.int64(name, value, *sizes)
     return value

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from paper_layers._core.version import __version__
+
 library = torch.library.Library("paper_layers", "DEF")
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -73,8 +75,6 @@ def show_config() -> str:
         >>> print(paper_layers.show_config())  # doctest: +ELLIPSIS
         paper_layers ...
     """
-    from paper_layers import __version__
-
     lines = [f"paper_layers {__version__}, torch {torch.__version__}"]
     lines += [f"{name[1:]} kernels: {status}" for name, status in _status.items()]
     if _status["_cpu"].startswith("loaded"):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers.ops._library import define, library
+from paper_layers._core.library import define, library
 
 # A vector that is shorter counts as zero: its cosines are 0 and it has no gradient.
 SHORTEST = 1e-12

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paper_layers import _pickles, deep_gcn, lip, point_rend, soft_triple
+from paper_layers import deep_gcn, lip, point_rend, soft_triple
+from paper_layers._core.pickles import read, to_tensor
 from paper_layers.deep_gcn import DeepGCN
 from paper_layers.point_rend import PointRendHead
 from paper_layers.soft_triple import SoftTripleLoss
@@ -85,10 +86,10 @@ def test_every_dtype(dtype: str, tmp_path: Path) -> None:
     values = np.arange(-3, 9).reshape(2, 3, 2).astype(dtype)
     for array in (values, np.asfortranarray(values), values[:, ::2], values[:0], values[1, 1, 1:].reshape(())):
         expected = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
-        assert torch.equal(_pickles.to_tensor(array), expected)
+        assert torch.equal(to_tensor(array), expected)
         for protocol in PROTOCOLS:
             (tmp_path / "array.pkl").write_bytes(pickle.dumps(array, protocol))
-            assert torch.equal(_pickles.to_tensor(_pickles.read(tmp_path / "array.pkl")), expected)
+            assert torch.equal(to_tensor(read(tmp_path / "array.pkl")), expected)
 
 
 class Call:
@@ -131,7 +132,7 @@ def test_nothing_is_run(protocol: int, tmp_path: Path) -> None:
     raw += [named(module, name, command) for module, name in (
         (b"os", b"system"), (b"posix", b"system"), (b"numpy", b"os.system"), (b"numpy.core.multiarray", b"os.system"),
         (b"collections", b"OrderedDict.fromkeys.__self__"), (b"numpy", b"dtype.__class__"), (b"builtins", b"eval"),
-        (b"paper_layers._pickles", b"os.system"), (b"builtins", b"set.__class__"),
+        (b"paper_layers._core.pickles", b"os.system"), (b"builtins", b"set.__class__"),
     )]  # fmt: skip
     raw += [b"cos\nsystem\n(V" + command + b"\ntR.", b"(S'" + command + b"'\nios\nsystem\n.", b"garbage", b""]
     raw.append(b"\x80\x02cnumpy\ndtype\n}(X\x05\x00\x00\x00orderK\x01ub.")  # Sets an attribute of the name itself.
@@ -152,7 +153,7 @@ def test_broken_arrays(tmp_path: Path) -> None:
     for wrong in (content.replace(b"K\x04\x85", b"K\x7f\x85"), pickle.dumps(np.array([object], dtype=object), 2)):
         (tmp_path / "array.pkl").write_bytes(wrong)
         with pytest.raises((ValueError, pickle.UnpicklingError)):
-            _pickles.to_tensor(_pickles.read(tmp_path / "array.pkl"))
+            to_tensor(read(tmp_path / "array.pkl"))
 
 
 BAD: list[tuple[Callable[[Tensor], Any], str]] = [
@@ -170,7 +171,7 @@ BAD: list[tuple[Callable[[Tensor], Any], str]] = [
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_all_or_nothing(change: Callable[[Tensor], Any], message: str) -> None:
     """Whatever does not fit is last, when all else could have been loaded."""
-    module, state = head(), {key: _pickles.to_tensor(value) for key, value in arrays().items()}
+    module, state = head(), {key: to_tensor(value) for key, value in arrays().items()}
     before = {key: value.clone() for key, value in module.state_dict().items()}
     state["fc1.weight"] = change(state.pop("fc1.weight"))
     with pytest.raises(ValueError, match=message):
@@ -189,7 +190,7 @@ def test_keys_and_modules() -> None:
             with pytest.raises(TypeError, match="state_dict: expected strings as keys, got"):
                 load(module, {key: torch.ones(1)})
     with pytest.raises(ValueError, match="a module on the meta device can't hold"):
-        point_rend.load_official(head().to("meta"), {k: _pickles.to_tensor(v) for k, v in arrays().items()})
+        point_rend.load_official(head().to("meta"), {k: to_tensor(v) for k, v in arrays().items()})
 
 
 def test_sparse_network_without_dropout_in_its_numbers() -> None:

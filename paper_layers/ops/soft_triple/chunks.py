@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from paper_layers.ops import _checks
-from paper_layers.ops import _soft_triple as kernels
+from paper_layers._core import checks
+from paper_layers.ops.soft_triple import chunk_ops
 
 # So many scores are alive at a time, unless chunk_size says otherwise: what caches hold.
 _CHUNK_SCORES = 1 << 20
 
 
 def compute_dtype(embeddings: Tensor, centers: Tensor) -> torch.dtype:
+    """Return the dtype of sums: at least float32."""
     return torch.promote_types(torch.promote_types(embeddings.dtype, centers.dtype), torch.float32)
 
 
@@ -25,7 +26,7 @@ class Chunks:
         self.embeddings, self.centers = embeddings, centers
         self.dtype = compute_dtype(embeddings, centers)
         wide = embeddings.to(self.dtype)
-        self.inverse_length = kernels.inverse_length(wide)
+        self.inverse_length = chunk_ops.inverse_length(wide)
         self.unit = wide * self.inverse_length
         classes, count, _ = centers.shape
         size = chunk_size or max(1, _CHUNK_SCORES // (count * max(1, len(wide))))
@@ -51,7 +52,7 @@ class Chunks:
             grad_unit.addmm_(scores.mT, centers.flatten(0, 1))
             grad = grad_centers[classes].to(self.dtype)
             torch.mm(scores, self.unit, out=grad.flatten(0, 1))
-            kernels.add_of_centers(grad, centers, inverse[classes], projection, pull[classes], grad_distance)
+            chunk_ops.add_of_centers(grad, centers, inverse[classes], projection, pull[classes], grad_distance)
             if grad.dtype != grad_centers.dtype:
                 grad_centers[classes] = grad
         along = (grad_unit * self.unit).sum(1, keepdim=True)
@@ -62,27 +63,27 @@ class Chunks:
 def relaxed_logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float) -> Tensor:
     """The logits (B, C) by the formula, differentiable to any order, with all B x C x K cosines."""
     dtype = compute_dtype(embeddings, centers)
-    x, w = (t.to(dtype) * kernels.inverse_length(t.to(dtype)) for t in (embeddings, centers))
+    x, w = (t.to(dtype) * chunk_ops.inverse_length(t.to(dtype)) for t in (embeddings, centers))
     s = torch.einsum("bd,ckd->bck", x, w)
     return la * ((s / gamma).softmax(2) * s).sum(2)
 
 
 def check(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_size: int | None) -> int:
     """Check what all functions take; the chunk size as the ops take it."""
-    _checks.floating("embeddings", embeddings)
-    _checks.floating("centers", centers)
-    _checks.same_device("centers", centers, "embeddings", embeddings)
+    checks.floating("embeddings", embeddings)
+    checks.floating("centers", centers)
+    checks.same_device("centers", centers, "embeddings", embeddings)
     if centers.dim() != 3 or centers.shape[1] == 0:
         raise ValueError(f"centers: expected shape (C, K, d) with K at least 1, got {tuple(centers.shape)}")
     if embeddings.dim() != 2 or embeddings.shape[1] != centers.shape[2]:
         raise ValueError(
             f"embeddings: expected shape (B, {centers.shape[2]}), as centers says, got {tuple(embeddings.shape)}"
         )
-    la = _checks.number("la", la)
-    gamma = _checks.number("gamma", gamma)
+    la = checks.number("la", la)
+    gamma = checks.number("gamma", gamma)
     if not gamma > 0:
         raise ValueError(f"gamma: expected more than 0, got {gamma!r}")
     if chunk_size is None:
         return 0
-    chunk_size = _checks.integer("chunk_size", chunk_size, 1)
+    chunk_size = checks.integer("chunk_size", chunk_size, 1)
     return chunk_size

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paper_layers.ops import _split_batch_norm as formulas
-from paper_layers.ops._library import define
+from paper_layers._core.library import define
+from paper_layers.ops.split_batch_norm import formulas
 
 
 def _fake_sums(input: Tensor, split_sizes: list[int]) -> tuple[Tensor, Tensor]:

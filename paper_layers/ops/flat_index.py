@@ -1,0 +1,48 @@
+"""Neighbours within clouds as neighbours in all rows: the op, and a check that others share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paper_layers._core.library import define, library
+from paper_layers._core.vmap import one_by_one
+
+
+def check_rows(index: Tensor, rows: int) -> None:
+    """Refuse what is neither a row nor -1, as the kernels do; reads the data."""
+    wrong = (index < -1) | (index >= rows)
+    if wrong.any():
+        raise RuntimeError(f"index: expected -1 or a row below {rows}, got {int(index[wrong][0])}")
+
+
+def _reference(index: Tensor, rows: int) -> Tensor:
+    if index.numel() == 0:
+        return index.new_empty(index.shape[0] * index.shape[1], index.shape[2])
+    check_rows(index, rows)
+    start = torch.arange(index.shape[0], device=index.device)[:, None, None] * rows
+    return torch.where(index < 0, -1, index + start).flatten(0, 1)
+
+
+def _fake(index: Tensor, rows: int) -> Tensor:
+    return index.new_empty(index.shape[0] * index.shape[1], index.shape[2])
+
+
+def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    (flat,), (dim,) = one_by_one(lambda *a: (flat_index(*a),), info.batch_size, in_dims, arguments)
+    return flat, dim
+
+
+_op = define("flat_index(Tensor index, SymInt rows) -> Tensor", _reference, _fake)
+torch.library.register_vmap("paper_layers::flat_index", _vmap, lib=library)
+
+
+def flat_index(index: Tensor, rows: int) -> Tensor:
+    """Convert neighbours (B, M, k) within clouds of so many rows to neighbours (B M, k) in all rows; -1 stays.
+
+    An index outside its own cloud is an error: it must not be taken for a row of the next one.
+    """
+    flat: Tensor = _op(index, rows)
+    return flat
