@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from paper_layers._core import checks
+from paper_layers._core.graft import Grafted, SequentialGraft, Tap, graft, tapped
+from paper_layers._core.surgery import Filter, check_names, placement
 from paper_layers._core.tracing import leaf
+from paper_layers._core.wrapped import check_free
 from paper_layers.big_bigan import BigBiGANDiscriminator, BigBiGANHeads, Scores
 from paper_layers.big_bigan.pooling import POOLS, pooled
 from paper_layers.big_bigan.scores import TERMS, chosen_terms
-from paper_layers.swap._graft import Grafted, SequentialGraft, Tap, graft, tapped
-from paper_layers.swap._surgery import Filter, check_names, placement
-from paper_layers.swap._wrapped import check_free
 
 
 class Seen(Tap):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from paper_layers.swap._wrapped import check_free
+from paper_layers._core.wrapped import check_free
 
 Filter = Callable[[nn.Module, str], bool]
 

@@ -23,8 +23,8 @@ from timm.layers.norm_act import SyncBatchNormAct, convert_sync_batchnorm
 
 from paper_layers import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d, swap
 from paper_layers.adv_prop import SplitSyncBatchNorm, branch, pgd
+from paper_layers.adv_prop._timm import SplitBatchNormAct2d, SplitSyncBatchNormAct
 from paper_layers.adv_prop.norm import SplitBatchNorm
-from paper_layers.swap._timm import SplitBatchNormAct2d, SplitSyncBatchNormAct
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paper_layers._core.checks import integer
+from paper_layers._core.surgery import Filter, called, check_names, select
 from paper_layers.adv_prop.norm import (
     AuxiliaryNorm,
     SplitBatchNorm,
@@ -17,7 +18,6 @@ from paper_layers.adv_prop.norm import (
     SplitBatchNorm3d,
 )
 from paper_layers.adv_prop.sync import SplitSyncBatchNorm
-from paper_layers.swap._surgery import Filter, called, check_names, select
 
 _SPLIT: dict[type[nn.Module], type[SplitBatchNorm]] = {
     nn.BatchNorm1d: SplitBatchNorm1d,
@@ -184,7 +184,7 @@ def _plain_class(kind: Any) -> type[nn.Module] | None:
 
 
 def _split_of_timm() -> dict[type[nn.Module], type[SplitBatchNorm]]:
-    from paper_layers.swap._timm import SPLIT  # Not before there is a module of timm's: timm may not be installed.
+    from paper_layers.adv_prop._timm import SPLIT  # Not before there is a module of timm's: timm may not be installed.
 
     return SPLIT
 

@@ -8,12 +8,12 @@ to the optimizer. A model that DDP or FSDP wraps, or that is scripted, is refuse
 compiled again. When an error is raised, nothing has been changed.
 """
 
-from paper_layers.swap._lip_conv import LIPConv2d
-from paper_layers.swap.adv_prop import plain_batch_norm, split_batch_norm
-from paper_layers.swap.big_bigan import bigan_discriminator
-from paper_layers.swap.graph import graph_conv
-from paper_layers.swap.lip import pooling, strided_conv
-from paper_layers.swap.point_rend import pointrend
+from paper_layers.adv_prop.swap import plain_batch_norm, split_batch_norm
+from paper_layers.big_bigan.swap import bigan_discriminator
+from paper_layers.deep_gcn.swap import graph_conv
+from paper_layers.lip.conv import LIPConv2d
+from paper_layers.lip.swap import pooling, strided_conv
+from paper_layers.point_rend.swap import pointrend
 
 __all__ = [
     "LIPConv2d",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from paper_layers.swap._surgery import Filter, check_names, exactly, select
+from paper_layers._core.surgery import Filter, check_names, exactly, select
 
 
 def graph_conv(model: nn.Module, *, filter: Filter | None = None) -> nn.Module:

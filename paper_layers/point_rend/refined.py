@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from paper_layers._core.graft import Grafted, SequentialGraft, Tap, tapped
 from paper_layers._core.tracing import leaf
 from paper_layers.point_rend.mask import PointRendMask
 from paper_layers.point_rend.semantic import PointRendSemantic
-from paper_layers.swap._graft import Grafted, SequentialGraft, Tap, tapped
 
 
 def logits_of(output: Any) -> Any:

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from paper_layers._core.graft import Tap, graft
+from paper_layers._core.surgery import Filter, check_names, placement, select
+from paper_layers._core.trial import trial_run
 from paper_layers.point_rend.mask import PointRendMask
+from paper_layers.point_rend.refined import MaskHost, SemanticHost, SequentialHost, logits_of
 from paper_layers.point_rend.semantic import PointRendSemantic
-from paper_layers.swap._graft import Tap, graft
-from paper_layers.swap._refined import MaskHost, SemanticHost, SequentialHost, logits_of
-from paper_layers.swap._surgery import Filter, check_names, placement, select
-from paper_layers.swap._trial import trial_run
 
 _WANTED = "torchvision FCN, DeepLabV3, LRASPP or Mask R-CNN (fine and coarse name the modules of another model)"
 _STRIDE = 4  # Of the paper's fine features.

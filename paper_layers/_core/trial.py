@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from paper_layers.swap._lip_conv import LIPConv2d
-
 _GUESSED_SIZE = 224
 _HOOKS = [key for key in vars(nn.Module()) if "_hooks" in key]  # And what is noted of some of them.
 _META = torch.device("meta")
@@ -127,7 +125,8 @@ def _guess_inputs(model: nn.Module) -> Iterator[Tensor]:
         yield torch.empty((2, *known["input_size"]), dtype=dtypes[0] if dtypes else None, device="meta")
     module: Any
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | LIPConv2d):
+        # An nn.Conv2d, or a layer with its attributes in its place.
+        if getattr(module, "transposed", None) is False and len(module.kernel_size) == 2:
             size: Any = (2, module.in_channels, _GUESSED_SIZE, _GUESSED_SIZE)
             yield torch.empty(size, dtype=module.weight.dtype, device="meta")
             return

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
+from paper_layers._core.surgery import Filter, become, called, check_names, exactly, placement, select
+from paper_layers._core.trial import M, trial_run
+from paper_layers.lip.conv import FOLDS, LIPConv2d, Refusal, own_logit, stride_pool
 from paper_layers.lip.pool import LIPPool2d, Logit
-from paper_layers.swap._lip_conv import FOLDS, LIPConv2d, Refusal, own_logit, stride_pool
-from paper_layers.swap._surgery import Filter, become, called, check_names, exactly, placement, select
-from paper_layers.swap._trial import M, trial_run
 
 _FUNCTIONS = re.compile(r"\b(?:max|avg)_pool2d\(")
 # What a pool may be told that LIP cannot do, and the values that ask for nothing.
