@@ -74,7 +74,7 @@ sanitize: $(INSTALLED)
 		-k "not (compile or export or unusual_large or global_pools or sizes_without or determinism \
 		or large_clouds and not float32-100 or steep_windows and 17)"
 
-# The CUDA kernels on the CPU, threads one after the other, for want of a GPU: see tests/cuda_on_cpu. They run the tests
+# The CUDA kernels on the CPU, threads one after the other, for want of a GPU: see csrc/emulation. They run the tests
 # of the ops, those of CUDA with tensors of the CPU, except for
 # - what has no kernels in it: compile, export;
 # - what takes a GPU: streams, graphs, several devices, more than 2^31 elements;

@@ -10,7 +10,7 @@ function(rewrite file from to)
   set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${file})
 endfunction()
 rewrite(common/cuda_utils.cuh "kernel<<<([^,]+), threads, [^;]*>>>\\(arguments\\.\\.\\.\\);"
-  "cuda_on_cpu::launch([&] { kernel(arguments...); }, \\1, threads);")
+  "emulation::launch([&] { kernel(arguments...); }, \\1, threads);")
 rewrite(knn/cuda.cu "kTreePoints = 32768" "kTreePoints = 3072")
 
 list(TRANSFORM cuda_sources REPLACE "^knn/" "${CMAKE_BINARY_DIR}/rewritten/knn/")

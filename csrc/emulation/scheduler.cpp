@@ -1,5 +1,5 @@
 // The threads of a block as fibers: each runs until it waits for others. No order among threads, warps or blocks is
-// promised, so each round of them draws another; CUDA_ON_CPU_SEED gives other ones.
+// promised, so each round of them draws another; EMULATION_SEED gives other ones.
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
@@ -14,7 +14,7 @@ extern "C" {
 extern uint64_t cuda_shared_begin[], cuda_shared_end[];  // from the linker
 }
 
-namespace cuda_on_cpu {
+namespace emulation {
 
 dim3 thread, block, threads, blocks;
 
@@ -113,7 +113,7 @@ void create(int count) {
 }
 
 uint32_t draw() {
-  static const char* const seed = std::getenv("CUDA_ON_CPU_SEED");
+  static const char* const seed = std::getenv("EMULATION_SEED");
   static uint64_t state = (seed ? std::strtoull(seed, nullptr, 10) : 0) * 2 + 1;
   state = state * 6364136223846793005u + 1442695040888963407u;
   return static_cast<uint32_t>(state >> 33);
@@ -213,4 +213,4 @@ void launch(const std::function<void()>& kernel, uint32_t block_count, int threa
   STD_TORCH_CHECK(false, error);
 }
 
-}  // namespace cuda_on_cpu
+}  // namespace emulation

@@ -22,7 +22,7 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-namespace cuda_on_cpu {
+namespace emulation {
 
 struct Place {
   const char* file;
@@ -49,10 +49,10 @@ struct NoGuard {
   explicit NoGuard(int32_t) {}
 };
 
-}  // namespace cuda_on_cpu
+}  // namespace emulation
 
 namespace torch::stable::accelerator {
-using cuda_on_cpu::NoGuard;
+using emulation::NoGuard;
 }
 
 #define __global__
@@ -60,11 +60,11 @@ using cuda_on_cpu::NoGuard;
 #define __launch_bounds__(...)
 // Overwritten before each block, as library.cmake has the linker place it: what a block has not written is not there.
 #define __shared__ static
-#define threadIdx ::cuda_on_cpu::thread
-#define blockIdx ::cuda_on_cpu::block
-#define blockDim ::cuda_on_cpu::threads
-#define gridDim ::cuda_on_cpu::blocks
-#define CUDA_ON_CPU_PLACE ::cuda_on_cpu::Place place = {__builtin_FILE(), __builtin_LINE()}
+#define threadIdx ::emulation::thread
+#define blockIdx ::emulation::block
+#define blockDim ::emulation::threads
+#define gridDim ::emulation::blocks
+#define EMULATION_PLACE ::emulation::Place place = {__builtin_FILE(), __builtin_LINE()}
 
 // The kernels of the CPU's tensors, which have no device, no stream and no errors of CUDA.
 #define CUDA CPU
@@ -76,31 +76,31 @@ using cuda_on_cpu::NoGuard;
 #define STD_CUDA_KERNEL_LAUNCH_CHECK() void()
 #undef CUDA_KERNEL_ASSERT
 #define CUDA_KERNEL_ASSERT(condition) \
-  if (!(condition)) ::cuda_on_cpu::fail("device-side assert: " #condition, {__FILE__, __LINE__})
+  if (!(condition)) ::emulation::fail("device-side assert: " #condition, {__FILE__, __LINE__})
 
 using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 // Few, so that blocks which take their work in turn have several turns.
 inline void cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { *value = 2; }
 
-inline void __syncthreads(CUDA_ON_CPU_PLACE) { cuda_on_cpu::meet_block(place); }
-inline void __syncwarp(unsigned mask = ~0u, CUDA_ON_CPU_PLACE) { cuda_on_cpu::meet_warp(mask, 0, place); }
-inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_PLACE) {
-  const uint64_t* lanes = cuda_on_cpu::meet_warp(mask, predicate != 0, place);
+inline void __syncthreads(EMULATION_PLACE) { emulation::meet_block(place); }
+inline void __syncwarp(unsigned mask = ~0u, EMULATION_PLACE) { emulation::meet_warp(mask, 0, place); }
+inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_PLACE) {
+  const uint64_t* lanes = emulation::meet_warp(mask, predicate != 0, place);
   unsigned result = 0;
   for (int lane = 0; lane < 32; ++lane) result |= static_cast<unsigned>(lanes[lane]) << lane;
   return result;
 }
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int lane, CUDA_ON_CPU_PLACE) {
-  return cuda_on_cpu::bits_as<T>(cuda_on_cpu::meet_warp(mask, cuda_on_cpu::bits_as<uint64_t>(value), place)[lane & 31]);
+T __shfl_sync(unsigned mask, T value, int lane, EMULATION_PLACE) {
+  return emulation::bits_as<T>(emulation::meet_warp(mask, emulation::bits_as<uint64_t>(value), place)[lane & 31]);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, CUDA_ON_CPU_PLACE) {
+T __shfl_xor_sync(unsigned mask, T value, int bits, EMULATION_PLACE) {
   return __shfl_sync(mask, value, static_cast<int>(threadIdx.x) ^ bits, place);
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, CUDA_ON_CPU_PLACE) {
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, EMULATION_PLACE) {
   const unsigned lane = threadIdx.x % 32;
   return __shfl_sync(mask, value, static_cast<int>(lane < delta ? lane : lane - delta), place);
 }
@@ -120,11 +120,11 @@ T atomicMax(T* to, T value) {
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __float_as_int(float x) { return cuda_on_cpu::bits_as<int>(x); }
-inline unsigned __float_as_uint(float x) { return cuda_on_cpu::bits_as<unsigned>(x); }
-inline float __uint_as_float(unsigned x) { return cuda_on_cpu::bits_as<float>(x); }
-inline long long __double_as_longlong(double x) { return cuda_on_cpu::bits_as<long long>(x); }
-inline double __longlong_as_double(long long x) { return cuda_on_cpu::bits_as<double>(x); }
+inline int __float_as_int(float x) { return emulation::bits_as<int>(x); }
+inline unsigned __float_as_uint(float x) { return emulation::bits_as<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return emulation::bits_as<float>(x); }
+inline long long __double_as_longlong(double x) { return emulation::bits_as<long long>(x); }
+inline double __longlong_as_double(long long x) { return emulation::bits_as<double>(x); }
 // Not to be contracted to a fused multiply-add, as other products are on a GPU.
 inline double __dmul_rn(double a, double b) {
   volatile double product = a * b;
