@@ -141,7 +141,7 @@ def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor |
     else:
         if _ranks(norm) > 1:
             mean, var, count = _of_all_ranks(mean, var, count, norm.process_group)
-        if norm.running_mean is not None and not recomputing():
+        if norm.running_mean is not None and norm.track_running_stats and not recomputing():
             _follow(norm, mean.detach(), var.detach(), count)
     scale = (var + norm.eps).rsqrt()
     if not norm.affine:

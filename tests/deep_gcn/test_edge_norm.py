@@ -1,0 +1,39 @@
+"""Batch norms over edges, in every state that torch's may be in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from torch import nn
+from torch.testing import assert_close
+
+from paper_layers.deep_gcn import EdgeConv
+from tests.ops.test_neighbor_reduce import features, table
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda norm: setattr(norm, "track_running_stats", False),
+    ],
+    ids=["frozen statistics"],
+)
+def test_norms_that_lack_a_part_compute_as_torch_does(change: Any, momentum: float | None) -> None:
+    conv, x, index = EdgeConv(4, 3), features(9, 4), table(9, 3, rows=9)
+    norm: Any = conv.nn.norm
+    norm.momentum = momentum
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    change(norm)
+    twin = copy.deepcopy(conv)
+    twin.nn.norm.register_forward_hook(lambda *_: None)  # It is called.
+    for training in (True, True, False):
+        a, b = (each.train(training)(x, index) for each in (conv, twin))
+        assert_close(a, b)
+    a.sum().backward()
+    b.sum().backward()
+    assert_close(conv.state_dict(), twin.state_dict())
+    assert_close(conv.nn.linear.weight.grad, twin.nn.linear.weight.grad)
