@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -75,7 +75,7 @@ def _one_set(
     slope = _slope(act) if act_first else 1.0
     batch_norm = None if isinstance(norm, str) else norm
     # A negative factor of the norm makes the smallest edge the largest.
-    smallest = batch_norm.weight < 0 if batch_norm is not None and batch_norm.affine else None
+    smallest = None if batch_norm is None or batch_norm.weight is None else batch_norm.weight < 0
     wanted = norm == "instance" or (batch_norm is not None and _uses_batch_statistics(batch_norm))
     count = (index >= 0).sum() if wanted else None
     if count is not None and _is_one(count) and _ranks(batch_norm) == 1:
@@ -144,10 +144,9 @@ def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor |
         if norm.running_mean is not None and norm.track_running_stats and not recomputing():
             _follow(norm, mean.detach(), var.detach(), count)
     scale = (var + norm.eps).rsqrt()
-    if not norm.affine:
-        return scale, -mean * scale
-    scale = scale * norm.weight
-    return scale, torch.addcmul(norm.bias, mean, scale, value=-1)
+    weight, bias = cast(Tensor | None, norm.weight), cast(Tensor | None, norm.bias)
+    scale = scale if weight is None else scale * weight
+    return scale, -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
 
 
 @torch.no_grad()
@@ -155,9 +154,12 @@ def _follow(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """Move the running statistics as torch does: not on a batch without edges, which counts as a batch nonetheless."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    rate = norm.num_batches_tracked.to(mean.dtype).reciprocal() if norm.momentum is None else norm.momentum
+    batches = norm.num_batches_tracked
+    if batches is not None:
+        batches.add_(1)
+    rate: Any = norm.momentum
+    if rate is None:  # Without a count of batches torch's cumulative average stands still.
+        rate = 0.0 if batches is None else batches.to(mean.dtype).reciprocal()
     unbiased = var * count / (count - 1).clamp(min=1)
     norm.running_mean.add_(((mean - norm.running_mean) * rate).where(count > 1, 0))
     norm.running_var.add_(((unbiased - norm.running_var) * rate).where(count > 1, 0))

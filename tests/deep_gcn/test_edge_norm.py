@@ -13,13 +13,22 @@ from paper_layers.deep_gcn import EdgeConv
 from tests.ops.test_neighbor_reduce import features, table
 
 
+def without(norm: Any, *names: str) -> None:
+    for name in names:
+        setattr(norm, name, None)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize(
     "change",
     [
         lambda norm: setattr(norm, "track_running_stats", False),
+        lambda norm: without(norm, "bias"),
+        lambda norm: without(norm, "weight"),
+        lambda norm: without(norm, "weight", "bias"),
+        lambda norm: without(norm, "num_batches_tracked"),
     ],
-    ids=["frozen statistics"],
+    ids=["frozen statistics", "no bias", "no weight", "no parameters", "no counter"],
 )
 def test_norms_that_lack_a_part_compute_as_torch_does(change: Any, momentum: float | None) -> None:
     conv, x, index = EdgeConv(4, 3), features(9, 4), table(9, 3, rows=9)
