@@ -82,6 +82,7 @@ class EdgeConv(_FusedEdgeConv, pyg.EdgeConv):
     def forward(self, x: Tensor | Pair, edge_index: Any) -> Tensor:
         """As in PyG."""
         pair = (x, x) if isinstance(x, Tensor) else x
+        edge_index = self._listed(pair, edge_index)
         split = self._split(pair)
         if split is None or not _are_edges(edge_index):
             return pyg.EdgeConv.forward(self, x, edge_index)
@@ -97,6 +98,13 @@ class EdgeConv(_FusedEdgeConv, pyg.EdgeConv):
         if len(pair[1]) * most > _SPARSE * len(target):
             return self._on_edges(pair, source, target, linear, layers)
         return self._on_table(pair, table_of_edges(source, target, degree, most), linear, fused)
+
+    def _listed(self, x: Any, adjacency: Any) -> Any:
+        """List the edges of a COO adjacency that fits: PyG writes to it after its forward has saved its indices."""
+        if type(adjacency) is not Tensor or adjacency.layout != torch.sparse_coo or self.flow != "source_to_target":
+            return adjacency
+        sizes = [part.shape[self.node_dim] for part in x if isinstance(part, Tensor)]
+        return adjacency.indices().flip(0) if sizes[::-1] == list(adjacency.shape) else adjacency
 
 
 class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):

@@ -167,6 +167,30 @@ def test_keeps_what_the_host_had() -> None:
     torch.testing.assert_close(twin(x, edges), conv(x, edges))
 
 
+@pytest.mark.parametrize("aggr", ["max", "add"])
+@pytest.mark.parametrize("network", ["act", "no linear layer first"])
+def test_trains_on_a_sparse_adjacency(network: str, aggr: str) -> None:
+    torch.manual_seed(0)
+    host = pyg.EdgeConv(NETWORKS[network](), aggr).double()
+    ours = swap.graph_conv(copy.deepcopy(host))
+    points, queries = features(20, 4).double(), features(30, 4).double()
+    edges = torch.stack([torch.randint(30, (120,)), torch.randint(20, (120,))])
+    adjacency = torch.sparse_coo_tensor(edges, torch.ones(120), (30, 20))
+    grads = []
+    for conv in (host, ours):
+        inputs = (points.clone().requires_grad_(), queries.clone().requires_grad_())
+        output = conv(inputs, adjacency.coalesce())
+        output.square().sum().backward()
+        grads.append([output, *(t.grad for t in inputs), *(p.grad for p in conv.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    for conv in (host, ours):
+        with pytest.raises(ValueError, match="size"):
+            conv((points, queries[1:]), adjacency.coalesce())
+        with pytest.raises(RuntimeError, match="uncoalesced"):
+            conv((points, queries), adjacency)
+
+
 def test_filter_and_nothing_to_swap() -> None:
     host = swap.graph_conv(unpickled(DGCNN()), filter=lambda module, name: name == "conv2")
     assert (type(host.conv1), type(host.conv2)) == (pyg.DynamicEdgeConv, fused.DynamicEdgeConv)
