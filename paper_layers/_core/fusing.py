@@ -17,6 +17,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Tensors whose values a product may read. The last two stand for plain ones while torch traces.
 _PLAIN = (Tensor, nn.Parameter, type(None), FakeTensor, FunctionalTensor)
 
+# The forward of each class that is read, before anybody could replace it.
+_FORWARDS: dict[type[nn.Module], Any] = {}
+
+
+def known(*kinds: type[nn.Module]) -> None:
+    """Keep the forward of these classes: a fused path must call their layers while another stands in its place."""
+    _FORWARDS.update((kind, kind.forward) for kind in kinds)
+
+
+def unchanged(kind: type[nn.Module]) -> bool:
+    """Return True where the class's forward is the `known` one, or where none is known."""
+    return kind.forward is _FORWARDS.get(kind, kind.forward)
+
+
+known(nn.Linear, nn.Sequential, nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.PReLU)
+known(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 def is_plain(tensor: Any) -> bool:
     """Return True for None and for a tensor that is no DTensor, quantised tensor or other subclass."""
@@ -39,9 +56,10 @@ def readable(layer: Any, *kinds: type[nn.Module]) -> bool:
     """Return True where a fused path may read the layer's weight and bias in place of calling the layer.
 
     The layer is exactly of one of these classes, so it is no subclass, wrapper, parametrised, quantised or sharded
-    layer; nothing waits for its call, as hooks, pruning and off-loading do; its weight and bias are plain tensors.
+    layer; its class's forward is `unchanged`; nothing waits for its call, as hooks, pruning and off-loading do; its
+    weight and bias are plain tensors.
     """
-    if type(layer) not in kinds or not unwatched(layer):
+    if type(layer) not in kinds or not unchanged(type(layer)) or not unwatched(layer):
         return False
     own, parameters = layer.__dict__, layer._parameters
     # A layer that torch replicates, or that prunes itself, has its weight as a plain attribute.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paper_layers._core import checks
-from paper_layers._core.fusing import readable
+from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.blocks import Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
 from paper_layers.deep_gcn.clouds import pool, spread, starts
@@ -42,6 +42,9 @@ class Prediction(nn.Sequential):
     def forward(self, input: Tensor, ptr: Tensor | None = None) -> Tensor:
         """Predict from features (..., C), one after the other, with the clouds that start at `ptr`."""
         return run_layers(self, input, ptr)
+
+
+known(Prediction)
 
 
 def run_layers(layers: Iterable[nn.Module], x: Tensor, ptr: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers._core import checks
-from paper_layers._core.fusing import readable
+from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.clouds import starts
 from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, max_over_edges, may_fuse
@@ -146,6 +146,9 @@ class Perceptron(Leaf):
             return F.dropout(x, self.dropout)
         kept = F.dropout(x.new_ones(len(ptr) - 1, x.shape[1]), self.dropout)
         return x * kept.repeat_interleave(ptr.diff(), 0, output_size=len(x))
+
+
+known(Perceptron)
 
 
 def splits(layer: nn.Module) -> TypeGuard[Perceptron]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch_geometric.nn.aggr.basic import MaxAggregation
 from torch_geometric.nn.models.mlp import MLP
 
 from paper_layers._core import checks
-from paper_layers._core.fusing import readable
+from paper_layers._core.fusing import known, readable, unchanged
 from paper_layers.deep_gcn.edge_norm import max_over_edges, may_fuse
 from paper_layers.deep_gcn.edges import table_of_edges, to_edge_index
 from paper_layers.ops.knn import knn
@@ -24,11 +24,19 @@ _SPARSE = 2
 _STEPS = ("propagate", "message", "aggregate", "update")
 _HOOKS = tuple(f"_{step}_forward{when}_hooks" for step in _STEPS[:3] for when in ("_pre", ""))
 
+known(pyg.Linear, MLP, pyg.BatchNorm, MaxAggregation, pyg.EdgeConv, pyg.DynamicEdgeConv)
+
+
+def _methods(kind: Any) -> tuple[Any, ...]:
+    """Return what the class computes its messages with."""
+    return kind.message, kind.aggregate, kind.update
+
 
 class _FusedEdgeConv(pyg.MessagePassing):
     """Messages from a linear layer on each node in place of each edge, and where the rest allows it no edge at all."""
 
     nn: Any
+    _usual: ClassVar[tuple[Any, ...]]
 
     def _split(self, x: Any) -> tuple[Any, list[nn.Module]] | None:
         """The linear layer that comes first and the layers after it; None where PyG's own path must be taken."""
@@ -42,9 +50,9 @@ class _FusedEdgeConv(pyg.MessagePassing):
         return (layers[0], layers[1:]) if fits and width % 2 == 0 and x[0].dtype == x[1].dtype else None
 
     def _is_watched(self) -> bool:
-        """Return whether an explainer, a hook or a method that is set on the object waits for PyG's steps."""
+        """Return whether an explainer, a hook or a method set on the object or its class waits for PyG's steps."""
         own = self.__dict__
-        if self.explain or any(own[hooks] for hooks in _HOOKS):
+        if self.explain or _methods(type(self)) != self._usual or any(own[hooks] for hooks in _HOOKS):
             return True
         changed = [step for step in _STEPS if step in own]
         # Explaining leaves the class's own `propagate` on the object.
@@ -77,13 +85,14 @@ class _FusedEdgeConv(pyg.MessagePassing):
 class EdgeConv(_FusedEdgeConv, pyg.EdgeConv):
     """PyG's EdgeConv with fewer products and without edges in memory."""
 
+    _usual = _methods(pyg.EdgeConv)
     propagate = pyg.MessagePassing.propagate  # PyG would take its host's generated one, without explanations, for it.
 
     def forward(self, x: Tensor | Pair, edge_index: Any) -> Tensor:
         """As in PyG."""
         pair = (x, x) if isinstance(x, Tensor) else x
         edge_index = self._listed(pair, edge_index)
-        split = self._split(pair)
+        split = self._split(pair) if unchanged(pyg.EdgeConv) else None
         if split is None or not _are_edges(edge_index):
             return pyg.EdgeConv.forward(self, x, edge_index)
         source, target = edge_index.long() if self.flow == "source_to_target" else edge_index.long().flip(0)
@@ -135,6 +144,7 @@ class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
         torch.Size([100, 64])
     """
 
+    _usual = _methods(pyg.DynamicEdgeConv)
     propagate = pyg.MessagePassing.propagate
 
     def __init__(self, nn: Any, k: int, aggr: Any = "max", num_workers: int = 1, **kwargs: Any):
@@ -146,6 +156,8 @@ class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
 
     def forward(self, x: Tensor | Pair, batch: Tensor | tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:
         """As in PyG; needs neither pyg-lib nor torch-cluster."""
+        if not unchanged(pyg.DynamicEdgeConv):
+            return pyg.DynamicEdgeConv.forward(self, x, batch)  # type: ignore[arg-type]
         pair = (x, x) if isinstance(x, Tensor) else x
         if pair[0].dim() != 2:
             raise ValueError(f"x: expected shape (N, C), as the graph is dynamic, got {tuple(pair[0].shape)}")

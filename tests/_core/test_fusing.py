@@ -272,6 +272,19 @@ def patched_forward(model: nn.Module, name: str) -> Any:
     layer.forward = functools.partial(lambda old, x: 2 * old(x), layer.forward)
 
 
+class PatchedClass:
+    """Another forward on the layer's class, for as long as it is not removed."""
+
+    def __init__(self, model: nn.Module, name: str):
+        layer = model.get_submodule(name)
+        self.patch = pytest.MonkeyPatch()
+        old = type(layer).forward
+        self.patch.setattr(type(layer), "forward", lambda m, x: 2 * old(m, x) if m is layer else old(m, x))
+
+    def remove(self) -> None:
+        self.patch.undo()
+
+
 class Adapted(nn.Module):
     """A layer and what is trained beside it, with the attributes of the layer."""
 
@@ -331,6 +344,7 @@ CHANGES: dict[Callable[[nn.Module, str], Any], tuple[int, int]] = {
     global_hook: (2, 2),
     subclass: (2, 2),
     patched_forward: (2, 2),
+    PatchedClass: (2, 2),
     wrapper: (2, 2),
     parametrised: (2, 1),
     weight_norm: (1, 1),
@@ -344,6 +358,7 @@ ON_NORMS = (
     global_hook,
     subclass,
     patched_forward,
+    PatchedClass,
     parametrised,
     pruned,
     offloaded,
@@ -369,8 +384,8 @@ def test_layers_are_called(name: str, change: Callable[[nn.Module, str], Any]) -
     for layer_name, layer in layers(made(name)).items():
         if not isinstance(layer, nn.Linear | nn.Conv2d) and change not in ON_NORMS:
             continue
-        if isinstance(layer, AuxiliaryNorm) and change is wrapper:
-            continue  # Refused: see test_norm.
+        if isinstance(layer, AuxiliaryNorm) and change in (wrapper, PatchedClass):
+            continue  # The first is refused: see test_norm. The second would be a private class of ours.
         expected, model = made(name), made(name)
         with torch.no_grad():
             twin = layers(expected)[layer_name]
@@ -498,6 +513,17 @@ def test_spectral_norm_beside_other_parametrisations() -> None:
         torch.manual_seed(0)
         parametrizations.spectral_norm(one, n_power_iterations=3)
     torch.testing.assert_close(several(x), host(x))
+
+
+@pytest.mark.parametrize(
+    "name", ["Perceptron", "EdgeConv", "EdgeConv on edges", "MRConv", "SAGEConv on edges", "DeepGCN"]
+)
+def test_perceptrons_of_a_changed_class_are_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, old = made(name), deep_gcn.Perceptron.forward
+    monkeypatch.setattr(deep_gcn.Perceptron, "forward", lambda *a: called.append(a[0]) or old(*a))
+    called.clear()
+    MODULES[name][2](model, features(*MODULES[name][1]).double())
+    assert {*called} == {m for m in model.modules() if isinstance(m, deep_gcn.Perceptron)}
 
 
 def test_traces_as_one_graph() -> None:

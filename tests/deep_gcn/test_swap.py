@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -315,3 +316,20 @@ def test_pygs_own_path_where_it_is_needed(change: str, dynamic: bool) -> None:
         assert change == "node_dim" or not torch.allclose(results[0], plain)
     else:
         assert isinstance(results[1], Exception)
+
+
+@pytest.mark.parametrize("step", ["forward", "message", "aggregate", "update"])
+@pytest.mark.parametrize("kind", [pyg.EdgeConv, pyg.DynamicEdgeConv])
+def test_methods_set_on_pygs_class(kind: Any, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, called = nn.Sequential(nn.Linear(8, 7), nn.ReLU()), []
+    conv = swap.graph_conv(unpickled(Dynamic(host, 5) if kind is pyg.DynamicEdgeConv else pyg.EdgeConv(host)))
+    old = getattr(kind, step)
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(step)
+        return args[0] if step == "forward" else old(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, step, functools.wraps(old)(changed))
+    x = features(40, 4)
+    conv(x) if kind is pyg.DynamicEdgeConv else conv(x, knn_graph(x, 5))
+    assert called == [step]
