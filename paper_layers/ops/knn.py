@@ -30,6 +30,11 @@ class _Cloud(NamedTuple):
     offset: int
 
 
+def _check_ptr(query: Tensor, points: Tensor, query_ptr: Tensor, points_ptr: Tensor) -> None:
+    check_starts("ptr", query_ptr, query.shape[0])
+    check_starts("points_ptr", points_ptr, points.shape[0])
+
+
 def _clouds(query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr: Tensor | None) -> Iterator[_Cloud]:
     """The clouds of flattened rows: indices count from the cloud's start in (B, N, C), from 0 in ragged rows."""
     if query_ptr is None or points_ptr is None:
@@ -37,8 +42,7 @@ def _clouds(query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr:
         for b in range(query.shape[0] if m else 0):
             yield _Cloud(slice(b * m, b * m + m), slice(b * n, b * n + n), 0)
         return
-    check_starts("ptr", query_ptr, query.shape[0])
-    check_starts("points_ptr", points_ptr, points.shape[0])
+    _check_ptr(query, points, query_ptr, points_ptr)
     q, p = query_ptr.tolist(), points_ptr.tolist()
     for b in range(len(q) - 1):
         yield _Cloud(slice(q[b], q[b + 1]), slice(p[b], p[b + 1]), p[b])
@@ -189,7 +193,12 @@ class _KNN(Function):
         ranks: Tensor | None,
         settings: _Settings,
     ) -> tuple[Tensor, Tensor]:
-        return _knn_op(query, points, query_ptr, points_ptr, *settings, ranks)
+        try:
+            return _knn_op(query, points, query_ptr, points_ptr, *settings, ranks)
+        except RuntimeError:  # The kernel reads starts anyway, so they are checked here only after it refuses them.
+            if query_ptr is not None and points_ptr is not None and query_ptr.is_cpu:
+                _check_ptr(query, points, query_ptr, points_ptr)
+            raise
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

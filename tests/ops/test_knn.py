@@ -318,11 +318,25 @@ def test_batch_is_ptr() -> None:
     assert torch.equal(knn(x, k=50, batch=batch)[0], neighbours(x, k=50, ptr=ptr(0, 10, 10, 10, 40))[0])
 
 
-@pytest.mark.parametrize("starts", [(0, 9, 8), (1, 9), (0, 8), (0, 12)])
-def test_kernel_checks_starts(starts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ((0, 9, 8), "from 0 to 9, got 0 to 8"),
+        ((1, 9), "from 0 to 9, got 1 to 9"),
+        ((0, 12), "from 0 to 9, got 0 to 12"),
+        ((0, 7, 5, 9), "that never descend, got 5 at position 2"),
+    ],
+)
+def test_starts_are_checked(starts: tuple[int, ...], message: str) -> None:
     """Starts are data: the kernel reads them before it touches the rows."""
-    with pytest.raises(RuntimeError, match="query_ptr: expected numbers from 0 to 9"):
-        knn(cloud(9, 3), ptr=ptr(*starts))
+    x, wrong = cloud(9, 3), ptr(*starts)
+    with pytest.raises((RuntimeError, ValueError), match="ptr: expected numbers"):
+        torch.ops.paper_layers.knn(x, x, wrong, wrong, 3, 1, False, True)
+    with pytest.raises(ValueError, match=f"^ptr: expected numbers {message}"):
+        knn(x, k=3, ptr=wrong)
+    right = torch.cat([torch.zeros(len(starts) - 1, dtype=torch.int64), ptr(9)])
+    with pytest.raises(ValueError, match=f"^points_ptr: expected numbers {message}"):
+        knn(x, x, k=3, ptr=right, points_ptr=wrong)
 
 
 def test_autocast_does_not_round() -> None:
