@@ -15,8 +15,8 @@ def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
     """List the edges of a table of neighbours as PyG does.
 
     Args:
-        index: Neighbours of each node, int64 of shape (N, k), or (B, N, k) counting within each of B clouds of N
-            nodes; -1 is no neighbour.
+        index: Neighbours of each node, int64 or int32 of shape (N, k), or (B, N, k) counting within each of B clouds
+            of N nodes; -1 is no neighbour.
         flow: PyG's: with "source_to_target" row 0 holds the neighbours and row 1 the centres, with
             "target_to_source" the other way round.
 
@@ -24,7 +24,7 @@ def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
         Edges of shape (2, E), centre by centre, in the order of the table.
 
     Raises:
-        TypeError: `index` is no int64 tensor.
+        TypeError: `index` is neither an int64 nor an int32 tensor.
         ValueError: Its shape or `flow` does not fit.
 
     Example:
@@ -34,7 +34,7 @@ def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
         tensor([[1, 2, 0, 1, 0],
                 [0, 0, 1, 2, 2]])
     """
-    _check_int64("index", index)
+    index = _int64("index", index)
     _check_flow(flow)
     if index.dim() not in (2, 3):
         raise ValueError(f"index: expected shape (N, k) or (B, N, k), got {tuple(index.shape)}")
@@ -52,7 +52,7 @@ def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, fl
     """Make a table of neighbours from PyG's edges.
 
     Args:
-        edge_index: Edges of shape (2, E), int64.
+        edge_index: Edges of shape (2, E), int64 or int32.
         num_nodes: The number of nodes N.
         k: Columns of the table; default as many as the node with the most neighbours needs.
         flow: PyG's; which of the rows holds the centres, see `to_edge_index`.
@@ -61,7 +61,7 @@ def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, fl
         Neighbours of shape (N, k) in the order of the edges, then -1.
 
     Raises:
-        TypeError: `edge_index` is no int64 tensor.
+        TypeError: `edge_index` is neither an int64 nor an int32 tensor.
         ValueError: Shapes or `flow` do not fit, an edge names no node, or a node has more than k neighbours.
 
     Example:
@@ -72,7 +72,7 @@ def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, fl
                 [ 0, -1],
                 [-1, -1]])
     """
-    _check_int64("edge_index", edge_index)
+    edge_index = _int64("edge_index", edge_index)
     _check_flow(flow)
     if edge_index.dim() != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index: expected shape (2, E), got {tuple(edge_index.shape)}")
@@ -132,9 +132,9 @@ def knn_graph(
     return to_edge_index(knn(x.detach(), k=k, batch=batch, metric=metric, include_self=loop)[0], flow)
 
 
-def _check_int64(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        raise TypeError(f"{name}: expected an int64 Tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+def _int64(name: str, value: Tensor) -> Tensor:
+    """Return an int64 or int32 tensor as int64."""
+    return checks.int64(name, value, *getattr(value, "shape", ()))
 
 
 def check_nodes(nodes: Tensor, count: int | None, name: str = "edge_index") -> None:

@@ -40,6 +40,13 @@ def test_no_edges() -> None:
     assert to_edge_index(torch.full((3, 2), -1)).shape == (2, 0)
 
 
+def test_int32() -> None:
+    edges, table = torch.tensor([[1, 2, 0], [0, 0, 1]]), torch.tensor([[1, 2], [0, -1], [-1, -1]])
+    for ours, expected in ((from_edge_index(edges.int(), 3), table), (to_edge_index(table.int()), edges)):
+        assert ours.dtype == torch.int64
+        assert torch.equal(ours, expected)
+
+
 def test_bad_input() -> None:
     edges = torch.tensor([[0, 1, 2], [3, 3, 3]])
     with pytest.raises(ValueError, match="k: expected at least 3, the most neighbours of a node, got 2"):
