@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from paper_layers import swap
 from paper_layers.adv_prop import fast_adv_prop_backward
@@ -59,6 +60,24 @@ def test_gradients_are_those_of_three_forwards() -> None:
             assert model[i].branches[index].num_batches_tracked == alone[i].num_batches_tracked == 1 + index
     assert not any(p._backward_hooks for p in model.parameters())
     assert model[1]._branch is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_model(reentrant: bool) -> None:
+    model, x, y = model_and_batch(dtype=torch.float64)
+    twin = copy.deepcopy(model)
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            first, *others = self  # Torch's reentrant form needs an input with a gradient.
+            return checkpoint(nn.Sequential(*others), first(input), use_reentrant=reentrant)
+
+    model.__class__ = Checkpointed
+    for one in (model, twin):
+        fast_adv_prop_backward(one, x, y, bounds=(0, 1), generator=torch.Generator().manual_seed(1))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
 def test_mixed_precision_with_a_scaler() -> None:

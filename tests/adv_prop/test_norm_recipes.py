@@ -132,6 +132,56 @@ def test_checkpointed_batches_count_once(reentrant: bool) -> None:
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
+class Checkpointed(nn.Sequential):
+    """Layers that are computed again for the backward; where they are nested, some are twice."""
+
+    reentrant: bool | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return super().forward(input)
+        return checkpoint(super().forward, input, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_runs_the_branch_of_its_forward(reentrant: bool, update: bool) -> None:
+    inner = Checkpointed(*network())
+    model = Checkpointed(inner, nn.Conv2d(4, 5, 3), swap.split_batch_norm(nn.BatchNorm2d(5)), nn.Tanh()).double()
+    twin, x = copy.deepcopy(model), torch.randn(4, 3, 8, 8).double().requires_grad_()
+    model.reentrant = inner.reentrant = reentrant
+    for one in (model, twin):
+        x.grad = None
+        with branch(one, 1, update_statistics=update):
+            first = one(x)
+        second = one(x)
+        with branch(one, 0):  # The innermost counts, also in a backward within another one.
+            with branch(one, 1):
+                third = one(x)
+            fourth = one(x)
+            (first.square().sum() + third.exp().sum() + fourth.sin().sum()).backward()
+        second.cos().sum().backward()
+        assert not any(module._branch for module in one.modules() if isinstance(module, SplitBatchNorm2d))
+        if one is model:
+            grad = x.grad
+    torch.testing.assert_close(grad, x.grad)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+def test_checkpointed_timm_network_in_a_branch() -> None:
+    model = swap.split_batch_norm(timm.create_model("resnet18", num_classes=10, zero_init_last=False)).train()
+    twin, x, y = copy.deepcopy(model), torch.rand(4, 3, 32, 32), torch.randint(10, (4,))
+    model.set_grad_checkpointing(True)
+    for one in (model, twin):
+        with branch(one, 1):
+            loss = F.cross_entropy(one(x), y)
+        loss.backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (4, 3, 0, 4)])
 def test_batches_without_values(shape: tuple[int, ...]) -> None:
     """As torch's: they pass, and give gradients of zero."""
