@@ -19,7 +19,7 @@ from paper_layers._core.tracing import Leaf
 from paper_layers.ops.split_batch_norm.formulas import statistics_dtype
 from paper_layers.ops.split_batch_norm.op import check_split_sizes, normalize_splits, update_statistics
 
-_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class AuxiliaryNorm(_BatchNorm):
@@ -139,7 +139,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
 
     def __getattr__(self, name: str) -> Any:
         """Hand out the tensors of the branch that `branch` has set: tools that fold the norm read them here."""
-        if self._branch and name in _TENSORS:
+        if self._branch and name in TENSORS:
             return getattr(self.aux_bn[self._branch - 1], name)
         return super().__getattr__(name)
 
@@ -280,7 +280,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(f"{prefix}aux_bn.") for key in state_dict):
             # A plain batch norm's checkpoint fills every branch; loading may assign, so each gets its own copy.
-            for i, name in itertools.product(range(len(self.aux_bn)), _TENSORS):
+            for i, name in itertools.product(range(len(self.aux_bn)), TENSORS):
                 if prefix + name in state_dict:
                     state_dict[f"{prefix}aux_bn.{i}.{name}"] = state_dict[prefix + name].clone()
         super()._load_from_state_dict(state_dict, prefix, *args)

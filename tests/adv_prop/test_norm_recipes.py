@@ -1,4 +1,4 @@
-"""Split norms under loops over modules, averaging of weights and checkpointing."""
+"""Split norms under loops over modules, averaging of weights, pruning and checkpointing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization import fuse_modules, fuse_modules_qat
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
@@ -237,3 +238,32 @@ def test_one_value_is_refused_as_torch_does(kind: Any, x: Tensor) -> None:
 def test_error_names_the_norm() -> None:
     with pytest.raises(ValueError, match=r"num_splits=2 divides, got 3 in model\.1; set split_sizes"):
         network()(torch.ones(3, 3, 4, 4))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_pruned_norms(place: int) -> None:
+    """Pruning computes a weight before each forward: a branch may have such a one, but no surgery can copy it."""
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"model\.0: expected weight to be a parameter .*prune\.remove"):
+        swap.split_batch_norm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+    prune.remove(model[0], "weight")
+    split, x = swap.split_batch_norm(model), torch.randn(4, 4, 9, 9)
+    assert torch.equal(split[0].aux_bn[0].weight, split[0].weight)
+    prune.l1_unstructured(split[0].branches[place], "weight", 0.75)
+    split(x).sum().backward()
+    with pytest.raises(ValueError, match=r"model\.0: expected weight to be a parameter"):
+        swap.plain_batch_norm(split, 1)
+    split(x)
+    prune.remove(split[0].branches[place], "weight")
+    assert (swap.plain_batch_norm(split, place)[0].weight == 0).sum() == 3
+    split(x)
+
+
+def test_pruned_main_norm_becomes_plain() -> None:
+    split, x = network().eval(), torch.randn(4, 3, 8, 8)
+    prune.l1_unstructured(split[1], "weight", 0.5)
+    expected = split(x)
+    torch.testing.assert_close(swap.plain_batch_norm(split)(x), expected)
+    assert "weight_orig" in split[1].state_dict()
