@@ -111,6 +111,27 @@ def test_frozen_parameters() -> None:
     assert model[4].num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_last_batch_that_is_too_small_for_the_split(images: int) -> None:
+    model = swap.split_batch_norm(plain(dtype=torch.float64), split_sizes=(0.8, 0.2))
+    main, (x, y) = swap.plain_batch_norm(copy.deepcopy(model)), batch(images, dtype=torch.float64)
+    auxiliary = copy.deepcopy(model[1].aux_bn.state_dict())
+    loss = fast_adv_prop_backward(model, x, y, bounds=(0, 1))
+    expected = F.cross_entropy(main(x), y)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for name, p in main.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).grad, p.grad)
+    torch.testing.assert_close(model[1].aux_bn.state_dict(), auxiliary)
+
+
+def test_batch_without_clean_images() -> None:
+    model, (x, y) = swap.split_batch_norm(plain(), split_sizes=(0.2, 0.8)), batch(2)
+    assert model[1].sizes(2) == [0, 2]
+    assert fast_adv_prop_backward(model, x, y, bounds=(0, 1)).isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_bad_input() -> None:
     _, x, y = model_and_batch()
     with pytest.raises(ValueError, match="model: expected split batch norms"):
