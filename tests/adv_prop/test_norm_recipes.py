@@ -267,3 +267,12 @@ def test_pruned_main_norm_becomes_plain() -> None:
     expected = split(x)
     torch.testing.assert_close(swap.plain_batch_norm(split)(x), expected)
     assert "weight_orig" in split[1].state_dict()
+
+
+def test_tensors_that_a_user_added_are_not_copied() -> None:
+    norm = nn.BatchNorm2d(4)
+    norm.scale = nn.Parameter(torch.ones(4))
+    norm.register_buffer("mask", torch.ones(4))
+    split = swap.split_batch_norm(nn.Sequential(norm))
+    assert list(split[0].aux_bn[0].state_dict()) == list(nn.BatchNorm2d(4).state_dict())
+    assert swap.plain_batch_norm(split, 1)[0].scale is norm.scale
