@@ -20,8 +20,9 @@ def branch(model: nn.Module, index: int, *, update_statistics: bool = True) -> I
     In eval with the branch's running statistics: to attack the auxiliary branch as in Xie et al., "Adversarial Examples
     Improve Image Recognition", CVPR 2020, or to measure accuracy through it. In training with those of the batch.
     Reading a norm's weight, bias and statistics gives the branch's, as tools do that fold norms into convolutions.
-    Everything is as before afterwards; contexts nest, the inner one wins. What `torch.utils.checkpoint` recomputes runs
-    the branch of its forward, also where the backward is outside of the context.
+    Everything is as before afterwards; contexts nest, the inner one wins. Forwards that `torch.utils.checkpoint`
+    recomputes run the branch that they ran at first, also in a backward outside of the context. The backward of a
+    checkpointed forward without a branch must be outside.
 
     Args:
         model: A model with split batch norms.
