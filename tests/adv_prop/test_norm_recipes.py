@@ -149,6 +149,8 @@ class Checkpointed(nn.Sequential):
 def test_recomputation_runs_the_branch_of_its_forward(reentrant: bool, update: bool) -> None:
     inner = Checkpointed(*network())
     model = Checkpointed(inner, nn.Conv2d(4, 5, 3), swap.split_batch_norm(nn.BatchNorm2d(5)), nn.Tanh()).double()
+    for p in model.parameters():
+        nn.init.normal_(p)  # So that branches differ.
     twin, x = copy.deepcopy(model), torch.randn(4, 3, 8, 8).double().requires_grad_()
     model.reentrant = inner.reentrant = reentrant
     for one in (model, twin):
