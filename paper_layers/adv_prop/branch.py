@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
 from paper_layers._core import checks
+from paper_layers._core.recompute import reopened
 from paper_layers.adv_prop.norm import SplitBatchNorm
 
 
@@ -18,7 +20,9 @@ def branch(model: nn.Module, index: int, *, update_statistics: bool = True) -> I
     In eval with the branch's running statistics: to attack the auxiliary branch as in Xie et al., "Adversarial Examples
     Improve Image Recognition", CVPR 2020, or to measure accuracy through it. In training with those of the batch.
     Reading a norm's weight, bias and statistics gives the branch's, as tools do that fold norms into convolutions.
-    Everything is as before afterwards; contexts nest, the inner one wins.
+    Everything is as before afterwards; contexts nest, the inner one wins. Forwards that `torch.utils.checkpoint`
+    recomputes run the branch that they ran at first, also in a backward outside of the context. The backward of a
+    checkpointed forward without a branch must be outside.
 
     Args:
         model: A model with split batch norms.
@@ -44,9 +48,15 @@ def branch(model: nn.Module, index: int, *, update_statistics: bool = True) -> I
     for name, norm in norms.items():
         if index >= norm.num_splits:
             raise ValueError(f"index: expected at most {norm.num_splits - 1}, the last branch of {name!r}, got {index}")
-    before = [(norm, norm._branch, norm._update_statistics) for norm in norms.values()]
+    with reopened(partial(_running, list(norms.values()), index, update_statistics)):
+        yield
+
+
+@contextmanager
+def _running(norms: list[SplitBatchNorm], index: int, update_statistics: bool) -> Iterator[None]:
+    before = [(norm, norm._branch, norm._update_statistics) for norm in norms]
     try:
-        for norm in norms.values():
+        for norm in norms:
             norm._branch, norm._update_statistics = index, update_statistics
         yield
     finally:

@@ -45,7 +45,8 @@ def fast_adv_prop_backward(
     3. They go through the auxiliary norms, in training mode as well, and the gradient of
        ``0.5 * sum L(adversarial) / N`` is added.
 
-    Gradients of the norms' own parameters are means over their own images, N - n and n, in place of N.
+    Gradients of the norms' own parameters are means over their own images, N - n and n, in place of N. A batch that
+    is too small for the split, as the last of an epoch may be, has clean images alone, or attacked ones.
 
     Args:
         model: In training mode, with norms that ``swap.split_batch_norm(model, split_sizes=(0.8, 0.2))`` has split.
@@ -94,12 +95,17 @@ def fast_adv_prop_backward(
         with torch.autocast(x.device.type, enabled=False):
             backward(loss)
 
-    with _rescaled(norms, [len(x) / clean, len(x) / attacked]):
+    with _rescaled(norms, [len(x) / max(size, 1) for size in sizes]):
         parts = split_output(model(torch.cat([x[:clean], noisy.to(x.dtype)])), sizes)
-        losses = [loss_of(part, labels, criterion) for part, labels in zip(parts, y.split(sizes), strict=True)]
-        loss = clean * losses[0] + _WEIGHT * attacked * losses[1]
-        first = loss / len(x)
+        losses = [
+            weight * size * loss_of(part, labels, criterion)
+            for weight, size, part, labels in zip((1, _WEIGHT), sizes, parts, y.split(sizes), strict=True)
+            if size  # The mean over no images is NaN.
+        ]
+        first = torch.stack(losses).sum() / len(x)
         differentiate(first)
+        if not attacked:
+            return first.detach()
         assert noisy.grad is not None
         adversarial = ball.moved(noisy.detach(), noisy.grad, 1).to(x.dtype)
         with branch(model, 1):

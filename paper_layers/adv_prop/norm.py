@@ -19,7 +19,7 @@ from paper_layers._core.tracing import Leaf
 from paper_layers.ops.split_batch_norm.formulas import statistics_dtype
 from paper_layers.ops.split_batch_norm.op import check_split_sizes, normalize_splits, update_statistics
 
-_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class AuxiliaryNorm(_BatchNorm):
@@ -111,12 +111,10 @@ class SplitBatchNorm(Leaf, _BatchNorm):
     ):
         num_features = checks.integer("num_features", num_features, 0)
         num_splits = checks.integer("num_splits", num_splits, 2)
-        if split_sizes is not None:
-            _check_setting(split_sizes, num_splits)
         settings: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **settings)
         self.num_splits = num_splits
-        self.split_sizes = None if split_sizes is None else tuple(split_sizes)
+        self.split_sizes = None if split_sizes is None else _plain_sizes(split_sizes, num_splits)
         self.aux_bn = self.new_auxiliaries(self, num_splits, **settings)
 
     @classmethod
@@ -139,7 +137,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
 
     def __getattr__(self, name: str) -> Any:
         """Hand out the tensors of the branch that `branch` has set: tools that fold the norm read them here."""
-        if self._branch and name in _TENSORS:
+        if self._branch and name in TENSORS:
             return getattr(self.aux_bn[self._branch - 1], name)
         return super().__getattr__(name)
 
@@ -280,7 +278,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(f"{prefix}aux_bn.") for key in state_dict):
             # A plain batch norm's checkpoint fills every branch; loading may assign, so each gets its own copy.
-            for i, name in itertools.product(range(len(self.aux_bn)), _TENSORS):
+            for i, name in itertools.product(range(len(self.aux_bn)), TENSORS):
                 if prefix + name in state_dict:
                     state_dict[f"{prefix}aux_bn.{i}.{name}"] = state_dict[prefix + name].clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -297,16 +295,21 @@ def affine_of(norms: Sequence[_BatchNorm]) -> tuple[list[Tensor] | None, list[Te
     return None if weight[0] is None else weight, None if bias[0] is None else bias
 
 
-def _check_setting(split_sizes: Sequence[int] | Sequence[float], num_splits: int) -> None:
-    kinds = {type(size) for size in split_sizes}
-    if kinds not in ({int}, {float}):
+def _plain_sizes(split_sizes: Sequence[int] | Sequence[float], num_splits: int) -> tuple[Any, ...]:
+    """Return sizes as ints, or proportions as floats, also where they are of NumPy."""
+    sizes = [checks.number("split_sizes", size) for size in split_sizes]
+    whole = [checks.is_integer(size) for size in sizes]
+    if len(set(whole)) > 1:
         raise TypeError(f"split_sizes: expected ints, or floats for proportions, got {split_sizes!r}")
-    if len(split_sizes) != num_splits:
+    if len(sizes) != num_splits:
         raise ValueError(f"split_sizes: expected num_splits={num_splits} of them, got {split_sizes!r}")
-    if min(split_sizes) <= 0:
+    if min(sizes) <= 0:
         raise ValueError(f"split_sizes: expected sizes above 0, got {split_sizes!r}")
-    if kinds == {float} and not math.isclose(sum(split_sizes), 1):
+    if all(whole):
+        return tuple(int(size) for size in sizes)
+    if not math.isclose(sum(sizes), 1, rel_tol=1e-6):  # That of float32.
         raise ValueError(f"split_sizes: expected proportions that sum to 1, got {split_sizes!r}")
+    return tuple(float(size) for size in sizes)
 
 
 class SplitBatchNorm1d(SplitBatchNorm, nn.BatchNorm1d):

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from paper_layers._core.checks import integer
 from paper_layers._core.surgery import Filter, called, check_names, select
 from paper_layers.adv_prop.norm import (
+    TENSORS,
     AuxiliaryNorm,
     SplitBatchNorm,
     SplitBatchNorm1d,
@@ -59,7 +60,7 @@ def split_batch_norm(
     Raises:
         TypeError: `model` is not a module, or an argument has the wrong type.
         ValueError: Nothing to split; a batch norm of an unknown class, which may compute something else; one that is
-            split in another way already; arguments that do not fit.
+            split in another way already; a pruned one; arguments that do not fit.
 
     Example:
         >>> import torch
@@ -106,6 +107,7 @@ def split_batch_norm(
                 "which may compute something else; filter can leave it out"
             )
         check_names(norm, name, kind, ["num_splits", "split_sizes"])
+        _check_stored(norm, name)
         kinds.append(kind)
     for (norm, name), kind in zip(norms.items(), kinds, strict=True):
         auxiliaries = kind.new_auxiliaries(norm, num_splits, device="meta")
@@ -134,7 +136,8 @@ def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter: Filter | None
 
     Raises:
         TypeError: `model` is not a module, or `branch` not an int.
-        ValueError: The model has no batch norm at all; a branch that a norm lacks; a split norm of an unknown class.
+        ValueError: The model has no batch norm at all; a branch that a norm lacks; a split norm of an unknown class,
+            or, for an auxiliary branch, a pruned one.
 
     Example:
         >>> import torch
@@ -162,6 +165,9 @@ def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter: Filter | None
                 f"{called(name)}: expected a split norm of this package's classes, got {type(norm).__name__}; "
                 "filter can leave it out"
             )
+        if branch:
+            for part in (norm, norm.branches[branch]):
+                _check_stored(part, name)
     for norm in norms:
         kept = norm.branches[branch]
         norm._parameters.update(kept._parameters)
@@ -189,9 +195,22 @@ def _split_of_timm() -> dict[type[nn.Module], type[SplitBatchNorm]]:
     return SPLIT
 
 
+def _check_stored(norm: nn.Module, name: str) -> None:
+    """Refuse a norm with a tensor that hooks compute before each forward, as those of pruning do."""
+    for tensor in TENSORS:
+        if tensor in vars(norm):
+            raise ValueError(
+                f"{called(name)}: expected {tensor} to be a parameter or a buffer, got one that hooks compute; "
+                "make pruning permanent with torch.nn.utils.prune.remove, or prune after the swap"
+            )
+
+
 def _copy_tensors(norm: nn.Module, auxiliary: nn.Module) -> None:
-    for name, parameter in norm._parameters.items():
+    """Copy the tensors that every batch norm has, and none that a user has added."""
+    for name in auxiliary._parameters:
+        parameter = norm._parameters.get(name)
         copied = None if parameter is None else nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         auxiliary._parameters[name] = copied
-    for name, buffer in norm._buffers.items():
+    for name in auxiliary._buffers:
+        buffer = norm._buffers.get(name)
         auxiliary._buffers[name] = None if buffer is None else buffer.detach().clone()

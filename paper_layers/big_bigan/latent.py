@@ -12,9 +12,11 @@ from paper_layers._core import checks
 from paper_layers._core.fusing import parameter_dtype
 from paper_layers._core.tracing import Leaf
 from paper_layers.big_bigan.mlp import ResidualMLP, start
+from paper_layers.big_bigan.named_tuples import exported
 from paper_layers.big_bigan.pooling import POOLS, pooled
 
 
+@exported
 class Latent(NamedTuple):
     """A normal distribution of latents: mean and standard deviation, of shape (N, latent_dim) each."""
 

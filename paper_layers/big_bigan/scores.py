@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from paper_layers.big_bigan.named_tuples import exported
+
 TERMS = ("x", "z", "xz")
 
 
+@exported
 class Scores(NamedTuple):
     """Scores (N,) of images, of latents and of both together; None for terms that the discriminator has not."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from paper_layers._core.recompute import reopened
 from paper_layers.big_bigan.latent import Latent
 from paper_layers.big_bigan.losses import discriminator_loss, encoder_generator_loss
 from paper_layers.big_bigan.penalties import r1_penalty
@@ -123,7 +125,7 @@ def encoder_generator_step(
         discriminator = discriminator.module
     encoded = _sampled(encoder(images if encoder_images is None else encoder_images))
     generated = generator(latents)
-    with _frozen(discriminator):
+    with reopened(functools.partial(_frozen, discriminator)):
         real, fake = _score(discriminator, images, encoded, generated, latents, labels)
     return Step(encoder_generator_loss(real, fake, reduction, weights), real, fake)
 
@@ -134,7 +136,7 @@ def _sampled(latent: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _frozen(discriminator: Any) -> Iterator[None]:
-    """What is computed within has no graph to the parameters."""
+    """Keep the discriminator's parameters out of the graph inside this block."""
     parameters = discriminator.parameters() if isinstance(discriminator, nn.Module) else ()
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from paper_layers import swap
 from paper_layers.adv_prop import fast_adv_prop_backward
@@ -61,6 +62,24 @@ def test_gradients_are_those_of_three_forwards() -> None:
     assert model[1]._branch is None
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_model(reentrant: bool) -> None:
+    model, x, y = model_and_batch(dtype=torch.float64)
+    twin = copy.deepcopy(model)
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            first, *others = self  # Torch's reentrant form needs an input with a gradient.
+            return checkpoint(nn.Sequential(*others), first(input), use_reentrant=reentrant)
+
+    model.__class__ = Checkpointed
+    for one in (model, twin):
+        fast_adv_prop_backward(one, x, y, bounds=(0, 1), generator=torch.Generator().manual_seed(1))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
 def test_mixed_precision_with_a_scaler() -> None:
     model, x, y = model_and_batch()
     twin = copy.deepcopy(model)
@@ -90,6 +109,27 @@ def test_frozen_parameters() -> None:
     fast_adv_prop_backward(model, x, y, bounds=(0, 1))
     assert model[1].weight.grad is None
     assert model[4].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_last_batch_that_is_too_small_for_the_split(images: int) -> None:
+    model = swap.split_batch_norm(plain(dtype=torch.float64), split_sizes=(0.8, 0.2))
+    main, (x, y) = swap.plain_batch_norm(copy.deepcopy(model)), batch(images, dtype=torch.float64)
+    auxiliary = copy.deepcopy(model[1].aux_bn.state_dict())
+    loss = fast_adv_prop_backward(model, x, y, bounds=(0, 1))
+    expected = F.cross_entropy(main(x), y)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for name, p in main.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).grad, p.grad)
+    torch.testing.assert_close(model[1].aux_bn.state_dict(), auxiliary)
+
+
+def test_batch_without_clean_images() -> None:
+    model, (x, y) = swap.split_batch_norm(plain(), split_sizes=(0.2, 0.8)), batch(2)
+    assert model[1].sizes(2) == [0, 2]
+    assert fast_adv_prop_backward(model, x, y, bounds=(0, 1)).isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_bad_input() -> None:

@@ -6,6 +6,7 @@ import copy
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,10 @@ def test_formula(kind: Any, shape: tuple[int, ...]) -> None:
         ((0.5, 0.25, 0.25), 8, [4, 2, 2]),
         ((0.5, 0.25, 0.25), 6, [3, 1, 2]),
         ((0.2, 0.2, 0.6), 7, [1, 2, 4]),
+        (np.array([1, 3, 2]), 6, [1, 3, 2]),
+        ((np.int64(1), 3, 2), 6, [1, 3, 2]),
+        (np.array([0.2, 0.2, 0.6]), 7, [1, 2, 4]),
+        (np.array([0.2, 0.2, 0.6], np.float32), 7, [1, 2, 4]),
     ],
 )
 def test_sizes(split_sizes: Any, batch: int, want: list[int]) -> None:
@@ -113,6 +118,7 @@ def test_sizes(split_sizes: Any, batch: int, want: list[int]) -> None:
     x = torch.randn(batch, 3, 2, 2, dtype=torch.float64)
     parts = zip(x.split(want), norm.branches, strict=True)
     torch.testing.assert_close(norm(x), torch.cat([by_batch(part, one) for part, one in parts]))
+    assert norm.split_sizes is None or {*map(type, norm.split_sizes)} <= {int, float}
 
 
 def test_plain_checkpoint_fills_every_branch() -> None:

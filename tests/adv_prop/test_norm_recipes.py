@@ -1,4 +1,4 @@
-"""Split norms under loops over modules, averaging of weights and checkpointing."""
+"""Split norms under loops over modules, averaging of weights, pruning and checkpointing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization import fuse_modules, fuse_modules_qat
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
@@ -132,6 +133,58 @@ def test_checkpointed_batches_count_once(reentrant: bool) -> None:
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
+class Checkpointed(nn.Sequential):
+    """Layers that are computed again for the backward; where they are nested, some are twice."""
+
+    reentrant: bool | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return super().forward(input)
+        return checkpoint(super().forward, input, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_runs_the_branch_of_its_forward(reentrant: bool, update: bool) -> None:
+    inner = Checkpointed(*network())
+    model = Checkpointed(inner, nn.Conv2d(4, 5, 3), swap.split_batch_norm(nn.BatchNorm2d(5)), nn.Tanh()).double()
+    for p in model.parameters():
+        nn.init.normal_(p)  # So that branches differ.
+    twin, x = copy.deepcopy(model), torch.randn(4, 3, 8, 8).double().requires_grad_()
+    model.reentrant = inner.reentrant = reentrant
+    for one in (model, twin):
+        x.grad = None
+        with branch(one, 1, update_statistics=update):
+            first = one(x)
+        second = one(x)
+        with branch(one, 0):  # The innermost counts, also in a backward within another one.
+            with branch(one, 1):
+                third = one(x)
+            fourth = one(x)
+            (first.square().sum() + third.exp().sum() + fourth.sin().sum()).backward()
+        second.cos().sum().backward()
+        assert not any(module._branch for module in one.modules() if isinstance(module, SplitBatchNorm2d))
+        if one is model:
+            grad = x.grad
+    torch.testing.assert_close(grad, x.grad)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+def test_checkpointed_timm_network_in_a_branch() -> None:
+    model = swap.split_batch_norm(timm.create_model("resnet18", num_classes=10, zero_init_last=False)).train()
+    twin, x, y = copy.deepcopy(model), torch.rand(4, 3, 32, 32), torch.randint(10, (4,))
+    model.set_grad_checkpointing(True)
+    for one in (model, twin):
+        with branch(one, 1):
+            loss = F.cross_entropy(one(x), y)
+        loss.backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (4, 3, 0, 4)])
 def test_batches_without_values(shape: tuple[int, ...]) -> None:
     """As torch's: they pass, and give gradients of zero."""
@@ -187,3 +240,41 @@ def test_one_value_is_refused_as_torch_does(kind: Any, x: Tensor) -> None:
 def test_error_names_the_norm() -> None:
     with pytest.raises(ValueError, match=r"num_splits=2 divides, got 3 in model\.1; set split_sizes"):
         network()(torch.ones(3, 3, 4, 4))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_pruned_norms(place: int) -> None:
+    """Pruning computes a weight before each forward: a branch may have such a one, but no surgery can copy it."""
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"model\.0: expected weight to be a parameter .*prune\.remove"):
+        swap.split_batch_norm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+    prune.remove(model[0], "weight")
+    split, x = swap.split_batch_norm(model), torch.randn(4, 4, 9, 9)
+    assert torch.equal(split[0].aux_bn[0].weight, split[0].weight)
+    prune.l1_unstructured(split[0].branches[place], "weight", 0.75)
+    split(x).sum().backward()
+    with pytest.raises(ValueError, match=r"model\.0: expected weight to be a parameter"):
+        swap.plain_batch_norm(split, 1)
+    split(x)
+    prune.remove(split[0].branches[place], "weight")
+    assert (swap.plain_batch_norm(split, place)[0].weight == 0).sum() == 3
+    split(x)
+
+
+def test_pruned_main_norm_becomes_plain() -> None:
+    split, x = network().eval(), torch.randn(4, 3, 8, 8)
+    prune.l1_unstructured(split[1], "weight", 0.5)
+    expected = split(x)
+    torch.testing.assert_close(swap.plain_batch_norm(split)(x), expected)
+    assert "weight_orig" in split[1].state_dict()
+
+
+def test_tensors_that_a_user_added_are_not_copied() -> None:
+    norm = nn.BatchNorm2d(4)
+    norm.scale = nn.Parameter(torch.ones(4))
+    norm.register_buffer("mask", torch.ones(4))
+    split = swap.split_batch_norm(nn.Sequential(norm))
+    assert list(split[0].aux_bn[0].state_dict()) == list(nn.BatchNorm2d(4).state_dict())
+    assert swap.plain_batch_norm(split, 1)[0].scale is norm.scale

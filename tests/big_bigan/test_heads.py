@@ -291,6 +291,17 @@ def test_export() -> None:
     torch.testing.assert_close(torch.export.export(net, batch).module()(*batch), net(*batch))
 
 
+def test_save_exported_programs() -> None:
+    encoder = nn.Sequential(trunk(), LatentHead(8, 5, **SMALL)).eval()
+    for net, inputs in ((discriminator().eval(), pairs()), (encoder, pairs()[:1])):
+        file = io.BytesIO()
+        torch.export.save(torch.export.export(net, inputs), file)
+        file.seek(0)
+        output, expected = torch.export.load(file).module()(*inputs), net(*inputs)
+        assert type(output) is type(expected)
+        torch.testing.assert_close(output, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     net, encoder = discriminator(num_classes=3), nn.Sequential(trunk(), LatentHead(8, 5, **SMALL))

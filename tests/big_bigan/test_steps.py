@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from paper_layers.big_bigan import (
     BigBiGANDiscriminator,
@@ -312,3 +313,21 @@ def test_linear_gaussian_game() -> None:
         latent, Latent(torch.zeros(1), (1 - posterior.dot(TRUTH)).sqrt()[None]), rtol=0, atol=0.06
     )
     assert weight[1].abs().max() < 0.15  # The deviation does not depend on x.
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_discriminator_gets_no_gradient(reentrant: bool) -> None:
+    class Trunk(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return checkpoint(super().forward, input, use_reentrant=reentrant)
+
+    _, encoder, generator = players()
+    discriminator = BigBiGANDiscriminator(Trunk(PIXELS, 5), 5, LATENT, width=8, depth=2).double().eval()
+    data, learned = batch(), [*encoder.parameters(), *generator.parameters()]
+    torch.manual_seed(0)
+    encoder_generator_step(discriminator, encoder, generator, *data).loss.backward()
+    assert all(p.requires_grad and p.grad is None for p in discriminator.parameters())
+    discriminator.trunk.__class__ = nn.Linear
+    torch.manual_seed(0)
+    loss = encoder_generator_step(discriminator, encoder, generator, *data).loss
+    torch.testing.assert_close([p.grad for p in learned], list(torch.autograd.grad(loss, learned)))
