@@ -34,10 +34,11 @@ class InstanceNorm2d(Leaf, nn.InstanceNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Images (N, C, H, W) or (C, H, W) to normalized ones in the same memory format."""
-        # The same numbers as one group a channel. F.instance_norm refuses one pixel and an empty batch, and
-        # F.group_norm loses the variance of channels_last images (on CPU, as E[x^2] - E[x]^2), hence the copies.
+        # The same numbers as one group a channel. F.instance_norm refuses one pixel and an empty batch, F.group_norm
+        # one pixel of one image. torch.group_norm loses the variance of channels_last images (on CPU, as
+        # E[x^2] - E[x]^2), hence the copies.
         batch = input if input.dim() == 4 else input[None]
-        output = F.group_norm(batch.contiguous(), self.num_features, self.weight, self.bias, self.eps)
+        output = torch.group_norm(batch.contiguous(), self.num_features, self.weight, self.bias, self.eps)
         if not batch.is_contiguous():
             output = torch.empty_like(batch, dtype=output.dtype).copy_(output)
         return output if input.dim() == 4 else output[0]

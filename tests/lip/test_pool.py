@@ -143,7 +143,7 @@ def test_importance() -> None:
 
 
 @pytest.mark.parametrize("form", [*FORMS, "identity"])
-@pytest.mark.parametrize("shape", [(2, 6, 1, 1), (0, 6, 8, 8), (6, 8, 8), (2, 6, 1, 5)])
+@pytest.mark.parametrize("shape", [(2, 6, 1, 1), (1, 6, 1, 1), (6, 1, 1), (0, 6, 8, 8), (6, 8, 8), (2, 6, 1, 5)])
 def test_small_empty_and_unbatched_images(form: str, shape: tuple[int, ...]) -> None:
     pool = trained(LIPPool2d(6, logit=form))
     x = torch.randn(shape, requires_grad=True)
