@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers._core.fusing import unwatched
+from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
 
 BOUND = 12.0  # The gate keeps logits in (0, BOUND).
@@ -49,8 +49,8 @@ class InstanceNorm2d(Leaf, nn.InstanceNorm2d):
 
 
 def relu_of(norm: nn.Module, input: Tensor) -> Tensor:
-    """The positive part of a norm's output, in place unless somebody else may see the output."""
-    return F.relu(norm(input), inplace=unwatched(norm))
+    """The positive part of a norm's output, in place unless another layer stands in or others may see the output."""
+    return F.relu(norm(input), inplace=readable(norm, InstanceNorm2d, nn.BatchNorm2d))
 
 
 class LogitHead(nn.Module):

@@ -324,6 +324,15 @@ def test_layers_that_follow_may_work_in_place(form: str, following: nn.Module) -
         torch.testing.assert_close(got.grad, want.grad)
 
 
+@pytest.mark.parametrize("norm", [nn.Sequential(nn.InstanceNorm2d(8), nn.Tanh()), nn.Identity()], ids=["tanh", "none"])
+def test_a_layer_in_the_place_of_a_norm_keeps_its_output(norm: nn.Module) -> None:
+    pool, seen = LIPPool2d(6, bottleneck_width=8), []
+    pool.logit.stem.norm1 = norm
+    pool.logit.stem.conv1.register_forward_hook(lambda conv, args, output: seen.extend([output, output.clone()]))
+    pool(torch.randn(2, 6, 8, 8)).sum().backward()
+    assert torch.equal(*seen)
+
+
 def test_the_input_as_its_own_logit_compiles() -> None:
     pool = LIPPool2d(6, logit="identity")
     x, y = (torch.linspace(-2, 2, 720).reshape(1, 6, 12, 10).requires_grad_() for _ in range(2))
