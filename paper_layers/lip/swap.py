@@ -18,7 +18,7 @@ from paper_layers.lip.pool import LIPPool2d, Logit
 
 _FUNCTIONS = re.compile(r"\b(?:max|avg)_pool2d\(")
 # What a pool may be told that LIP cannot do, and the values that ask for nothing.
-_UNSUPPORTED = {"dilation": (1, (1, 1), [1, 1]), "return_indices": (False,), "divisor_override": (None,)}
+_UNSUPPORTED = {"dilation": (1, (1,), [1], (1, 1), [1, 1]), "return_indices": (False,), "divisor_override": (None,)}
 
 
 def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: Any) -> dict[M, int]:
@@ -109,6 +109,8 @@ def pooling(
         geometry: dict[str, Any] = {
             key: getattr(pool, key) for key in ("kernel_size", "stride", "padding", "ceil_mode")
         }
+        if geometry["stride"] in ((), []):  # Torch's other way to say that it is the kernel's size.
+            geometry["stride"] = pool.kernel_size
         lip = LIPPool2d(
             channels[pool], logit=own_logit(logit, place), bottleneck_width=bottleneck_width, **geometry, **place
         )
