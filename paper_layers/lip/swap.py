@@ -32,6 +32,9 @@ def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: A
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen[module].add((args[0] if args else kwargs["input"]).shape[-3])
 
+        # Hooks of the module's own decide what reaches it.
+        copied._forward_pre_hooks.update(module._forward_pre_hooks)
+        copied._forward_pre_hooks_with_kwargs.update(module._forward_pre_hooks_with_kwargs)
         copied.register_forward_pre_hook(hook, with_kwargs=True)
 
     _, failure = trial_run(model, modules, example_input, watch, lambda: all(seen.values()))
@@ -61,7 +64,8 @@ def pooling(
     The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; `LIPPool2d` has the equation.
     Adaptive (global) pools, subclasses and calls of `F.max_pool2d` are left alone. Channel counts come from a run of
     a copy of the model on the meta device or, for a model that lives by its hooks or by data, of itself in evaluation
-    mode; neither changes the model or the random state.
+    mode; neither changes the model or the random state. Forward pre-hooks of the pools run there, as they may change
+    what a pool sees.
 
     Args:
         model: Any module; changed in place.

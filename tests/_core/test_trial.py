@@ -139,3 +139,11 @@ def test_hooks_that_a_host_can_do_without_do_not_run() -> None:
     model[0].register_forward_hook(lambda *_: calls.append(1))
     swap.pooling(model)
     assert calls == []
+
+
+def test_hooks_that_change_what_reaches_a_module() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2))
+    model[1].register_forward_pre_hook(lambda _, args: torch.cat([args[0], args[0]], 1))
+    model[1].register_forward_pre_hook(lambda _, args, kwargs: (args, {}), with_kwargs=True)
+    assert swap.pooling(model)[1].channels == 16
+    assert model(torch.ones(1, 3, 8, 8)).shape == (1, 16, 3, 3)

@@ -282,7 +282,8 @@ def test_hooks(surgery: Surgery) -> None:
         target.register_state_dict_pre_hook(lambda *_: calls.append("state_dict_pre")),
     ]
     surgery(model)
-    assert calls == []
+    assert calls == (["pre"] if surgery is swap.pooling else [])  # Which may change what a pool sees.
+    calls.clear()
     model(images().requires_grad_()).sum().backward()
     assert calls == ["pre", "forward", "backward_pre", "backward"]
     model.state_dict()
