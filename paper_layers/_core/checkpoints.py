@@ -72,9 +72,10 @@ def _entries(state_dict: StateDict) -> dict[str, Any]:
     for key in found:
         if not isinstance(key, str):
             raise TypeError(f"state_dict: expected strings as keys, got {key!r}")
-    if found and all(key.startswith("module.") for key in found):
-        return {key.removeprefix("module."): value for key, value in found.items()}
-    return dict(found)
+    entries = {key.replace("_orig_mod.", ""): value for key, value in found.items()}  # Of torch.compile.
+    if all(key.startswith("module.") for key in entries):
+        return {key.removeprefix("module."): value for key, value in entries.items()}
+    return entries
 
 
 def _plain(value: Tensor, own: Tensor) -> Tensor:

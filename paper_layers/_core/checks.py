@@ -27,8 +27,9 @@ def is_integer(value: Any) -> bool:
 
 
 def pair(name: str, value: Any, minimum: int) -> list[int]:
-    """Return an integer or a pair of integers, each at least `minimum`, as a list of two."""
-    both = list(value) if isinstance(value, tuple | list) else [value, value]
+    """Return an integer, alone or in a list as torch takes it, or a pair, each at least `minimum`, as a list of two."""
+    both = list(value) if isinstance(value, tuple | list) else [value]
+    both = both * 2 if len(both) == 1 else both
     if len(both) != 2 or not all(is_integer(v) for v in both):
         raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
     both = [_plain(v) for v in both]

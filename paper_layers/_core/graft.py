@@ -10,7 +10,8 @@ from inspect import Parameter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from paper_layers._core.tracing import tracer_of
 
@@ -93,16 +94,17 @@ class Tap:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if _thread() in self.outputs:
-            self.outputs[_thread()] = self.kept(args, output)
+            self.outputs[_thread()] = self.kept(args, output), torch.is_grad_enabled()
 
     def kept(self, args: Any, output: Any) -> Any:
         """Return what to hand over of a call."""
         return output
 
     def open(self) -> None:
-        self.outputs[_thread()] = None
+        self.outputs[_thread()] = None, True
 
-    def close(self) -> Any:
+    def close(self) -> tuple[Any, bool]:
+        """Return what was kept, and whether gradients were on where it was made."""
         return self.outputs.pop(_thread())
 
 
@@ -114,8 +116,34 @@ def tapped(taps: Sequence[Tap], forward: Any, args: tuple[Any, ...], kwargs: dic
         tracer = tracer_of(args, kwargs)
         output = forward(*args, **kwargs) if tracer is None else _traced(tracer, forward, args, kwargs)
     finally:
-        seen = [tap.close() for tap in taps]
-    return output, seen
+        calls = [tap.close() for tap in taps]
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and forward.__self__.training:
+        hidden = [seen for seen, with_gradients in calls if not with_gradients]
+        if not all(leaf.requires_grad for leaf in _tensors(hidden)) and _recomputes(output):
+            raise ValueError(
+                "model: expected checkpoints with use_reentrant=False, got a reentrant one around a layer whose output "
+                "is needed with its gradient"
+            )
+    return output, [seen for seen, _ in calls]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _recomputes(output: Any) -> bool:
+    """Return whether a reentrant checkpoint has made something that the output comes from."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in _tensors(output)]
+    found = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in found:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        found.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    return False
 
 
 def _traced(tracer: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -68,7 +68,7 @@ def to_tensor(value: Any) -> Tensor:
         return value
     if isinstance(value, Array):
         return value.tensor()
-    if value.dtype.kind not in "biufc":
+    if value.dtype.str[1:] not in _DTYPES:
         raise ValueError(f"an array of NumPy's dtype {value.dtype.str[1:]!r}")
     # torch takes neither negative strides nor the other byte order, and warns of memory that is not to be written.
     return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C").reshape(value.shape))
@@ -80,7 +80,17 @@ def read(path: str | os.PathLike[str]) -> Any:
     Raises:
         pickle.UnpicklingError: There is anything else in it, or it is neither.
     """
-    stand_ins = _stand_ins()
+    try:
+        return _read(path, _stand_ins())
+    except (OSError, pickle.UnpicklingError):
+        raise
+    except Exception as error:
+        raise pickle.UnpicklingError(
+            f"state_dict: expected a file of torch.save's or of pickle's, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _read(path: str | os.PathLike[str], stand_ins: dict[str, Any]) -> Any:
     if not zipfile.is_zipfile(path):
         content = _unpickle(path, stand_ins)
         if content != torch.serialization.MAGIC_NUMBER:  # With which old files of torch.save begin.
@@ -101,14 +111,7 @@ def _unpickle(path: str | os.PathLike[str], stand_ins: dict[str, Any]) -> Any:
         f"{module}.{kind.__name__}": kind for kind in (set, frozenset) for module in ("builtins", "__builtin__")
     }
     with open(path, "rb") as file:
-        try:
-            return Unpickler(file, encoding="latin1").load()
-        except pickle.UnpicklingError:
-            raise
-        except Exception as error:
-            raise pickle.UnpicklingError(
-                f"state_dict: expected a file of torch.save's or of pickle's, got {type(error).__name__}: {error}"
-            ) from error
+        return Unpickler(file, encoding="latin1").load()
 
 
 def _stand_ins() -> dict[str, Any]:

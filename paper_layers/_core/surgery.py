@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from paper_layers._core.wrapped import check_free
 
@@ -38,11 +39,27 @@ def select(
         raise ValueError(
             f"model: expected at least one {wanted} to swap{rejected}, got none in {type(model).__name__}"
             f"{_passed_over(resembles(m) for m in model.modules() if not fits(m))}"
+            f"{'; run it once first, as it has lazy modules' if any(_waits(m) for _, m in everything) else ''}"
         )
+    check_sizes((name, module) for module, name in chosen.items())
     for module, name in chosen.items():
         if "forward" in vars(module):
             raise ValueError(f"{called(name)}: expected the forward of its class, got one set on the object")
     return dict(reversed(chosen.items()))
+
+
+def check_sizes(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse lazy modules that have not seen an input yet."""
+    for name, module in modules:
+        if _waits(module):
+            raise ValueError(
+                f"{called(name)}: expected a module that knows its sizes, got {type(module).__name__}, which takes "
+                "them from its first input; run it once first"
+            )
+
+
+def _waits(module: nn.Module) -> bool:
+    return any(is_lazy(own) for own in chain(module._parameters.values(), module._buffers.values()) if own is not None)
 
 
 def _passed_over(names: Iterable[str | None]) -> str:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
+
+from paper_layers._core.surgery import check_sizes
 
 _GUESSED_SIZE = 224
 _HOOKS = [key for key in vars(nn.Module()) if "_hooks" in key]  # And what is noted of some of them.
@@ -44,7 +45,11 @@ def trial_run(
 
     Returns:
         The output, or None and the error that broke the run off. Any host may raise anything.
+
+    Raises:
+        ValueError: A lazy module has not seen an input yet; there is none, and none can be guessed.
     """
+    check_sizes(model.named_modules())
     examples = list(_guess_inputs(model)) if example_input is None else [example_input]
     inputs = [example if isinstance(example, tuple) else (example,) for example in examples]
     tries: list[tuple[Any, tuple[Any, ...], bool]] = []
@@ -52,8 +57,7 @@ def trial_run(
         tries += [(_copied, args, training) for training in ((True, False) if model.training else (False,))]
         if model.training and len(args) > 1:  # In evaluation no host needs targets, whose values are not there.
             tries.append((_copied, args[:1], False))
-    if not any(map(is_lazy, model.parameters())):
-        tries.append((_itself, inputs[0], False))
+    tries.append((_itself, inputs[0], False))
     reported: Exception | None = None  # The first guess's error, in the model's own mode.
     for ready, args, training in tries:
         output, failure = _try(ready(model, modules), args, watch, training)

@@ -10,7 +10,8 @@ from torch import Tensor
 from paper_layers._core import checks
 from paper_layers._core.library import define, library
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # Torch stores them, and does little else.
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *WIDE_UNSIGNED)
 
 
 def _limits(values: Tensor, low: float, other: float | None) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers._core.fusing import unwatched
+from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
 
 BOUND = 12.0  # The gate keeps logits in (0, BOUND).
@@ -34,10 +34,11 @@ class InstanceNorm2d(Leaf, nn.InstanceNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Images (N, C, H, W) or (C, H, W) to normalized ones in the same memory format."""
-        # The same numbers as one group a channel. F.instance_norm refuses one pixel and an empty batch, and
-        # F.group_norm loses the variance of channels_last images (on CPU, as E[x^2] - E[x]^2), hence the copies.
+        # The same numbers as one group a channel. F.instance_norm refuses one pixel and an empty batch, F.group_norm
+        # one pixel of one image. torch.group_norm loses the variance of channels_last images (on CPU, as
+        # E[x^2] - E[x]^2), hence the copies.
         batch = input if input.dim() == 4 else input[None]
-        output = F.group_norm(batch.contiguous(), self.num_features, self.weight, self.bias, self.eps)
+        output = torch.group_norm(batch.contiguous(), self.num_features, self.weight, self.bias, self.eps)
         if not batch.is_contiguous():
             output = torch.empty_like(batch, dtype=output.dtype).copy_(output)
         return output if input.dim() == 4 else output[0]
@@ -48,8 +49,8 @@ class InstanceNorm2d(Leaf, nn.InstanceNorm2d):
 
 
 def relu_of(norm: nn.Module, input: Tensor) -> Tensor:
-    """The positive part of a norm's output, in place unless somebody else may see the output."""
-    return F.relu(norm(input), inplace=unwatched(norm))
+    """The positive part of a norm's output, in place unless another layer stands in or others may see the output."""
+    return F.relu(norm(input), inplace=readable(norm, InstanceNorm2d, nn.BatchNorm2d))
 
 
 class LogitHead(nn.Module):

@@ -33,7 +33,7 @@ class _Function(nn.Module):
 def _plain(name: str, size: int | tuple[int, int], minimum: int) -> int | tuple[int, int]:
     """Return a checked size in Python's own integers, as one number or a pair as it came."""
     height, width = checks.pair(name, size, minimum)
-    return (height, width) if isinstance(size, tuple | list) else height
+    return (height, width) if isinstance(size, tuple | list) and len(size) == 2 else height
 
 
 def _make_logit(

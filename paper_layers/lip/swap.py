@@ -18,7 +18,7 @@ from paper_layers.lip.pool import LIPPool2d, Logit
 
 _FUNCTIONS = re.compile(r"\b(?:max|avg)_pool2d\(")
 # What a pool may be told that LIP cannot do, and the values that ask for nothing.
-_UNSUPPORTED = {"dilation": (1, (1, 1), [1, 1]), "return_indices": (False,), "divisor_override": (None,)}
+_UNSUPPORTED = {"dilation": (1, (1,), [1], (1, 1), [1, 1]), "return_indices": (False,), "divisor_override": (None,)}
 
 
 def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: Any) -> dict[M, int]:
@@ -32,6 +32,9 @@ def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: A
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen[module].add((args[0] if args else kwargs["input"]).shape[-3])
 
+        # Hooks of the module's own decide what reaches it.
+        copied._forward_pre_hooks.update(module._forward_pre_hooks)
+        copied._forward_pre_hooks_with_kwargs.update(module._forward_pre_hooks_with_kwargs)
         copied.register_forward_pre_hook(hook, with_kwargs=True)
 
     _, failure = trial_run(model, modules, example_input, watch, lambda: all(seen.values()))
@@ -61,7 +64,8 @@ def pooling(
     The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; `LIPPool2d` has the equation.
     Adaptive (global) pools, subclasses and calls of `F.max_pool2d` are left alone. Channel counts come from a run of
     a copy of the model on the meta device or, for a model that lives by its hooks or by data, of itself in evaluation
-    mode; neither changes the model or the random state.
+    mode; neither changes the model or the random state. Forward pre-hooks of the pools run there, as they may change
+    what a pool sees.
 
     Args:
         model: Any module; changed in place.
@@ -109,6 +113,8 @@ def pooling(
         geometry: dict[str, Any] = {
             key: getattr(pool, key) for key in ("kernel_size", "stride", "padding", "ceil_mode")
         }
+        if geometry["stride"] in ((), []):  # Torch's other way to say that it is the kernel's size.
+            geometry["stride"] = pool.kernel_size
         lip = LIPPool2d(
             channels[pool], logit=own_logit(logit, place), bottleneck_width=bottleneck_width, **geometry, **place
         )

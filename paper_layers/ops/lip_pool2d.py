@@ -274,7 +274,7 @@ def lip_pool2d(
         logit: Logits of the input's shape, or with one channel that all channels share.
             If its dtype differs from the input's, both are promoted as in torch's arithmetic.
         kernel_size: Size of the window in pixels, one number or (height, width).
-        stride: Step of the window in pixels; default `kernel_size`.
+        stride: Step of the window in pixels; default, or empty, `kernel_size`.
         padding: Pixels of padding on each side, at most half of `kernel_size`.
         ceil_mode: Round the output size up instead of down: the last windows, or the only one of a small image, may
             reach beyond the padding.
@@ -302,7 +302,11 @@ def lip_pool2d(
     if logit.shape not in (input.shape, shared):
         raise ValueError(f"logit: expected shape {tuple(input.shape)} or {shared}, got {tuple(logit.shape)}")
     kernel = checks.pair("kernel_size", kernel_size, 1)
-    step = kernel if stride is None else checks.pair("stride", stride, 1)
+    step = (
+        kernel
+        if stride is None or (isinstance(stride, tuple | list) and not stride)
+        else checks.pair("stride", stride, 1)
+    )
     pad = checks.pair("padding", padding, 0)
     if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
         raise ValueError(f"padding: expected at most half of kernel_size {kernel_size!r}, got {padding!r}")

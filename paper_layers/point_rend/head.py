@@ -86,9 +86,10 @@ class PointRendHead(Leaf):
         """Start again, as in the official code."""
         for layer in self._layers:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
         nn.init.normal_(self.predictor.weight, std=0.001)
-        nn.init.zeros_(self.predictor.bias)
+        for layer in (*self._layers, self.predictor):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def extra_repr(self) -> str:
         """All arguments."""
@@ -171,21 +172,26 @@ class PointRendHead(Leaf):
         """
         shares = iter(coarse)
         first, *layers = self._layers
-        x = (fine.mT + next(shares).mT).add_(first.bias).relu_()
+        x = fine.mT + next(shares).mT
+        x = (x if first.bias is None else x.add_(first.bias)).relu_()
         for layer in layers:
             x = self._add(F.linear(x, layer.weight[:, : self.fc_dim], layer.bias), shares).relu_()
         weight, bias = self._predictor(labels)
         weight = weight[..., : self.fc_dim]
-        y = F.linear(x, weight, bias) if weight.dim() == 2 else x @ weight.mT + bias[:, None]
+        if weight.dim() == 2:
+            y = F.linear(x, weight, bias)
+        else:
+            y = x @ weight.mT if bias is None else x @ weight.mT + bias[:, None]
         return self._add(y, shares).mT
 
     def _add(self, x: Tensor, shares: Iterator[Tensor]) -> Tensor:
         return x.add_(next(shares).mT) if self.coarse_pred_each_layer else x
 
-    def _predictor(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight (K, C) and bias (K,) of the last layer, or (N, 1, C) and (N, 1) of the labels' classes."""
+    def _predictor(self, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight (K, C) and bias (K,), if any, of the last layer, or (N, 1, C) and (N, 1) of the labels' classes."""
         weight, bias = self.predictor.weight, self.predictor.bias
         if labels is None or self.class_agnostic:
             return weight, bias
         # Where indexing would count a label of -1 from the end, this raises.
-        return weight.index_select(0, labels)[:, None], bias.index_select(0, labels)[:, None]
+        row = weight.index_select(0, labels)[:, None]
+        return row, None if bias is None else bias.index_select(0, labels)[:, None]

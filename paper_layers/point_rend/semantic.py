@@ -191,8 +191,9 @@ class PointRendSemantic(Leaf):
         generator: torch.Generator | None,
     ) -> Tensor:
         points = self.draw(coarse, generator=generator)
-        labels = point_sample(target[:, None].to(torch.float32), points, mode="nearest")[:, 0].long()
-        return segmentation_loss(self.predict(coarse, features, points), labels, self.ignore_index)
+        known = target.where(target != self.ignore_index, -1)  # float32 holds classes, but not any ignore_index.
+        labels = point_sample(known[:, None].to(torch.float32), points, mode="nearest")[:, 0].long()
+        return segmentation_loss(self.predict(coarse, features, points), labels, -1)
 
     def draw(self, coarse: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Points (N, num_points, 2) to train on, most of them where the coarse logits are unsure."""

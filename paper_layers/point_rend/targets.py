@@ -101,6 +101,8 @@ def _images(
             numbers = torch.arange(box.shape[0], device=box.device)
         if box.shape[0] == 0:
             continue
+        if mask.dtype in values.WIDE_UNSIGNED:
+            mask = mask.float()
         if mask.dtype != torch.bool:
             other = -1 if mask.dtype.is_signed else None
             expected = "values from 0 to 1, or -1 where a pixel does not count"

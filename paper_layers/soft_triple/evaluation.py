@@ -30,10 +30,10 @@ def recall_at_k(
 
     Args:
         embeddings: Shape (N, d), floating point, of any length: they are normalised here.
-        labels: Classes, integers of shape (N,).
+        labels: Classes, integers or bool of shape (N,).
         k: How many neighbours are looked at; more than there are samples means all of them.
         gallery: Samples to search in place of the other queries, shape (M, d).
-        gallery_labels: Their classes, integers of shape (M,).
+        gallery_labels: Their classes, integers or bool of shape (M,).
 
     Returns:
         The recall, 0 to 1, of each k; NaN where all queries are left out.
@@ -49,13 +49,13 @@ def recall_at_k(
         >>> recall_at_k(embeddings, torch.tensor([0, 0, 1, 1]), k=(1, 3))
         {1: 0.75, 3: 1.0}
     """
-    _samples("embeddings", embeddings, "labels", labels)
+    labels = _samples("embeddings", embeddings, "labels", labels)
     if (gallery is None) != (gallery_labels is None):
         missing, given = ("gallery", "gallery_labels") if gallery is None else ("gallery_labels", "gallery")
         raise ValueError(f"{missing}: expected a Tensor beside {given}, got None")
     alone = gallery is None or gallery_labels is None
     if gallery is not None and gallery_labels is not None:
-        _samples("gallery", gallery, "gallery_labels", gallery_labels)
+        gallery_labels = _samples("gallery", gallery, "gallery_labels", gallery_labels)
     wanted = list(k) if isinstance(k, Iterable) else [k]
     if not wanted:
         raise ValueError("k: expected at least one number, got none")
@@ -88,7 +88,7 @@ def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
 
     Args:
         embeddings: Shape (N, d), floating point.
-        labels: Classes, integers of shape (N,).
+        labels: Classes, integers or bool of shape (N,).
         seed: Of k-means, whose result depends on where it starts.
 
     Returns:
@@ -106,7 +106,7 @@ def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
         >>> round(nmi(embeddings, torch.tensor([7, 7, 3, 3])), 6)
         1.0
     """
-    _samples("embeddings", embeddings, "labels", labels)
+    labels = _samples("embeddings", embeddings, "labels", labels)
     if len(labels) == 0:
         raise ValueError("embeddings: expected at least one sample, got none")
     try:
@@ -120,8 +120,8 @@ def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
     return float(normalized_mutual_info_score(labels.cpu().numpy(), clusters, average_method="arithmetic"))
 
 
-def _samples(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> None:
-    """Embeddings (N, d) and integer labels (N,) on one device."""
+def _samples(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> Tensor:
+    """Check for embeddings (N, d) and labels (N,), integers or bool, on one device; return the labels as int64."""
     checks.floating(name, embeddings)
     if embeddings.dim() != 2:
         raise ValueError(f"{name}: expected shape (N, d), got {tuple(embeddings.shape)}")
@@ -131,6 +131,7 @@ def _samples(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> 
     checks.same_device(label_name, labels, name, embeddings)
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(f"{label_name}: expected shape ({len(embeddings)},), got {tuple(labels.shape)}")
+    return labels.long()
 
 
 def _count(labels: Tensor, among: Tensor) -> Tensor:

@@ -156,6 +156,29 @@ def test_broken_arrays(tmp_path: Path) -> None:
             to_tensor(read(tmp_path / "array.pkl"))
 
 
+@pytest.mark.parametrize("zipped", [False, True, None])
+def test_truncated_files(zipped: bool | None, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    if zipped is None:
+        np.savez(path.with_suffix(".npz"), **arrays())
+        path.with_suffix(".npz").rename(path)
+    else:
+        state = {key: torch.from_numpy(value.astype(np.float32)) for key, value in arrays().items()}
+        torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    for end in (len(content) - (zipped is not None), len(content) // 2, 100, 10, 0):
+        path.write_bytes(content[:end])
+        with pytest.raises(pickle.UnpicklingError):
+            point_rend.load_official(head(), path)
+    with pytest.raises(FileNotFoundError):
+        point_rend.load_official(head(), tmp_path / "another")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_keys_of_compiled_models(prefix: str) -> None:
+    check(point_rend.load_official(head(), {f"{prefix}{key}": value for key, value in arrays().items()}))
+
+
 BAD: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda t: t.to("meta"), "fc1.weight, a tensor on the meta device"),
     (lambda t: t.to_sparse(), "fc1.weight, a torch.sparse_coo tensor where a dense one is expected"),
@@ -164,6 +187,8 @@ BAD: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda t: t[:1], r"fc1.weight of shape \(1, 6, 1\)"),
     (lambda t: t.tolist(), "unexpected fc1.weight"),
     (lambda t: np.array(["a"]), "fc1.weight, an array of NumPy's dtype 'U1'"),
+    (lambda t: t.numpy().astype(np.longdouble), "fc1.weight, an array of NumPy's dtype 'f"),
+    (lambda t: np.longdouble(1), "fc1.weight, an array of NumPy's dtype 'f"),
     (lambda t: None, "unexpected fc1.weight"),
 ]
 

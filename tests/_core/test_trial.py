@@ -117,11 +117,21 @@ def test_a_trial_changes_nothing(kind: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_trial_leaves_lazy_modules_alone() -> None:
-    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.MaxPool2d(2))
-    with pytest.raises(ValueError, match=r"model\.1"):
-        swap.pooling(model, example_input=torch.ones(1, 3, 8, 8))
-    assert is_lazy(model[0].weight)
+@pytest.mark.parametrize(
+    ("surgery", "layers"),
+    [
+        (swap.pooling, (nn.LazyConv2d(8, 3), nn.MaxPool2d(2))),
+        (swap.split_batch_norm, (nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d())),
+        (swap.strided_conv, (nn.LazyConv2d(8, 3, stride=2),)),
+    ],
+)
+def test_lazy_modules_run_first(surgery: Any, layers: tuple[nn.Module, ...]) -> None:
+    model, example = nn.Sequential(*layers), torch.ones(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="run it once first"):
+        surgery(model)
+    assert any(map(is_lazy, model.parameters()))
+    model(example)
+    surgery(model)(example)
 
 
 def test_hooks_that_a_host_can_do_without_do_not_run() -> None:
@@ -129,3 +139,11 @@ def test_hooks_that_a_host_can_do_without_do_not_run() -> None:
     model[0].register_forward_hook(lambda *_: calls.append(1))
     swap.pooling(model)
     assert calls == []
+
+
+def test_hooks_that_change_what_reaches_a_module() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2))
+    model[1].register_forward_pre_hook(lambda _, args: torch.cat([args[0], args[0]], 1))
+    model[1].register_forward_pre_hook(lambda _, args, kwargs: (args, {}), with_kwargs=True)
+    assert swap.pooling(model)[1].channels == 16
+    assert model(torch.ones(1, 3, 8, 8)).shape == (1, 16, 3, 3)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 from paper_layers import swap
 from paper_layers.big_bigan import BigBiGANDiscriminator, discriminator_step, encoder_generator_step
@@ -113,6 +114,29 @@ def test_learns(build: Any, terms: tuple[str, ...]) -> None:
     assert all(p.grad is not None for p in model.parameters())  # DDP would wait for the others.
     encoder_generator_step(model, encoder, shaped, images, latents).loss.backward()
     assert generator.weight.grad.any()
+
+
+class Checkpointed(Dense):
+    """Keeps no activations."""
+
+    reentrant = True
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Score images."""
+        return checkpoint(super().forward, images * self.last.weight.sum(), use_reentrant=self.reentrant)
+
+
+def test_reentrant_checkpoints_lose_gradients() -> None:
+    model = swap.bigan_discriminator(Checkpointed(), LATENT, **SMALL)
+    images, latents = batch()
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model(images, latents)
+    with torch.no_grad():
+        model(images, latents)
+    model.eval()(images, latents)
+    model.train().reentrant = False
+    model(images, latents).xz.sum().backward()
+    assert model.body[1].weight.grad.any()
 
 
 def test_keeps_mode_place_and_hooks() -> None:

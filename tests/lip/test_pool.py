@@ -143,7 +143,7 @@ def test_importance() -> None:
 
 
 @pytest.mark.parametrize("form", [*FORMS, "identity"])
-@pytest.mark.parametrize("shape", [(2, 6, 1, 1), (0, 6, 8, 8), (6, 8, 8), (2, 6, 1, 5)])
+@pytest.mark.parametrize("shape", [(2, 6, 1, 1), (1, 6, 1, 1), (6, 1, 1), (0, 6, 8, 8), (6, 8, 8), (2, 6, 1, 5)])
 def test_small_empty_and_unbatched_images(form: str, shape: tuple[int, ...]) -> None:
     pool = trained(LIPPool2d(6, logit=form))
     x = torch.randn(shape, requires_grad=True)
@@ -322,6 +322,15 @@ def test_layers_that_follow_may_work_in_place(form: str, following: nn.Module) -
         model(x).square().sum().backward()
     for got, want in zip(net.parameters(), elsewhere.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad)
+
+
+@pytest.mark.parametrize("norm", [nn.Sequential(nn.InstanceNorm2d(8), nn.Tanh()), nn.Identity()], ids=["tanh", "none"])
+def test_a_layer_in_the_place_of_a_norm_keeps_its_output(norm: nn.Module) -> None:
+    pool, seen = LIPPool2d(6, bottleneck_width=8), []
+    pool.logit.stem.norm1 = norm
+    pool.logit.stem.conv1.register_forward_hook(lambda conv, args, output: seen.extend([output, output.clone()]))
+    pool(torch.randn(2, 6, 8, 8)).sum().backward()
+    assert torch.equal(*seen)
 
 
 def test_the_input_as_its_own_logit_compiles() -> None:

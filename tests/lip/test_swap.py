@@ -141,7 +141,11 @@ def test_timm_layer() -> None:
 
 @pytest.mark.parametrize("kind", [nn.MaxPool2d, nn.AvgPool2d])
 @pytest.mark.parametrize(
-    "geometry", [(2,), (3, 2, 1), (3, 1, 1), ((3, 2), (2, 1), (1, 0)), ([3, 2], [2, 1], [1, 0]), (2, 2, 0, True)]
+    "geometry",
+    [
+        *[(2,), (3, 2, 1), (3, 1, 1), ((3, 2), (2, 1), (1, 0)), ([3, 2], [2, 1], [1, 0]), (2, 2, 0, True)],
+        *[((2,),), ([3], (2,), [1]), (2, ()), ([3], [])],
+    ],
 )
 def test_pool_geometry(kind: type[nn.Module], geometry: tuple[Any, ...]) -> None:
     kernel, *others = geometry
@@ -278,7 +282,8 @@ def test_hooks(surgery: Surgery) -> None:
         target.register_state_dict_pre_hook(lambda *_: calls.append("state_dict_pre")),
     ]
     surgery(model)
-    assert calls == []
+    assert calls == (["pre"] if surgery is swap.pooling else [])  # Which may change what a pool sees.
+    calls.clear()
     model(images().requires_grad_()).sum().backward()
     assert calls == ["pre", "forward", "backward_pre", "backward"]
     model.state_dict()

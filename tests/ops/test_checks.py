@@ -77,6 +77,7 @@ def test_numbers_of_numpy() -> None:
     assert torch.equal(pl.knn(x, k=n(3), dilation=n(2))[0], pl.knn(x, k=3, dilation=2)[0])
     assert torch.equal(pl.uncertain_points(image, n(4))[0], pl.uncertain_points(image, 4)[0])
     assert torch.equal(pl.lip_pool2d(image, image, n(2)), pl.lip_pool2d(image, image, 2))
+    assert torch.equal(pl.lip_pool2d(image, image, [n(3)], [2], (1,)), pl.lip_pool2d(image, image, 3, 2, 1))
     assert torch.equal(pl.split_batch_norm(image, np.array([1, 1])), pl.split_batch_norm(image, [1, 1]))
     loss = pl.SoftTripleLoss(n(3), n(4), margin=np.float32(0.5))
     assert (type(loss.num_classes), type(loss.margin)) == (int, float)

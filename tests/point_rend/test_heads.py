@@ -78,6 +78,18 @@ def test_labels_choose_rows(each: bool) -> None:
     assert not any(g.any() for g in grads)
 
 
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("labels", [None, torch.tensor([2, 0, 3])], ids=["all", "one"])
+def test_layers_without_bias(each: bool, labels: Tensor | None) -> None:
+    with_zeros = PointRendHead(6, 4, 8, coarse_pred_each_layer=each)
+    without = copy.deepcopy(with_zeros)
+    for layer in (*without.layers, without.predictor):
+        layer.bias = None
+    inputs = torch.randn(3, 6, 5), torch.randn(3, 4, 5)
+    torch.testing.assert_close(without(*inputs, labels), with_zeros(*inputs, labels))
+    without.reset_parameters()
+
+
 def test_shares_commute_with_sampling() -> None:
     """Products before sampling give what products after it give, also where points lie outside."""
     ours, theirs = pair(inputs=9)

@@ -208,7 +208,7 @@ def test_labels_of_cells_and_points() -> None:
     assert torch.equal(cells[0, 1:], torch.tensor([1.0, 1, 1, 1, 0, 0, 0]).expand(6, 7))
     points = torch.tensor([[[0.5, 0.5], [0.25, 0.5], [0.5, 0.03], [0.5, 1.5]]])
     torch.testing.assert_close(sample_masks([mask], points, box, None), torch.tensor([[0.5, 1, -1, 0]]))
-    for dtype in (torch.bool, torch.uint8, torch.int64, torch.float16):
+    for dtype in (torch.bool, torch.uint8, torch.uint16, torch.int64, torch.float16):
         values = sample_masks([mask.clamp(min=0).to(dtype)], points, box, None)
         torch.testing.assert_close(values[0, :2], torch.tensor([0.5, 1]))
     logits = torch.tensor([[3.0, -2, 5, 1]])
@@ -252,7 +252,13 @@ def test_values_out_of_range() -> None:
     ours, _ = pair()
     features, boxes, labels = inputs()
     joined = torch.cat(labels)
-    wrong: list[tuple[float, torch.dtype]] = [(255, torch.uint8), (2, torch.int64), (7, torch.int32), (-2, torch.int8)]
+    wrong: list[tuple[float, torch.dtype]] = [
+        (255, torch.uint8),
+        (255, torch.uint16),
+        (2, torch.int64),
+        (7, torch.int32),
+        (-2, torch.int8),
+    ]
     wrong += [(1.5, torch.float32), (-0.5, torch.float16), (torch.nan, torch.float64), (torch.inf, torch.bfloat16)]
     for value, dtype in wrong:
         masks = [mask.to(dtype) for mask in true_masks()]
@@ -291,7 +297,7 @@ def test_dtypes_of_masks_and_labels() -> None:
         return ours(features, boxes, labels, masks, matched=matched, generator=generator)
 
     expected = losses(true_masks(), labels)
-    for dtype in (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, F64):
+    for dtype in (torch.uint8, torch.uint16, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, F64):
         masks = [mask.to(dtype) for mask in true_masks()]
         integers = torch.int16 if dtype.is_floating_point else dtype
         torch.testing.assert_close(losses(masks, [label.to(integers) for label in labels]), expected)

@@ -295,6 +295,18 @@ def test_distributed(tmp_path: Any) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("ignore_index", [2**31 - 1, -(2**40) - 1, -100])
+def test_any_ignore_index(ignore_index: int) -> None:
+    ours, _ = pair()
+    coarse, features = inputs()
+    losses = []
+    for number in (255, ignore_index):
+        ours.ignore_index, target = number, labels()
+        target[target == 255] = number
+        losses.append(ours(coarse, features, target, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(*losses)
+
+
 def test_bad_inputs() -> None:
     ours, _ = pair()
     coarse, features = inputs()

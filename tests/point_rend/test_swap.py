@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 # isort: off
@@ -242,6 +243,22 @@ def test_timm_encoder() -> None:
     with torch.no_grad():
         *_, fine, next_, _, top = model.encoder(x)
         torch.testing.assert_close(model(x), model.point_rend(model.head(top), [fine, next_], size=(64, 64)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints(reentrant: bool) -> None:
+    class Checkpointed(Net):
+        def forward(self, image: Tensor, shift: float = 0.0) -> Any:
+            return checkpoint(super().forward, image, shift, use_reentrant=reentrant)
+
+    model = swap.pointrend(Checkpointed(), **NAMES, **FEW)
+    image = images().requires_grad_()
+    if reentrant:
+        with pytest.raises(ValueError, match="use_reentrant=False"):
+            model(image)
+        return
+    model(image).sum().backward()
+    assert model.head.weight.grad.any()
 
 
 def test_sequential() -> None:

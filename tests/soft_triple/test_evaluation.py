@@ -53,6 +53,13 @@ def test_gallery() -> None:
     assert all(math.isnan(value) for value in nothing.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16])
+def test_labels_of_any_dtype(dtype: torch.dtype) -> None:
+    x, labels = samples(30, 2)
+    expected = recall_at_k(x, labels, KS, gallery=x, gallery_labels=labels)
+    assert recall_at_k(x, labels.to(dtype), KS, gallery=x, gallery_labels=labels) == expected
+
+
 def test_ties_lone_and_empty() -> None:
     x = torch.ones(4, 2)  # All equally near: the neighbour is 1, 0, 0, 0.
     assert recall_at_k(x, torch.tensor([5, -2, -2, 5]), (1, 2)) == {1: 0.25, 2: 0.75}
