@@ -66,7 +66,7 @@ def test_starts_refuses() -> None:
         ([0, 12, 25], "from 0 to 20, got 0 to 25"),
         ([1, 20], "from 0 to 20, got 1 to 20"),
     ]:
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             pl.knn(x, k=2, ptr=torch.tensor(ptr))
     with pytest.raises(ValueError, match="batch: expected numbers from 0 in ascending order, got 1 at position 15"):
         pl.knn(x, k=2, batch=torch.tensor([0] * 10 + [2] * 5 + [1] * 5))
