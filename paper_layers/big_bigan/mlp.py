@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm as normalize
 
 from paper_layers._core import checks
 from paper_layers._core.fusing import unwatched
+from paper_layers._core.tracing import Leaf
 from paper_layers.big_bigan.spectral import SpectralLinear
 
 ACTIVATIONS = ("pre", "post")
@@ -55,7 +56,7 @@ def _owns_output(layer: nn.Module) -> bool:
     return unwatched(layer) and type(layer).forward is SpectralLinear.forward
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(Leaf):
     r"""A perceptron of residual blocks of two layers: H, J and the encoder's head of BigBiGAN.
 
     .. math:: x_{i+1} = S x_i + W_2 \, \mathrm{relu}(W_1 \, \mathrm{relu}(x_i) + b_1) + b_2

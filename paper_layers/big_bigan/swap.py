@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from paper_layers._core import checks
 from paper_layers._core.graft import Grafted, SequentialGraft, Tap, graft, tapped
-from paper_layers._core.surgery import Filter, check_names, placement
+from paper_layers._core.surgery import Filter, check_names, check_sizes, placement
 from paper_layers._core.tracing import leaf
 from paper_layers._core.wrapped import check_free
 from paper_layers.big_bigan import BigBiGANDiscriminator, BigBiGANHeads, Scores
@@ -131,6 +131,7 @@ def bigan_discriminator(
             )
         return model
     name, last = _last_layer(model, filter)
+    check_sizes([(name, last)])
     if "forward" in vars(model):
         raise ValueError("model: expected the forward of its class, got one set on the object")
     ours = SequentialHost if isinstance(model, nn.Sequential) else BigBiGANHost

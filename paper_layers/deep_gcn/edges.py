@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from paper_layers._core import checks
+from paper_layers._core.tracing import leaf
 from paper_layers.ops.knn import knn
 
 FLOWS = ("source_to_target", "target_to_source")
 
 
+@leaf
 def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
     """List the edges of a table of neighbours as PyG does.
 
@@ -48,6 +50,7 @@ def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
     return edges if flow == FLOWS[0] else edges.flip(0)
 
 
+@leaf
 def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, flow: str = "source_to_target") -> Tensor:
     """Make a table of neighbours from PyG's edges.
 
@@ -96,6 +99,7 @@ def table_of_edges(neighbor: Tensor, center: Tensor, degree: Tensor, k: int) -> 
     return table
 
 
+@leaf
 def knn_graph(
     x: Tensor,
     k: int,

@@ -222,6 +222,7 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "point head": (lambda: point_rend.PointRendHead(4, 3, 5), (MAPS.flatten(2), MAPS[:, :3].flatten(2))),
     "latent": (lambda: big_bigan.LatentHead(3, 2, width=4), (X,)),
     "pairs": (lambda: big_bigan.JointHead(3, 3, width=4, depth=2), (X, X)),
+    "perceptron": (lambda: big_bigan.ResidualMLP(3, width=4, depth=2), (X,)),
     "loss": (lambda: paper_layers.SoftTripleLoss(5, 3, 2), (X, TABLE[:, 0] % 5)),
 }
 
@@ -237,6 +238,14 @@ def test_layers_of_the_other_papers(name: str) -> None:
     expected = model(*pair)
     torch.manual_seed(0)
     torch.testing.assert_close(traced(*pair), expected)
+
+
+def test_graph_functions() -> None:
+    def edges(x: Tensor, table: Tensor) -> Tensor:
+        listed = deep_gcn.to_edge_index(table)
+        return torch.cat([deep_gcn.knn_graph(x, 2), deep_gcn.to_edge_index(deep_gcn.from_edge_index(listed, 10))], 1)
+
+    assert torch.equal(fx.symbolic_trace(edges)(X, TABLE), edges(X, TABLE))
 
 
 def test_compiled_one_by_one() -> None:

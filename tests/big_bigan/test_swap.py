@@ -238,3 +238,11 @@ def test_errors_change_nothing() -> None:
         swap.bigan_discriminator(model, LATENT, depth=3)
     assert type(model) is nn.Sequential
     assert [*model.state_dict()] == [*dcgan().state_dict()]
+
+
+def test_lazy_last_layers_run_first() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(1))
+    with pytest.raises(ValueError, match=r"knows its sizes, got LazyLinear.*run it once first"):
+        swap.bigan_discriminator(model, 2, width=4)
+    model(torch.randn(2, 4))
+    assert swap.bigan_discriminator(model, 2, width=4)(torch.randn(2, 4), torch.randn(2, 2)).x.shape == (2,)
