@@ -86,7 +86,7 @@ def test_time_of_unusual_large_clouds_in_float64() -> None:
     x = cloud(20000, 3).double()
     with number_of_threads(1):
         usual = min(seconds(x) for _ in range(3))
-        for scale in (1e155, 1e160, 1e200, 1e-160, 1e-170):
+        for scale in (1e155, 1e160, 1e200, 1e-170):
             assert seconds(x * scale) < 10 * usual + 0.05, scale
 
 
