@@ -72,7 +72,8 @@ def _entries(state_dict: StateDict) -> dict[str, Any]:
     for key in found:
         if not isinstance(key, str):
             raise TypeError(f"state_dict: expected strings as keys, got {key!r}")
-    entries = {key.replace("_orig_mod.", ""): value for key, value in found.items()}  # Of torch.compile.
+    # torch.compile puts this before the keys of a module that it compiles.
+    entries = {key.replace("_orig_mod.", ""): value for key, value in found.items()}
     if all(key.startswith("module.") for key in entries):
         return {key.removeprefix("module."): value for key, value in entries.items()}
     return entries

@@ -17,18 +17,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Tensors whose values a product may read. The last two stand for plain ones while torch traces.
 _PLAIN = (Tensor, nn.Parameter, type(None), FakeTensor, FunctionalTensor)
 
-# The forward of each class that is read, before anybody could replace it.
+# The forward of each class whose layers fused paths read, before anybody could replace it.
 _FORWARDS: dict[type[nn.Module], Any] = {}
 
 
 def known(*kinds: type[nn.Module]) -> None:
-    """Keep the forward of these classes: a fused path must call their layers while another stands in its place."""
+    """Let fused paths read the layers of these classes, as long as the classes keep their forward."""
     _FORWARDS.update((kind, kind.forward) for kind in kinds)
 
 
 def unchanged(kind: type[nn.Module]) -> bool:
-    """Return True where the class's forward is the `known` one, or where none is known."""
-    return kind.forward is _FORWARDS.get(kind, kind.forward)
+    """Return True where the class is `known` and has the forward that it had then."""
+    return kind.forward is _FORWARDS.get(kind)
 
 
 known(nn.Linear, nn.Sequential, nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.PReLU)

@@ -17,12 +17,12 @@ from paper_layers._core.tracing import tracer_of
 
 
 class Grafted(nn.Module):
-    """Comes before the host's own class in a class that `graft` makes; super() is the host."""
+    """Mixin that `graft` places before the host's class; `super()` is the host."""
 
-    # The host's class may have attributes of any name.
-    _graft_prefix: str  # Of the new class's name.
-    _graft_added: str  # The name of the child that we add.
-    _graft_arguments: tuple[Parameter, ...] = ()  # Our forward's arguments beside the host's.
+    # Prefixed, as the host's class may have attributes of any name.
+    _graft_prefix: str  # Prefix of the new class's name.
+    _graft_added: str  # Name of the child that we add.
+    _graft_arguments: tuple[Parameter, ...] = ()  # Arguments that our forward adds to the host's.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the two classes: the one that is made of them cannot be found by its name."""
@@ -30,7 +30,7 @@ class Grafted(nn.Module):
 
 
 class SequentialGraft(Grafted):
-    """Of an nn.Sequential, whose forward calls what it holds one after the other, but not what we have added."""
+    """Mixin for an `nn.Sequential`: its forward calls its own children in turn, and not the child that we add."""
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([module for name, module in self.named_children() if name != self._graft_added])

@@ -81,7 +81,7 @@ def read(path: str | os.PathLike[str]) -> Any:
         pickle.UnpicklingError: There is anything else in it, or it is neither.
     """
     try:
-        return _read(path, _stand_ins())
+        return _read(path)
     except (OSError, pickle.UnpicklingError):
         raise
     except Exception as error:
@@ -90,7 +90,8 @@ def read(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def _read(path: str | os.PathLike[str], stand_ins: dict[str, Any]) -> Any:
+def _read(path: str | os.PathLike[str]) -> Any:
+    stand_ins = _stand_ins()
     if not zipfile.is_zipfile(path):
         content = _unpickle(path, stand_ins)
         if content != torch.serialization.MAGIC_NUMBER:  # With which old files of torch.save begin.

@@ -30,9 +30,9 @@ def check_starts(name: str, ptr: Tensor, rows: int) -> None:
         raise ValueError(f"{name}: expected shape (B + 1,), got (0,)")
     if (numbers[0], numbers[-1]) != (0, rows):
         raise ValueError(f"{name}: expected numbers from 0 to {rows}, got {numbers[0]} to {numbers[-1]}")
-    for position, (before, number) in enumerate(itertools.pairwise(numbers), 1):
-        if number < before:
-            raise ValueError(f"{name}: expected numbers that never descend, got {number} at position {position}")
+    if numbers != sorted(numbers):  # Quicker than a loop, as this runs before every layer.
+        position = next(i for i, (before, number) in enumerate(itertools.pairwise(numbers), 1) if number < before)
+        raise ValueError(f"{name}: expected numbers that never descend, got {numbers[position]} at position {position}")
 
 
 def cloud_count(batch: Tensor) -> int:

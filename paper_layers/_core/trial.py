@@ -113,6 +113,7 @@ def _itself(model: nn.Module, modules: Iterable[M]) -> Iterator[Ready[M]]:
         if isinstance(container, dict):  # Buffers, which may be written in place: the run has copies of them.
             container.update((name, own.clone()) for name, own in container.items() if type(own) is Tensor)
     try:
+        # fork_rng keeps the generator of the CPU, and those of the CUDA devices that it is told of.
         with torch.random.fork_rng([device for device in {*devices} if device.type == "cuda"]):
             yield model, {module: module for module in modules}, devices[0] if devices else torch.device("cpu")
     finally:

@@ -81,8 +81,7 @@ def labels(name: str, values: Tensor, classes: int, ignore_index: int | None = N
 
 
 def integers(name: str, value: Tensor, *sizes: int | str) -> Tensor:
-    """A tensor of any integer dtype as int64, of these sizes, where names stand for any."""
+    """Return a tensor of any integer dtype as int64, of these sizes, where names stand for any."""
     if isinstance(value, Tensor) and value.dtype in _INTEGERS:
         value = value.long()
-    checks.int64(name, value, *sizes)
-    return value
+    return checks.int64(name, value, *sizes)

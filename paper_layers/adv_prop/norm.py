@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paper_layers._core import checks
-from paper_layers._core.fusing import readable
+from paper_layers._core.fusing import known, readable
 from paper_layers._core.recompute import recomputing
 from paper_layers._core.tracing import Leaf
 from paper_layers.ops.split_batch_norm.formulas import statistics_dtype
@@ -63,6 +63,9 @@ class AuxiliaryNorm2d(AuxiliaryNorm, nn.BatchNorm2d):
 
 class AuxiliaryNorm3d(AuxiliaryNorm, nn.BatchNorm3d):
     """An auxiliary branch of a `SplitBatchNorm3d`."""
+
+
+known(AuxiliaryNorm, AuxiliaryNorm1d, AuxiliaryNorm2d, AuxiliaryNorm3d)
 
 
 class AuxiliaryNorms(nn.ModuleList):

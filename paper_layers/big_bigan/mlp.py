@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as normalize
 
 from paper_layers._core import checks
-from paper_layers._core.fusing import unwatched
+from paper_layers._core.fusing import unchanged, unwatched
 from paper_layers._core.tracing import Leaf
 from paper_layers.big_bigan.spectral import SpectralLinear
 
@@ -53,7 +53,7 @@ class _Block(nn.Module):
 
 def _owns_output(layer: nn.Module) -> bool:
     """Return True where the layer's output may be overwritten: a product that neither autograd nor a hook needs."""
-    return unwatched(layer) and type(layer).forward is SpectralLinear.forward
+    return unwatched(layer) and unchanged(SpectralLinear) and type(layer).forward is SpectralLinear.forward
 
 
 class ResidualMLP(Leaf):

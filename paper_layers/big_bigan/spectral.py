@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from paper_layers._core.fusing import is_plain, readable
+from paper_layers._core.fusing import is_plain, known, readable
 from paper_layers.ops.spectral_linear import spectral_linear
 
 _EPS = 1e-12  # The op's, and torch's default.
@@ -39,3 +39,6 @@ class SpectralLinear(nn.Linear):
         plain = len(chain) == 1 and readable(chain, parametrize.ParametrizationList) and readable(norm, _SpectralNorm)
         usual = plain and norm.dim == 0 and norm.n_power_iterations == 1 and norm.eps == _EPS
         return norm if usual and is_plain(chain.original) else None
+
+
+known(SpectralLinear, parametrize.ParametrizationList, _SpectralNorm)

@@ -24,7 +24,8 @@ def starts(x: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor | None
         raise ValueError(f"{name}: expected None for x of shape (B, N, C), got a Tensor")
     if batch is not None:
         return batch_starts(name, numbers, x)
-    if numbers.is_cpu and not torch.compiler.is_compiling():  # What reads it checks it too, without a wait here.
+    # On an accelerator, reading the values here would wait for it; the kernels check them anyway.
+    if numbers.is_cpu and not torch.compiler.is_compiling():
         check_starts(name, numbers, len(x))
     return numbers
 

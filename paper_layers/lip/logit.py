@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers._core.fusing import readable
+from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
 
 BOUND = 12.0  # The gate keeps logits in (0, BOUND).
@@ -46,6 +46,9 @@ class InstanceNorm2d(Leaf, nn.InstanceNorm2d):
     def extra_repr(self) -> str:
         """Channels, epsilon and starting weight, for the repr."""
         return f"{self.num_features}, eps={self.eps}, initial_weight={self.initial_weight}"
+
+
+known(InstanceNorm2d)
 
 
 def relu_of(norm: nn.Module, input: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers._core import checks
-from paper_layers._core.fusing import readable
+from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
 
 
@@ -195,3 +195,6 @@ class PointRendHead(Leaf):
         # Where indexing would count a label of -1 from the end, this raises.
         row = weight.index_select(0, labels)[:, None]
         return row, None if bias is None else bias.index_select(0, labels)[:, None]
+
+
+known(PointRendHead)

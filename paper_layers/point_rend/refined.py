@@ -51,7 +51,8 @@ def refined(
         result = _with_points(point_rend, logits, coarse, features) if target is None else logits
     if output is logits and target is None:
         return result
-    output = {} if output is logits else output.copy()  # Of an fx.Interpreter's dictionary, which nobody can write to.
+    # A copy, as an fx.Interpreter hands out a dictionary that nobody can write to.
+    output = {} if output is logits else output.copy()
     output["out"] = result
     if target is not None:
         output["loss_point"] = point_rend.point_loss(coarse, features, target)
@@ -74,7 +75,7 @@ def _with_points(point_rend: PointRendSemantic, logits: Tensor, coarse: Tensor, 
 
 
 class SequentialHost(SequentialGraft, SemanticHost):
-    """An nn.Sequential, whose forward calls what it holds one after the other, but not what we have added."""
+    """Graft on an `nn.Sequential`."""
 
 
 class MaskHost(Grafted):
