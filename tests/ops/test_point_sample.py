@@ -25,8 +25,8 @@ def formula(points: Tensor, *maps: Tensor, boxes: Any = None, spatial_scale: Any
     image = torch.arange(len(points))
     grid, p = points.shape[1:-1], points.flatten(1, -2)
     if boxes is not None:
-        image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
-        corners = torch.cat(list(boxes)).to(p.dtype)[:, None]
+        image = torch.tensor([i for i, b in enumerate(boxes) for _ in b], dtype=torch.int64)
+        corners = torch.cat([p.new_empty(0, 4), *boxes])[:, None]
         p = corners[..., :2] + p * (corners[..., 2:] - corners[..., :2])
     levels = []
     for level, map in enumerate(maps):
