@@ -266,7 +266,8 @@ def lip_pool2d(
 
     Equation 1 of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019, with
     importance :math:`F = e^l`. Padding has weight zero. Computed relative to the largest logit, so any
-    finite logits are safe; half types accumulate in float32. Constant logits give average pooling
+    finite logits are safe; a weight that underflows is zero, and makes NaN of an infinite input. Half types
+    accumulate in float32. Constant logits give average pooling
     without the padding, ``logit=input`` gives SoftPool.
 
     Args:
