@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from paper_layers._core._torch_private import tree_leaves
 from paper_layers._core.tracing import tracer_of
 
 

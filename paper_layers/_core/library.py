@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from paper_layers._core._torch_private import register_decomposition
 from paper_layers._core.version import __version__
+from paper_layers._core.vmap import Rule
 
 library = torch.library.Library("paper_layers", "DEF")
 
@@ -17,8 +19,23 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _status: dict[str, str] = {}
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an op: its schema, its reference for every backend without a kernel, its shapes for tracing."""
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    decompose: bool | Callable[..., Any] = False,
+    vmap: Rule | None = None,
+) -> Any:
+    """Define an op and return it.
+
+    Args:
+        schema: Name, arguments and results.
+        reference: The formula in PyTorch, for every backend without a kernel.
+        fake: The shapes, for tracing.
+        decompose: Let ONNX export, which knows no op of ours, write the reference, or this function, in its place.
+        vmap: The rule of an op that needs no gradient.
+    """
     name = schema.split("(", 1)[0]
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     library.impl(name, reference, "CompositeExplicitAutograd")
@@ -26,6 +43,12 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     op = getattr(torch.ops.paper_layers, name).default
     if op._schema.is_mutable:
         library.impl(name, _without_negative_bits(op), "Negative")
+    if decompose:
+        register_decomposition(op)(reference if decompose is True else decompose)
+    if vmap is not None:
+        torch.library.register_vmap(
+            f"paper_layers::{name}", lambda info, dims, *args: vmap(op, info.batch_size, dims, args), lib=library
+        )
     return op
 
 

@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.utils.checkpoint as torch_checkpoint
+from torch.utils.checkpoint import CheckpointFunction
+
+from paper_layers._core._torch_private import CheckpointFrame, in_backward
 
 Context = Callable[[], AbstractContextManager[None]]
 
@@ -17,7 +19,7 @@ Context = Callable[[], AbstractContextManager[None]]
 def recomputing() -> bool:
     """Return True where `torch.utils.checkpoint` computes a forward pass again for its backward."""
     # Only a backward has a graph task. A compiled graph moves statistics by its own rules.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and in_backward()
 
 
 class _Open(threading.local):
@@ -63,8 +65,8 @@ def _in_open_contexts(function: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _watch_checkpoints() -> None:
     """Let torch's two forms of checkpointing keep the open contexts with what they recompute."""
-    frame: Any = torch_checkpoint._CheckpointFrame
-    reentrant: Any = torch_checkpoint.CheckpointFunction
+    frame: Any = CheckpointFrame
+    reentrant: Any = CheckpointFunction
     make_frame, forward = frame.__init__, reentrant.forward
 
     def make_kept_frame(self: Any, recompute_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from paper_layers._core._torch_private import tree_map_only
 from paper_layers._core.surgery import check_sizes
 
 _GUESSED_SIZE = 224

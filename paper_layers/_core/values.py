@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paper_layers._core import checks
+from paper_layers._core._torch_private import assert_async
 from paper_layers._core.library import define, library
 
 WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # Torch stores them, and does little else.
@@ -30,7 +31,7 @@ def _within(values: Tensor, low: float, high: float, other: float | None, expect
 def _within_cuda(values: Tensor, low: float, high: float, other: float | None, expected: str) -> Tensor:
     if values.numel():
         smallest, largest = (limit.double() for limit in _limits(values, low, other))
-        torch._assert_async((smallest >= low) & (largest <= high), expected)
+        assert_async((smallest >= low) & (largest <= high), expected)
     return values.clone()
 
 
@@ -38,19 +39,14 @@ def _within_fake(values: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(values)
 
 
-def _within_vmap(info: Any, in_dims: tuple[Any, ...], values: Tensor, *rest: Any) -> tuple[Tensor, Any]:
-    return _op(values, *rest), in_dims[0]
-
-
 _op = define(
     "values_within(Tensor values, Scalar low, Scalar high, Scalar? other, str expected) -> Tensor",
     _within,
     _within_fake,
+    decompose=lambda values, *rest: values.clone(),  # What ONNX export writes does not check.
+    vmap=lambda op, _, in_dims, arguments: (op(*arguments), in_dims[0]),
 )
 library.impl("values_within", _within_cuda, "CUDA")
-torch.library.register_vmap("paper_layers::values_within", _within_vmap, lib=library)
-# ONNX export knows no op of ours; what it writes does not check.
-torch._decomp.register_decomposition(_op)(lambda values, *rest: values.clone())
 
 
 def within(name: str, values: Tensor, low: float, high: float, expected: str, *, other: float | None = None) -> Tensor:
@@ -80,8 +76,11 @@ def labels(name: str, values: Tensor, classes: int, ignore_index: int | None = N
     return within(name, values, 0, classes - 1, expected, other=ignore_index)
 
 
+def widened(value: Any) -> Any:
+    """Return a tensor of any integer dtype as int64, which torch's losses take, and all else as it is."""
+    return value.long() if isinstance(value, Tensor) and value.dtype in _INTEGERS else value
+
+
 def integers(name: str, value: Tensor, *sizes: int | str) -> Tensor:
     """Return a tensor of any integer dtype as int64, of these sizes, where names stand for any."""
-    if isinstance(value, Tensor) and value.dtype in _INTEGERS:
-        value = value.long()
-    return checks.int64(name, value, *sizes)
+    return checks.int64(name, widened(value), *sizes)

@@ -1,4 +1,4 @@
-"""What the ops' rules for vmap share."""
+"""Rules for `torch.vmap`: how one call of an op computes a whole batch of calls."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def extent(tensor: Tensor, vmapped: int | None, dim: int) -> int:
-    """The size of a dimension in each element of a tensor, of which there may be none."""
-    return (tensor if vmapped is None else tensor.movedim(vmapped, -1)).shape[dim]
+# Takes a function, the size of the vmapped dimension, where it is in each argument (or None), and the arguments;
+# returns the results, and where the dimension is in each of them.
+Rule = Callable[[Callable[..., Any], int, tuple[Any, ...], tuple[Any, ...]], tuple[Any, Any]]
 
 
 def one_by_one(
-    function: Callable[..., tuple[Tensor, ...]], batch_size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    function: Callable[..., Any], batch_size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[Any, Any]:
     """Call the function once for each element, for ops without a batch dimension."""
 
     def element(argument: Any, dim: Any, i: int) -> Any:
@@ -28,8 +27,45 @@ def one_by_one(
 
     # Without elements, one of zeros tells the shapes of the results.
     results = [
-        function(*(element(a, d, i) for a, d in zip(arguments, in_dims, strict=False)))
+        function(*(element(a, d, i) for a, d in zip(arguments, in_dims, strict=True)))
         for i in range(max(1, batch_size))
     ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results)[:batch_size], 0
     stacked = tuple(torch.stack(parts)[:batch_size] for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
+
+
+def folded(into: int = 0, renumber: Callable[..., tuple[Any, ...]] | None = None) -> Rule:
+    """Make a rule for ops whose dimension `into` is one of independent elements: call once, with more of these.
+
+    Args:
+        into: The dimension of all arguments and results that the vmapped dimension is moved into.
+        renumber: Called with the batch size and the arguments (B, ...); returns them with numbers of elements that
+            count through the batch.
+    """
+
+    def rule(
+        function: Callable[..., Any], batch_size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
+        if batch_size == 0:
+            return one_by_one(function, batch_size, in_dims, arguments)
+        batched = tuple(
+            (a.movedim(d, 0) if isinstance(d, int) else a.expand(batch_size, *a.shape)) if isinstance(a, Tensor) else a
+            for a, d in zip(arguments, in_dims, strict=True)
+        )
+        if renumber is not None:
+            batched = renumber(batch_size, *batched)
+        results = function(
+            *(a.movedim(0, into).flatten(into, into + 1) if isinstance(a, Tensor) else a for a in batched)
+        )
+        if isinstance(results, Tensor):
+            return results.unflatten(into, (batch_size, -1)), into
+        # An empty tensor stands for a result that nobody asked for.
+        parts = tuple(
+            r.expand(batch_size, 0).movedim(0, min(into, 1)) if r.shape == (0,) else r.unflatten(into, (batch_size, -1))
+            for r in results
+        )
+        return parts, (into,) * len(parts)
+
+    return rule

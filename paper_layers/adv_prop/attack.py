@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from paper_layers._core.checks import int64, integer, number, same_device
+from paper_layers._core import checks, values
 from paper_layers.adv_prop.ball import Ball, Values
 from paper_layers.adv_prop.branch import branch as one_branch
 from paper_layers.adv_prop.norm import SplitBatchNorm
@@ -53,7 +53,7 @@ def pgd(
     Args:
         model: Answers with logits (N, classes).
         x: Images (N, C, ...), in one of float32, float64, bfloat16, float16.
-        y: True classes (N,), int64.
+        y: True classes (N,), integers.
         eps: Largest change of a pixel, in grey levels.
         step_size: Change of a pixel by a step, in grey levels.
         steps: Number of steps, each a forward and a backward to x.
@@ -83,12 +83,12 @@ def pgd(
         >>> bool((adversarial - x).abs().max() <= 4.001 / 255)
         True
     """
-    integer("steps", steps, 0)
+    checks.integer("steps", steps, 0)
     ball = Ball(x, eps, step_size, bounds, mean, std)
-    int64("y", y, len(x))
-    same_device("y", y, "x", x)
+    y = values.integers("y", y, len(x))
+    checks.same_device("y", y, "x", x)
     if not isinstance(random_start, bool):
-        number("random_start", random_start)
+        checks.number("random_start", random_start)
     if not 0 <= random_start <= 1:
         raise ValueError(f"random_start: expected a probability from 0 to 1, got {random_start}")
     if isinstance(model, DistributedDataParallel):  # Which takes every forward for a training step.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers._core import values
 from paper_layers.adv_prop.ball import Ball, Values
 from paper_layers.adv_prop.branch import branch
 from paper_layers.adv_prop.norm import SplitBatchNorm
@@ -51,7 +52,7 @@ def fast_adv_prop_backward(
     Args:
         model: In training mode, with norms that ``swap.split_batch_norm(model, split_sizes=(0.8, 0.2))`` has split.
         x: Images (N, C, ...).
-        y: Labels, as the criterion takes them, one for each image.
+        y: Labels, as the criterion takes them, one for each image; integers become int64.
         eps: Largest change of a pixel, in grey levels: see `pgd`, as of `bounds`, `mean` and `std`.
         step_size: Change of a pixel by the step, in grey levels.
         bounds: Values of black and white.
@@ -82,6 +83,7 @@ def fast_adv_prop_backward(
         ...     loss = fast_adv_prop_backward(model, x, y, bounds=(0, 1))
         ...     optimizer.step()
     """
+    y = values.widened(y)
     norms = split_norms(model)
     sizes = norms[0].sizes(len(x))
     for norm in norms:

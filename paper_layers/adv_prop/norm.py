@@ -10,19 +10,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from paper_layers._core import checks
+from paper_layers._core import checks, dtypes
+from paper_layers._core._torch_private import BatchNorm
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.recompute import recomputing
 from paper_layers._core.tracing import Leaf
-from paper_layers.ops.split_batch_norm.formulas import statistics_dtype
 from paper_layers.ops.split_batch_norm.op import check_split_sizes, normalize_splits, update_statistics
 
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-class AuxiliaryNorm(_BatchNorm):
+class AuxiliaryNorm(BatchNorm):
     """Parameters and statistics of an auxiliary branch: the norm that it belongs to computes with them.
 
     Its classes for 1, 2 and 3 dimensions are batch norms of torch's classes, which loops over modules find.
@@ -91,7 +90,7 @@ class AuxiliaryNorms(nn.ModuleList):
             )
 
 
-class SplitBatchNorm(Leaf, _BatchNorm):
+class SplitBatchNorm(Leaf, BatchNorm):
     """What the norms of all dimensions share. Attributes are those of torch's, and `num_splits`, `split_sizes`."""
 
     aux_bn: AuxiliaryNorms
@@ -134,7 +133,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
         )
 
     @property
-    def branches(self) -> list[_BatchNorm]:
+    def branches(self) -> list[BatchNorm]:
         """The main norm, which is this module itself, and the auxiliary ones."""
         return [self, *self.aux_bn]
 
@@ -206,7 +205,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
             norm._owner = ()
         return output
 
-    def normalize(self, input: Tensor, norms: list[_BatchNorm]) -> Tensor:
+    def normalize(self, input: Tensor, norms: list[BatchNorm]) -> Tensor:
         """Normalise a batch by these branches, its parts where there are several."""
         if not self.training and norms[0].running_mean is not None:
             norm = norms[0]
@@ -233,7 +232,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
         """Return True while `update_bn` runs: it sets the momentum of every norm to None, and wants no gradients."""
         return not torch.is_grad_enabled() and any(norm.momentum is None for norm in self.aux_bn)
 
-    def _parts(self, input: Tensor, norms: Sequence[_BatchNorm]) -> list[int]:
+    def _parts(self, input: Tensor, norms: Sequence[BatchNorm]) -> list[int]:
         """How many samples each of these branches gets."""
         sizes = [input.shape[0]] if len(norms) == 1 else self.sizes(input.shape[0])
         if sum(sizes) != input.shape[0]:
@@ -241,7 +240,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
         return sizes
 
     def _normalize(
-        self, input: Tensor, norms: Sequence[_BatchNorm], sizes: list[int]
+        self, input: Tensor, norms: Sequence[BatchNorm], sizes: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
         """Output, means, biased variances and numbers of values of the splits: synchronised norms override it."""
         counts = [size * input.shape[2:].numel() for size in sizes]
@@ -252,11 +251,11 @@ class SplitBatchNorm(Leaf, _BatchNorm):
         return output, mean, var, counts
 
     def _normalize_some(
-        self, input: Tensor, norms: Sequence[_BatchNorm], sizes: list[int], counts: list[int]
+        self, input: Tensor, norms: Sequence[BatchNorm], sizes: list[int], counts: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
         """Where some parts, or all, have no values; their parameters have gradients of zero, as torch's have."""
         filled = [i for i, count in enumerate(counts) if count]
-        mean = input.new_zeros(len(norms), input.shape[1], dtype=statistics_dtype(input.dtype))
+        mean = input.new_zeros(len(norms), input.shape[1], dtype=dtypes.accumulation(input))
         var = mean.clone()
         outputs = [
             F.batch_norm(part, None, None, norm.weight, norm.bias, training=True)
@@ -270,7 +269,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
             outputs.append(output)
         return torch.cat(outputs), mean, var, counts
 
-    def _count_batch(self, norm: _BatchNorm) -> float | Tensor:
+    def _count_batch(self, norm: BatchNorm) -> float | Tensor:
         """Count one more batch; returns its share in the running statistics."""
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -292,7 +291,7 @@ class SplitBatchNorm(Leaf, _BatchNorm):
         return f"{super().extra_repr()}, num_splits={self.num_splits}{sizes}"
 
 
-def affine_of(norms: Sequence[_BatchNorm]) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+def affine_of(norms: Sequence[BatchNorm]) -> tuple[list[Tensor] | None, list[Tensor] | None]:
     """Weights and biases, each None where the norms have none."""
     weight, bias = ([getattr(norm, name) for norm in norms] for name in ("weight", "bias"))
     return None if weight[0] is None else weight, None if bias[0] is None else bias

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from paper_layers._core import values
+from paper_layers._core._torch_private import tree_map_only
 from paper_layers.adv_prop.norm import SplitBatchNorm
 
 # The usual weights of auxiliary losses: 0.4 for Inception v3's one, 0.3 for each of GoogLeNet's two.
@@ -39,7 +40,7 @@ def adv_prop_loss(
     Args:
         model: In training mode, with norms split in two: see `paper_layers.swap.split_batch_norm`.
         x: Images (N, C, ...).
-        y: Labels, as the criterion takes them.
+        y: Labels, as the criterion takes them; integers become int64.
         attack: ``attack(model, x, y)`` makes images like x, as `pgd` does.
         criterion: ``criterion(logits, y)`` of either half; of other outputs than logits, ``criterion(output, y)``.
 
@@ -66,6 +67,7 @@ def adv_prop_loss(
         ...     optimizer.step()
         >>> _ = swap.plain_batch_norm(model).eval()  # The network as it was, for inference.
     """
+    y = values.widened(y)
     norms = split_norms(model)
     for norm in norms:
         if (sizes := norm.sizes(2 * len(x))) != [len(x)] * 2:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from paper_layers._core._torch_private import BatchNorm
 from paper_layers._core.checks import integer
 from paper_layers._core.surgery import Filter, called, check_names, select
 from paper_layers.adv_prop.norm import (
@@ -82,7 +82,7 @@ def split_batch_norm(
     wanted = (setting.num_splits, setting.split_sizes)
 
     def fits(module: nn.Module) -> bool:
-        return isinstance(module, _BatchNorm) and not isinstance(module, SplitBatchNorm | AuxiliaryNorm)
+        return isinstance(module, BatchNorm) and not isinstance(module, SplitBatchNorm | AuxiliaryNorm)
 
     norms = select(model, "batch norm", fits, lambda module: isinstance(module, SplitBatchNorm), filter)
     for name, module in model.named_modules():
@@ -95,7 +95,7 @@ def split_batch_norm(
                 )
     kinds: list[type[SplitBatchNorm]] = []
     for norm, name in norms.items():
-        if isinstance(norm, _BatchNorm) and hasattr(norm, "aux_bn"):
+        if isinstance(norm, BatchNorm) and hasattr(norm, "aux_bn"):
             raise ValueError(
                 f"{called(name)}: expected a norm that is not split, got {type(norm).__name__} of another package; "
                 "split the norms of the plain model, and load its state dict, which has the same keys"

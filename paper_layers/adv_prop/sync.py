@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from paper_layers._core import dtypes
+from paper_layers._core._torch_private import BatchNorm
 from paper_layers.adv_prop.norm import AuxiliaryNorm2d, SplitBatchNorm, affine_of
-from paper_layers.ops.split_batch_norm.formulas import statistics_dtype
 from paper_layers.ops.split_batch_norm.op import parameters
 from paper_layers.ops.split_batch_norm.steps import (
     split_backward_input,
@@ -60,18 +60,18 @@ class SplitSyncBatchNorm(SplitBatchNorm, nn.BatchNorm2d):
         group = self.process_group
         return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
-    def _parts(self, input: Tensor, norms: Sequence[_BatchNorm]) -> list[int]:
+    def _parts(self, input: Tensor, norms: Sequence[BatchNorm]) -> list[int]:
         try:
             return super()._parts(input, norms)
         except ValueError:
             if self._is_synchronised():  # The others wait for this process's values: tell them that none will come.
-                rows = torch.zeros(self.num_splits, 1 + 2 * input.shape[1], dtype=statistics_dtype(input.dtype))
+                rows = torch.zeros(self.num_splits, 1 + 2 * input.shape[1], dtype=dtypes.accumulation(input))
                 rows[:, 0] = -1 - input.shape[0]
                 _gather(rows.to(input.device), self.process_group)
             raise
 
     def _normalize(
-        self, input: Tensor, norms: Sequence[_BatchNorm], sizes: list[int]
+        self, input: Tensor, norms: Sequence[BatchNorm], sizes: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
         if not self._is_synchronised():
             return super()._normalize(input, norms, sizes)
@@ -119,7 +119,7 @@ class _Synchronised(torch.autograd.Function):
         ctx.eps, ctx.group = eps, group
         some, own_sizes = ctx.own = _filled(sizes, input.shape[2])
         # All branches have a row, so that processes that run different ones find out.
-        rows = input.new_zeros(num_splits, 1 + 2 * input.shape[1], dtype=statistics_dtype(input.dtype))
+        rows = input.new_zeros(num_splits, 1 + 2 * input.shape[1], dtype=dtypes.accumulation(input))
         rows[:, 0] = math.inf
         own = rows[run].zero_()
         if own_sizes:

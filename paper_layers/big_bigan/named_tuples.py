@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from torch.utils import _pytree
+from paper_layers._core._torch_private import register_namedtuple
 
 T = TypeVar("T", bound=type)
 
 
 def exported(kind: T) -> T:
     """Give a named tuple the name that it has in exported programs; `torch.export.load` needs its import first."""
-    _pytree._register_namedtuple(kind, serialized_type_name=f"paper_layers.big_bigan.{kind.__name__}")
+    register_namedtuple(kind, serialized_type_name=f"paper_layers.big_bigan.{kind.__name__}")
     return kind

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm
 
+from paper_layers._core._torch_private import SpectralNorm
 from paper_layers._core.fusing import is_plain, known, readable
 from paper_layers.ops.spectral_linear import spectral_linear
 
@@ -36,9 +36,9 @@ class SpectralLinear(nn.Linear):
             return None
         chain: Any = self.parametrizations.weight  # type: ignore[union-attr]
         norm = chain[0]
-        plain = len(chain) == 1 and readable(chain, parametrize.ParametrizationList) and readable(norm, _SpectralNorm)
+        plain = len(chain) == 1 and readable(chain, parametrize.ParametrizationList) and readable(norm, SpectralNorm)
         usual = plain and norm.dim == 0 and norm.n_power_iterations == 1 and norm.eps == _EPS
         return norm if usual and is_plain(chain.original) else None
 
 
-known(SpectralLinear, parametrize.ParametrizationList, _SpectralNorm)
+known(SpectralLinear, parametrize.ParametrizationList, SpectralNorm)

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
+from paper_layers._core._torch_private import AvgPool, Conv, MaxPool
 from paper_layers._core.surgery import Filter, become, called, check_names, exactly, placement, select
 from paper_layers._core.trial import M, trial_run
 from paper_layers.lip.conv import FOLDS, LIPConv2d, Refusal, own_logit, stride_pool
@@ -177,7 +176,7 @@ def strided_conv(
 
 def _pool_like(module: nn.Module) -> str | None:
     kind = type(module)
-    if isinstance(module, _MaxPoolNd | _AvgPoolNd):
+    if isinstance(module, MaxPool | AvgPool):
         return kind.__name__
     if not kind.__module__.startswith(("torch.nn.", "paper_layers.")) and "forward" in vars(kind):
         try:
@@ -189,7 +188,7 @@ def _pool_like(module: nn.Module) -> str | None:
 
 
 def _conv_like(module: Any) -> str | None:
-    if not isinstance(module, _ConvNd) or module.transposed or max(module.stride) == 1:
+    if not isinstance(module, Conv) or module.transposed or max(module.stride) == 1:
         return None
     if type(module) is nn.Conv2d:
         return "nn.Conv2d with kernel_size equal to stride (patch embeddings: a filter that accepts them swaps them)"

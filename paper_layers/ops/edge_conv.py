@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paper_layers._core import checks, outputs
-from paper_layers._core.aliases import distinct
-from paper_layers._core.autograd import Function
+from paper_layers._core import checks
+from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
 from paper_layers._core.vmap import one_by_one
@@ -113,21 +112,12 @@ def _checked_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _backward_reference(*arguments)
 
 
-def _backward_fake(
-    grad: Tensor,
-    grad_mean: Tensor,
-    grad_var: Tensor,
-    center: Tensor,
-    neighbor: Tensor,
-    index: Tensor,
-    slope: Tensor,
-    output: Tensor,
-    mean: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    center, neighbor, _, slope = arguments[3:7]
     return center.new_empty(center.shape), neighbor.new_empty(neighbor.shape), slope.new_empty(())
 
 
-_edge_conv_op = define(
+_forward_op = define(
     "edge_conv(Tensor center, Tensor neighbor, Tensor index, Tensor slope, Tensor? smallest, bool statistics) "
     "-> (Tensor, Tensor, Tensor)",
     _reference,
@@ -141,67 +131,29 @@ _backward_op = define(
 )
 
 
-class _EdgeConv(Function):
-    @staticmethod
-    def forward(
-        center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None, statistics: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _edge_conv_op(center, neighbor, index, slope, smallest, statistics)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, ctx.statistics = inputs
-        outputs.save(ctx, tuple(tensors), output[:2])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = outputs.load(ctx, lambda *tensors: _EdgeConv.apply(*tensors, ctx.statistics)[:2])
-        center, neighbor, index, slope, _, output, mean = saved
-        tensors = distinct(*grads, center, neighbor, index, slope, output, mean)
-        center, neighbor, slope = _EdgeConvBackward.apply(*tensors)
-        return center, neighbor, None, slope, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return one_by_one(_EdgeConv.apply, info.batch_size, in_dims, arguments)
+def _forward(
+    center: Tensor, neighbor: Tensor, slope: Tensor, index: Tensor, smallest: Tensor | None, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_op(center, neighbor, index, slope, smallest, statistics)
 
 
-class _EdgeConvBackward(Function):
-    @staticmethod
-    def forward(
-        grad: Tensor,
-        grad_mean: Tensor,
-        grad_var: Tensor,
-        center: Tensor,
-        neighbor: Tensor,
-        index: Tensor,
-        slope: Tensor,
-        output: Tensor,
-        mean: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward_op(grad, grad_mean, grad_var, center, neighbor, index, slope, output, mean)
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *grads, center, neighbor, slope, index, _, output, mean, _ = arguments
+    return _backward_op(*grads, center, neighbor, index, slope, output, mean)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *others, index, slope, output, mean = ctx.saved_tensors
+def _formula(
+    grad: Tensor, grad_mean: Tensor, grad_var: Tensor, center: Tensor, neighbor: Tensor, slope: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    index, smallest, statistics = others
+    output = _kept(center, neighbor, index, slope, smallest).detach()
+    mean = _mean(center, neighbor, index, slope) if statistics else slope.new_empty(0)
+    return _backward_reference(grad, grad_mean, grad_var, center, neighbor, index, slope, output, mean)
 
-        def first_order(
-            grad: Tensor, grad_mean: Tensor, grad_var: Tensor, center: Tensor, neighbor: Tensor, slope: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            # The mean is a function of the others.
-            means = _mean(center, neighbor, index, slope) if len(mean) else mean
-            return _backward_reference(grad, grad_mean, grad_var, center, neighbor, index, slope, output, means)
 
-        *others, slope = torch.func.vjp(first_order, *others, slope)[1](grads)
-        return *others, None, slope, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return one_by_one(_EdgeConvBackward.apply, info.batch_size, in_dims, arguments)
+_edge_conv = differentiable(
+    "edge_conv", _forward, _backward, formula=_formula, vmap=one_by_one, outputs=3, exposed=(0, 1)
+)
 
 
 @leaf
@@ -286,8 +238,9 @@ def edge_conv(
         number = checks.number("negative_slope", negative_slope)
         slope = torch.full((), number, dtype=wide, device=center.device)
     if center.dim() == 2:
-        return _EdgeConv.apply(*distinct(center, neighbor, index, slope, smallest), bool(statistics))
+        return _edge_conv(center, neighbor, slope, index, smallest, (bool(statistics),))
     flat = flat_index(index, neighbor.shape[1])
-    tensors = distinct(center.flatten(0, 1), neighbor.flatten(0, 1), flat, slope, smallest)
-    output, mean, var = _EdgeConv.apply(*tensors, bool(statistics))
+    output, mean, var = _edge_conv(
+        center.flatten(0, 1), neighbor.flatten(0, 1), slope, flat, smallest, (bool(statistics),)
+    )
     return output.view(center.shape), mean, var

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from paper_layers._core.library import define, library
+from paper_layers._core.library import define
 from paper_layers._core.vmap import one_by_one
 
 
@@ -30,13 +28,7 @@ def _fake(index: Tensor, rows: int) -> Tensor:
     return index.new_empty(index.shape[0] * index.shape[1], index.shape[2])
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    (flat,), (dim,) = one_by_one(lambda *a: (flat_index(*a),), info.batch_size, in_dims, arguments)
-    return flat, dim
-
-
-_op = define("flat_index(Tensor index, SymInt rows) -> Tensor", _reference, _fake)
-torch.library.register_vmap("paper_layers::flat_index", _vmap, lib=library)
+_op = define("flat_index(Tensor index, SymInt rows) -> Tensor", _reference, _fake, vmap=one_by_one)
 
 
 def flat_index(index: Tensor, rows: int) -> Tensor:

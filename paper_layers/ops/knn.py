@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers._core import checks
-from paper_layers._core.aliases import distinct
-from paper_layers._core.autograd import Function
+from paper_layers._core import checks, dtypes
+from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
 from paper_layers._core.ragged import batch_starts, check_starts, cloud_count
 from paper_layers._core.tracing import leaf
@@ -46,10 +45,6 @@ def _clouds(query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr:
     q, p = query_ptr.tolist(), points_ptr.tolist()
     for b in range(len(q) - 1):
         yield _Cloud(slice(q[b], q[b + 1]), slice(p[b], p[b + 1]), p[b])
-
-
-def _distance_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _pairwise(query: Tensor, points: Tensor, inner: bool) -> Tensor:
@@ -102,22 +97,12 @@ def _reference(
             index[block] = torch.where(valid, order + cloud.offset, -1)
             distance[block] = torch.where(valid, ordered, torch.inf)
     shape = (*query.shape[:-1], k)
-    return index.view(shape), distance.to(_distance_dtype(query.dtype)).view(shape)
+    return index.view(shape), distance.to(dtypes.accumulation(query)).view(shape)
 
 
-def _fake(
-    query: Tensor,
-    points: Tensor,
-    query_ptr: Tensor | None,
-    points_ptr: Tensor | None,
-    k: int,
-    dilation: int,
-    inner: bool,
-    include_self: bool,
-    ranks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, points: Tensor, query_ptr: Any, points_ptr: Any, k: int, *_: Any) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:-1], k)
-    return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=_distance_dtype(query.dtype))
+    return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=dtypes.accumulation(query))
 
 
 def _backward_reference(
@@ -144,7 +129,7 @@ def _checked_backward(grad: Tensor, query: Tensor, points: Tensor, index: Tensor
     return _backward_reference(grad, query, points, index, inner)
 
 
-def _backward_fake(grad: Tensor, query: Tensor, points: Tensor, index: Tensor, inner: bool) -> tuple[Tensor, Tensor]:
+def _backward_fake(grad: Tensor, query: Tensor, points: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), points.new_empty(points.shape)
 
 
@@ -153,7 +138,7 @@ def _backward_of_grad(
 ) -> Tensor:
     """The gradient of what `_backward_reference` returns, weighted, with respect to its `grad`."""
     flat = index if index.dim() == 2 else flat_index(index, points.shape[1])
-    dtype = _distance_dtype(query.dtype)
+    dtype = dtypes.accumulation(query)
     rows, to_rows = (t.flatten(0, -2).to(dtype) for t in (query, to_query))
     targets, to_targets = (t.flatten(0, -2).to(dtype) for t in (points, to_points))
     if targets.shape[0] == 0:
@@ -180,66 +165,41 @@ _backward_op = define(
     _backward_fake,
 )
 
-_Settings = tuple[int, int, bool, bool]  # k, dilation, inner, include_self
+
+def _forward(query: Tensor, points: Tensor, query_ptr: Any, points_ptr: Any, ranks: Any, *settings: Any) -> Any:
+    try:
+        return _knn_op(query, points, query_ptr, points_ptr, *settings, ranks)
+    except RuntimeError:  # The kernel reads starts anyway, so they are checked here only after it refuses them.
+        if query_ptr is not None and points_ptr is not None and query_ptr.is_cpu:
+            _check_ptr(query, points, query_ptr, points_ptr)
+        raise
 
 
-class _KNN(Function):
-    @staticmethod
-    def forward(
-        query: Tensor,
-        points: Tensor,
-        query_ptr: Tensor | None,
-        points_ptr: Tensor | None,
-        ranks: Tensor | None,
-        settings: _Settings,
-    ) -> tuple[Tensor, Tensor]:
-        try:
-            return _knn_op(query, points, query_ptr, points_ptr, *settings, ranks)
-        except RuntimeError:  # The kernel reads starts anyway, so they are checked here only after it refuses them.
-            if query_ptr is not None and points_ptr is not None and query_ptr.is_cpu:
-                _check_ptr(query, points, query_ptr, points_ptr)
-            raise
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, points, *_, settings = inputs
-        ctx.inner = settings[2]
-        ctx.mark_non_differentiable(output[0])
-        # A compiled graph would take over what is written to the index; elsewhere torch refuses.
-        index = output[0].clone() if torch.compiler.is_compiling() else output[0]
-        ctx.save_for_backward(query, points, index)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_KNNBackward.apply(*distinct(grad, *ctx.saved_tensors), ctx.inner), None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        # Clouds may be ragged: each is a call.
-        return one_by_one(_KNN.apply, info.batch_size, in_dims, arguments)
+def _backward(grad: Tensor, query: Tensor, points: Tensor, index: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    _, _, inner, _ = settings
+    return _backward_op(grad, query, points, index, inner)
 
 
-class _KNNBackward(Function):
-    @staticmethod
-    def forward(grad: Tensor, query: Tensor, points: Tensor, index: Tensor, inner: bool) -> tuple[Tensor, Tensor]:
-        return _backward_op(grad, query, points, index, inner)
+def _second_order(
+    along: tuple[Tensor, Tensor], grad: Tensor, query: Tensor, points: Tensor, index: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Distances are of second order: the gradient is linear in the points, and its own gradient the same function.
+    to_grad = _backward_of_grad(query, points, index, settings[2], *along)
+    return to_grad, *_backward_reference(grad, *along, index, settings[2])
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.inner = inputs
-        ctx.save_for_backward(*tensors)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, query, points, index = ctx.saved_tensors
-
-        # Distances are of second order: the gradient is linear in the points, and its own gradient the same function.
-        to_grad = _backward_of_grad(query, points, index, ctx.inner, *grads)
-        return to_grad, *_KNNBackward.apply(grad, *grads, index, ctx.inner), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return one_by_one(_KNNBackward.apply, info.batch_size, in_dims, arguments)
+# Clouds may be ragged: each is a call.
+_knn = differentiable(
+    "knn",
+    _forward,
+    _backward,
+    second=_second_order,
+    vmap=one_by_one,
+    outputs=2,
+    saved=(0, 1),
+    kept=(0,),
+    constant=(0,),
+)
 
 
 @leaf
@@ -325,7 +285,7 @@ def knn(
 
     dtype = torch.promote_types(query.dtype, targets.dtype)
     if metric == "cosine":
-        dtype = _distance_dtype(dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
         same = targets is query
         query = _unit(query.to(dtype))
         targets = query if same else _unit(targets.to(dtype))
@@ -334,7 +294,7 @@ def knn(
     if single:
         query, targets = query[None], targets[None]
     settings = (k, dilation, metric == "inner", bool(include_self))
-    index, distance = _KNN.apply(*distinct(query, targets, *starts, ranks), settings)
+    index, distance = _knn(query, targets, *starts, ranks, settings)
     if metric == "cosine":
         distance = distance / 2  # |x - y|^2 / 2 = 1 - x.y for vectors of length one
     return (index[0], distance[0]) if single else (index, distance)

@@ -10,16 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers._core import checks, outputs
-from paper_layers._core.aliases import distinct
-from paper_layers._core.autograd import Function
+from paper_layers._core import checks, dtypes
+from paper_layers._core.differentiable import differentiable
 from paper_layers._core.layout import memory_format
 from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
-from paper_layers._core.vmap import extent
+from paper_layers._core.vmap import folded
 
-# Geometry is one argument: Dynamo tells whether forward takes a ctx by counting arguments.
-_Geometry = tuple[list[int], list[int], list[int], bool]
 _GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode"
 
 
@@ -72,46 +69,24 @@ class _Taps:
         return F.pad(padded, [-p for p in self.pad])
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _pool(
-    input: Tensor, logit: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool
-) -> Tensor:
-    """The formula, differentiable to any order: soft-max over each window's logits, then the weighted sum."""
-    dtype = _accumulation_dtype(input.dtype)
-    taps = _Taps(input, kernel_size, stride, padding, ceil_mode)
+def _reference(input: Tensor, logit: Tensor, *geometry: Any) -> Tensor:
+    """The formula: soft-max over each window's logits, then the weighted sum."""
+    dtype = dtypes.accumulation(input)
+    taps = _Taps(input, *geometry)
     weight = taps.stack(logit.to(dtype), -torch.inf).softmax(0)
-    return (weight * taps.stack(input.to(dtype), 0.0)).sum(0).to(input.dtype)
-
-
-def _reference(
-    input: Tensor, logit: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool
-) -> Tensor:
-    output = _pool(input, logit, kernel_size, stride, padding, ceil_mode)
+    output = (weight * taps.stack(input.to(dtype), 0.0)).sum(0).to(input.dtype)
     return output.contiguous(memory_format=memory_format(input))
 
 
-def _fake(
-    input: Tensor, logit: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool
-) -> Tensor:
-    shape = _output_shape(input, kernel_size, stride, padding, ceil_mode)
-    return input.new_empty(shape).to(memory_format=memory_format(input))
+def _fake(input: Tensor, logit: Tensor, *geometry: Any) -> Tensor:
+    return input.new_empty(_output_shape(input, *geometry)).to(memory_format=memory_format(input))
 
 
 def _backward_reference(
-    grad: Tensor,
-    input: Tensor,
-    logit: Tensor,
-    output: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    ceil_mode: bool,
+    grad: Tensor, input: Tensor, logit: Tensor, output: Tensor, *geometry: Any
 ) -> tuple[Tensor, Tensor]:
-    dtype = _accumulation_dtype(input.dtype)
-    taps = _Taps(input, kernel_size, stride, padding, ceil_mode)
+    dtype = dtypes.accumulation(input)
+    taps = _Taps(input, *geometry)
     weight = taps.stack(logit.to(dtype), -torch.inf).softmax(0)
     values = taps.stack(input.to(dtype), 0.0)
     # The error of a rounded output adds up over a window, while the gradients of its logits cancel.
@@ -127,40 +102,31 @@ def _backward_reference(
     )
 
 
-def _backward_fake(
-    grad: Tensor,
-    input: Tensor,
-    logit: Tensor,
-    output: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(grad: Tensor, input: Tensor, logit: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     layout = memory_format(input)
     return torch.empty_like(input, memory_format=layout), torch.empty_like(logit, memory_format=layout)
 
 
-_forward_op = define(f"lip_pool2d(Tensor input, Tensor logit, {_GEOMETRY}) -> Tensor", _reference, _fake)
+_forward_op = define(
+    f"lip_pool2d(Tensor input, Tensor logit, {_GEOMETRY}) -> Tensor", _reference, _fake, decompose=True
+)
 _backward_op = define(
     f"lip_pool2d_backward(Tensor grad, Tensor input, Tensor logit, Tensor output, {_GEOMETRY}) -> (Tensor, Tensor)",
     _backward_reference,
     _backward_fake,
+    decompose=True,
 )
-# ONNX export knows no op of ours, only what it is made of.
-torch._decomp.register_decomposition(_forward_op)(_reference)
-torch._decomp.register_decomposition(_backward_op)(_backward_reference)
 
 
 def _second_order(
-    grad: Tensor, input: Tensor, logit: Tensor, along: tuple[Tensor, Tensor], geometry: _Geometry
+    along: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, logit: Tensor, *geometry: Any
 ) -> tuple[Tensor, ...]:
     """The gradients of <backward(grad, input, logit), along> with respect to grad, input and logit.
 
     With averages E over a window, and a and b the two parts of `along`, a window adds grad * (E[a] + E[b (x - E[x])])
     to the product. All is about averages: a large offset of the input costs no digits.
     """
-    dtype = _accumulation_dtype(input.dtype)
+    dtype = dtypes.accumulation(input)
     taps = _Taps(input, *geometry)
     weight = taps.stack(logit.to(dtype), -torch.inf).softmax(0)
 
@@ -183,72 +149,7 @@ def _second_order(
     return (mean_a + covariance).to(grad.dtype), scatter(share * b)[0].to(input.dtype), grad_logit.to(logit.dtype)
 
 
-def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Move a vmapped dimension of each tensor into its batch dimension."""
-    folded = []
-    for tensor, dim in zip(tensors, in_dims, strict=False):
-        batched = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        folded.append(batched.flatten(0, 1))
-    return folded
-
-
-def _unfold(info: Any, in_dim: int | None, input: Tensor, tensor: Tensor) -> Tensor:
-    """The vmapped dimension in front again, where `input` has as many images a call as the result."""
-    return tensor.unflatten(0, (info.batch_size, extent(input, in_dim, 0)))
-
-
-class _LIPPool2d(Function):
-    @staticmethod
-    def forward(input: Tensor, logit: Tensor, geometry: _Geometry) -> Tensor:
-        return _forward_op(input, logit, *geometry)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, logit, ctx.geometry = inputs
-        outputs.save(ctx, (input, logit), (output,))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = outputs.load(ctx, lambda *tensors: (_LIPPool2d.apply(*tensors, ctx.geometry),))
-        grad_input, grad_logit = _LIPPool2dBackward.apply(*distinct(grad, *saved), ctx.geometry)
-        return grad_input, grad_logit, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, logit: Tensor, geometry: _Geometry) -> Any:
-        output = _LIPPool2d.apply(*_fold(info, in_dims, (input, logit)), geometry)
-        return _unfold(info, in_dims[0], input, output), 0
-
-
-class _LIPPool2dBackward(Function):
-    @staticmethod
-    def forward(
-        grad: Tensor, input: Tensor, logit: Tensor, output: Tensor, geometry: _Geometry
-    ) -> tuple[Tensor, Tensor]:
-        return _backward_op(grad, input, logit, output, *geometry)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        grad, input, logit, _, ctx.geometry = inputs
-        ctx.save_for_backward(grad, input, logit)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, input, logit = ctx.saved_tensors
-        # The output is a function of input and logit, so its share is already in theirs.
-        return *_second_order(grad, input, logit, (grads[0], grads[1]), ctx.geometry), None, None
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        grad: Tensor,
-        input: Tensor,
-        logit: Tensor,
-        output: Tensor,
-        geometry: _Geometry,
-    ) -> Any:
-        grads = _LIPPool2dBackward.apply(*_fold(info, in_dims, (grad, input, logit, output)), geometry)
-        return tuple(_unfold(info, in_dims[1], input, g) for g in grads), (0, 0)
+_pooled = differentiable("lip_pool2d", _forward_op, _backward_op, second=_second_order, vmap=folded(), exposed=(0,))
 
 
 @leaf
@@ -320,8 +221,8 @@ def lip_pool2d(
             raise ValueError(f"input: expected at least one row and one column, got {tuple(input.shape)}")
 
     dtype = torch.promote_types(input.dtype, logit.dtype)
-    input, logit = distinct(input.to(dtype), logit.to(dtype))
+    input, logit = input.to(dtype), logit.to(dtype)
     geometry = (kernel, step, pad, bool(ceil_mode))
     if input.dim() == 3:
-        return _LIPPool2d.apply(input[None], logit[None], geometry)[0]
-    return _LIPPool2d.apply(input, logit, geometry)
+        return _pooled(input[None], logit[None], geometry)[0]
+    return _pooled(input, logit, geometry)

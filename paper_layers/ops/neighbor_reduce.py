@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paper_layers._core import checks
-from paper_layers._core.aliases import distinct
-from paper_layers._core.autograd import Function
+from paper_layers._core import checks, dtypes
+from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
+from paper_layers._core.vmap import folded
 from paper_layers.ops.flat_index import check_rows, flat_index
 
 REDUCTIONS = ("max", "min", "sum", "mean")
@@ -24,7 +24,7 @@ def _gathered(input: Tensor, index: Tensor, column: int) -> tuple[Tensor, Tensor
 
 def _reference(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
     check_rows(index, len(input))
-    dtype = torch.promote_types(input.dtype, torch.float32)
+    dtype = dtypes.accumulation(input)
     shape = (index.shape[0], input.shape[1])
     output = input.new_zeros(shape, dtype=dtype)
     columns = range(index.shape[1] if len(input) else 0)
@@ -50,13 +50,13 @@ def _reference(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tup
     return output.to(input.dtype), arg
 
 
-def _fake(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
+def _fake(input: Tensor, index: Tensor, reduce: str, *_: Any) -> tuple[Tensor, Tensor]:
     shape = (index.shape[0], input.shape[1])
     return input.new_empty(shape), index.new_empty(shape if reduce in ("max", "min") else 0, dtype=torch.int32)
 
 
 def _backward_reference(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool) -> Tensor:
-    dtype = torch.promote_types(grad.dtype, torch.float32)
+    dtype = dtypes.accumulation(grad)
     result = grad.new_zeros(rows, grad.shape[1], dtype=dtype)
     weight = grad.to(dtype)
     count = (index >= 0).sum(1, keepdim=True)
@@ -76,11 +76,11 @@ def _checked_backward(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduc
     return _backward_reference(grad, index, arg, rows, reduce, relative)
 
 
-def _backward_fake(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool) -> Tensor:
+def _backward_fake(grad: Tensor, index: Tensor, arg: Tensor, rows: int, *_: Any) -> Tensor:
     return grad.new_empty(rows, grad.shape[1])
 
 
-_reduce_op = define(
+_forward_op = define(
     "neighbor_reduce(Tensor input, Tensor index, str reduce, bool relative) -> (Tensor, Tensor)", _reference, _fake
 )
 _backward_op = define(
@@ -90,79 +90,43 @@ _backward_op = define(
 )
 
 
-class _NeighborReduce(Function):
-    @staticmethod
-    def forward(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
-        return _reduce_op(input, index, reduce, relative)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, index, *ctx.settings = inputs
-        ctx.rows = input.shape[0]
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(index, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_input = _NeighborReduceBackward.apply(*distinct(grad, *ctx.saved_tensors), ctx.rows, *ctx.settings)
-        return grad_input, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, index: Tensor, reduce: str, relative: bool) -> Any:
-        # Copies side by side, each with its own rows.
-        input, index = (
-            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
-            for t, d in zip((input, index), in_dims, strict=False)
-        )
-        rows = flat_index(index, input.shape[1])
-        output, arg = _NeighborReduce.apply(input.flatten(0, 1), rows, reduce, relative)
-        split = (info.batch_size, index.shape[1])
-        arg = arg.unflatten(0, split) if arg.dim() == 2 else arg.expand(split[0], 0)
-        return (output.unflatten(0, split), arg), (0, 0)
+def _forward(input: Tensor, index: Tensor, rows: int, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
+    return _forward_op(input, index, reduce, relative)
 
 
-class _NeighborReduceBackward(Function):
-    @staticmethod
-    def forward(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool) -> Tensor:
-        return _backward_op(grad, index, arg, rows, reduce, relative)
+def _second_order(
+    along: tuple[Tensor], grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool
+) -> tuple[Tensor]:
+    # The reduction is linear once the choice is made.
+    if reduce in ("sum", "mean"):
+        return (_reduced(along[0], index, (rows, reduce, relative))[0],)
+    chosen = along[0].gather(0, index.gather(1, arg.clamp(min=0).long()).clamp(min=0))
+    return ((chosen - along[0] if relative else chosen).where(arg >= 0, 0),)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, index, arg, _, ctx.reduce, ctx.relative = inputs
-        ctx.save_for_backward(index, arg)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # The reduction is linear once the choice is made.
-        index, arg = ctx.saved_tensors
-        if ctx.reduce in ("sum", "mean"):
-            chosen = _NeighborReduce.apply(grad, index, ctx.reduce, ctx.relative)[0]
-        else:
-            rows = index.gather(1, arg.clamp(min=0).long())
-            chosen = grad.gather(0, rows.clamp(min=0))
-            chosen = (chosen - grad if ctx.relative else chosen).where(arg >= 0, 0)
-        return chosen, None, None, None, None, None
+def _side_by_side(batch_size: int, input: Tensor, index: Tensor, settings: tuple[int, str, bool]) -> tuple[Any, ...]:
+    rows, *others = settings
+    return input, flat_index(index, rows).view(index.shape), (batch_size * rows, *others)
 
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        grad: Tensor,
-        index: Tensor,
-        arg: Tensor,
-        rows: int,
-        reduce: str,
-        relative: bool,
-    ) -> Any:
-        grad, index, arg = (
-            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
-            for t, d in zip((grad, index, arg), in_dims, strict=False)
-        )
-        arg = arg.flatten(0, 1)
-        result = _NeighborReduceBackward.apply(
-            grad.flatten(0, 1), flat_index(index, rows), arg, info.batch_size * rows, reduce, relative
-        )
-        return result.unflatten(0, (info.batch_size, rows)), 0
+
+def _grads_side_by_side(
+    batch_size: int, grad: Tensor, index: Tensor, arg: Tensor, settings: tuple[int, str, bool]
+) -> tuple[Any, ...]:
+    _, index, settings = _side_by_side(batch_size, grad, index, settings)
+    return grad, index, arg, settings
+
+
+_reduced = differentiable(
+    "neighbor_reduce",
+    _forward,
+    _backward_op,
+    second=_second_order,
+    vmap=(folded(renumber=_side_by_side), folded(renumber=_grads_side_by_side)),
+    outputs=2,
+    saved=(1,),
+    kept=(1,),
+    constant=(1,),
+)
 
 
 @leaf
@@ -208,6 +172,7 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relati
     if relative and index.shape[-2] != input.shape[-2]:
         raise ValueError(f"index: expected {input.shape[-2]} rows with relative, got {index.shape[-2]}")
     if input.dim() == 2:
-        return _NeighborReduce.apply(input, index, reduce, relative)[0]
+        return _reduced(input, index, (input.shape[0], reduce, relative))[0]
     rows = flat_index(index, input.shape[1])
-    return _NeighborReduce.apply(input.flatten(0, 1), rows, reduce, relative)[0].unflatten(0, index.shape[:2])
+    flat = input.flatten(0, 1)
+    return _reduced(flat, rows, (flat.shape[0], reduce, relative))[0].unflatten(0, index.shape[:2])

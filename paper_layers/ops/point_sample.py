@@ -10,13 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from paper_layers._core import checks
-from paper_layers._core.aliases import distinct
-from paper_layers._core.autograd import Function
+from paper_layers._core import checks, dtypes
+from paper_layers._core.differentiable import differentiable
 from paper_layers._core.layout import memory_format
 from paper_layers._core.library import define, library
 from paper_layers._core.tracing import leaf
-from paper_layers._core.vmap import extent
+from paper_layers._core.vmap import folded
 
 MODES = ("bilinear", "nearest")
 PADDINGS = ("zeros", "border")
@@ -24,7 +23,6 @@ PADDINGS = ("zeros", "border")
 # Points of row r lie in the image whose number is image[r], or r. A pixel's coordinate is the point's times
 # spatial_scale, or times the map's size, less a half.
 _ARGUMENTS = "Tensor points, Tensor? image, Tensor[] maps, float[]? spatial_scale, str mode, str padding"
-_Options = tuple[list[float] | None, str, str]
 
 
 def _axis(coordinate: Tensor, size: int, scale: float, mode: str, padding: str) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -53,7 +51,7 @@ def _sample(
     padding: str,
 ) -> Tensor:
     """The formula, differentiable to any order: (R, P, channels of all maps)."""
-    dtype = torch.promote_types(maps[0].dtype, torch.float32)
+    dtype = dtypes.accumulation(maps[0])
     if image is None:
         image = torch.arange(points.shape[0], device=points.device)
     levels = []
@@ -113,9 +111,7 @@ def _backward_maps_reference(
     return [g.contiguous(memory_format=memory_format(maps[0])) for g in grads]
 
 
-def _backward_maps_fake(
-    grad: Tensor, points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any
-) -> list[Tensor]:
+def _backward_maps_fake(grad: Tensor, points: Tensor, image: Any, maps: list[Tensor], *options: Any) -> list[Tensor]:
     return [torch.empty_like(map, memory_format=memory_format(maps[0])) for map in maps]
 
 
@@ -126,13 +122,11 @@ def _backward_points_reference(
     return _pullback(grad, points, image, maps, options)[0].contiguous()
 
 
-def _backward_points_fake(
-    grad: Tensor, points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any
-) -> Tensor:
+def _backward_points_fake(grad: Tensor, points: Tensor, *_: Any) -> Tensor:
     return points.new_empty(points.shape)
 
 
-_forward_op = define(f"point_sample({_ARGUMENTS}) -> Tensor", _reference, _fake)
+_forward_op = define(f"point_sample({_ARGUMENTS}) -> Tensor", _reference, _fake, decompose=_decomposition)
 _backward_maps_op = define(
     f"point_sample_backward_maps(Tensor grad, {_ARGUMENTS}) -> Tensor[]", _backward_maps_reference, _backward_maps_fake
 )
@@ -141,130 +135,49 @@ _backward_points_op = define(
     _backward_points_reference,
     _backward_points_fake,
 )
-# ONNX export knows no op of ours, only what it is made of.
-torch._decomp.register_decomposition(_forward_op)(_decomposition)
-
-# Dynamo tells whether forward takes a ctx by counting arguments, so it takes no *maps but so many, the last of them
-# None, and a longer pyramid is sampled in parts.
-_LEVELS = 8
+# The Functions take the points, any number of maps, and the image numbers.
 
 
-def _padded(maps: Sequence[Tensor]) -> list[Tensor | None]:
-    return [*maps, *[None] * (_LEVELS - len(maps))]
+def _forward(points: Tensor, *others: Any) -> Tensor:
+    *maps, image, scale, mode, padding = others
+    return _forward_op(points, image, maps, scale, mode, padding)
 
 
-def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Move a vmapped dimension of each tensor into its first dimension."""
-    folded: list[Tensor | None] = []
-    for tensor, dim in zip(tensors, in_dims, strict=True):
-        if tensor is not None:
-            tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            tensor = tensor.flatten(0, 1)
-        folded.append(tensor)
-    return folded
+def _backward(grad: Tensor, points: Tensor, *others: Any) -> list[Tensor]:
+    *maps, image, scale, mode, padding, needs = others
+    arguments = (grad, points, image, maps, scale, mode, padding)
+    of_points = _backward_points_op(*arguments) if needs[0] else points.new_empty(0)
+    of_maps = _backward_maps_op(*arguments) if any(needs[1:-1]) else [map.new_empty(0) for map in maps]
+    return [of_points, *of_maps]
 
 
-def _fold_images(info: Any, dim: int | None, image: Tensor | None, images: int) -> Tensor | None:
-    """Numbers within the images of each element as numbers within all of them."""
-    if image is None:
-        return None
-    image = image[None] if dim is None else image.movedim(dim, 0)
-    return (image + images * torch.arange(info.batch_size, device=image.device)[:, None]).flatten()
+def _formula(grad: Tensor, points: Tensor, *others: Any) -> list[Tensor]:
+    *maps, image, scale, mode, padding, needs = others
+    of_points, *of_maps = _pullback(grad, points, image, maps, (scale, mode, padding))
+    wanted = (needs[0], *[any(needs[1:-1])] * len(maps))
+    return [g if want else g.new_empty(0) for g, want in zip((of_points, *of_maps), wanted, strict=True)]
 
 
-class _PointSample(Function):
-    @staticmethod
-    def forward(
-        options: _Options,
-        image: Tensor | None,
-        points: Tensor,
-        map0: Tensor,
-        map1: Tensor | None,
-        map2: Tensor | None,
-        map3: Tensor | None,
-        map4: Tensor | None,
-        map5: Tensor | None,
-        map6: Tensor | None,
-        map7: Tensor | None,
-    ) -> Tensor:
-        maps = [map for map in (map0, map1, map2, map3, map4, map5, map6, map7) if map is not None]
-        return _forward_op(points, image, maps, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.options, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        image, points, *maps = ctx.saved_tensors
-        levels = sum(map is not None for map in maps)
-        wanted = (ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:]))
-        tensors = distinct(image, grad, points, *maps)
-        grads = _PointSampleBackward.apply((*ctx.options, wanted), *tensors)
-        of_points, of_maps = grads[:1] if wanted[0] else (None,), grads[-levels:] if wanted[1] else ()
-        return None, None, *of_points, *_padded(of_maps)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], options: _Options, image: Tensor | None, *tensors: Any) -> Any:
-        image = _fold_images(info, in_dims[1], image, extent(tensors[1], in_dims[3], 0))
-        output = _PointSample.apply(options, image, *_fold(info, in_dims[2:], tensors))
-        return output.unflatten(0, (info.batch_size, extent(tensors[0], in_dims[2], 0))), 0
+def _renumbered(batch_size: int, points: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Count images through the batch."""
+    *maps, image, options = others
+    if image is not None:
+        image = image + maps[0].shape[1] * torch.arange(batch_size, device=image.device)[:, None]
+    return points, *maps, image, options
 
 
-class _PointSampleBackward(Function):
-    """Gradients of the points, if wanted, and of the maps, if wanted."""
+def _grads_renumbered(batch_size: int, grad: Tensor, *others: Any) -> tuple[Any, ...]:
+    return grad, *_renumbered(batch_size, *others)
 
-    @staticmethod
-    def forward(
-        options: tuple[Any, ...],
-        image: Tensor | None,
-        grad: Tensor,
-        points: Tensor,
-        map0: Tensor,
-        map1: Tensor | None,
-        map2: Tensor | None,
-        map3: Tensor | None,
-        map4: Tensor | None,
-        map5: Tensor | None,
-        map6: Tensor | None,
-        map7: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        *how, (points_wanted, maps_wanted) = options
-        maps = [map for map in (map0, map1, map2, map3, map4, map5, map6, map7) if map is not None]
-        grads = []
-        if points_wanted:
-            grads.append(_backward_points_op(grad, points, image, maps, *how))
-        if maps_wanted:
-            grads += _backward_maps_op(grad, points, image, maps, *how)
-        return tuple(grads)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *options, (points_wanted, maps_wanted) = ctx.options
-        image, grad, points, *maps = ctx.saved_tensors
-        maps = [map for map in maps if map is not None]
-
-        def first_order(grad: Tensor, points: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
-            of_points, *of_maps = _pullback(grad, points, image, maps, tuple(options))
-            return (*((of_points,) if points_wanted else ()), *(of_maps if maps_wanted else ()))
-
-        of_grad, of_points, *of_maps = torch.func.vjp(first_order, grad, points, *maps)[1](grads)
-        return None, None, of_grad, of_points, *_padded(of_maps)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], options: tuple[Any, ...], image: Tensor | None, *tensors: Any) -> Any:
-        image = _fold_images(info, in_dims[1], image, extent(tensors[2], in_dims[4], 0))
-        grads = _PointSampleBackward.apply(options, image, *_fold(info, in_dims[2:], tensors))
-        rows = [extent(t, dim, 0) for t, dim in zip(tensors[1:], in_dims[3:], strict=True) if t is not None]
-        # The points' gradient comes first, if wanted.
-        parts = zip(grads, rows if options[-1][0] else rows[1:], strict=False)
-        return tuple(g.unflatten(0, (info.batch_size, each)) for g, each in parts), (0,) * len(grads)
+_sampled = differentiable(
+    "point_sample",
+    _forward,
+    _backward,
+    formula=_formula,
+    vmap=(folded(renumber=_renumbered), folded(renumber=_grads_renumbered)),
+    selective=True,
+)
 
 
 def _image_reference(numbers: Tensor, images: int) -> Tensor:
@@ -284,10 +197,11 @@ def _image_fake(numbers: Tensor, images: int) -> Tensor:
     return numbers.new_empty(numbers.shape, dtype=torch.int64)
 
 
-_image_op = define("image_numbers(Tensor numbers, SymInt images) -> Tensor", _image_reference, _image_fake)
+_image_op = define(
+    "image_numbers(Tensor numbers, SymInt images) -> Tensor", _image_reference, _image_fake, decompose=_whole
+)
 # On CUDA reading the numbers would wait: the kernels check them.
 library.impl("image_numbers", _whole, "CUDA")
-torch._decomp.register_decomposition(_image_op)(_whole)
 
 
 def _named(name: str, value: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
@@ -400,7 +314,7 @@ def point_sample(
     checks.choice("padding", padding, PADDINGS)
     scales = _check_scales(spatial_scale, len(maps))
     rows, count = "N", maps[0].shape[0]
-    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    points = points.to(dtypes.accumulation(points))
     image = None
     if boxes is not None:
         corners, image = _check_boxes(boxes, count, maps[0].device)
@@ -416,10 +330,6 @@ def point_sample(
     if image is not None:
         corners = corners.to(points.dtype)[:, None]
         points = corners[..., :2] + points * (corners[..., 2:] - corners[..., :2])
-    parts = []
-    for first in range(0, len(maps), _LEVELS):
-        some = slice(first, first + _LEVELS)
-        options = (scales[some] if image is not None else None, mode, padding)
-        parts.append(_PointSample.apply(options, *distinct(image, points, *_padded(maps[some]))))
-    output = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    options = (None if image is None else scales, mode, padding)
+    output = _sampled(points, *maps, image, options)
     return output if len(grid) == 1 else output.unflatten(2, grid)

@@ -8,37 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers._core import checks
-from paper_layers._core.aliases import distinct
+from paper_layers._core import checks, dtypes
 from paper_layers._core.autocast import autocasts, without_autocast
-from paper_layers._core.autograd import Function
+from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
 from paper_layers._core.vmap import one_by_one
 
 _SHORTEST = 1e-12  # As in torch's spectral norm.
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _iterate(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left = F.normalize(weight @ v, dim=0, eps=_SHORTEST)
     right = weight.mT @ left
-    sigma = torch.linalg.vector_norm(right, dtype=_wide(right.dtype))
+    sigma = torch.linalg.vector_norm(right, dtype=dtypes.accumulation(right))
     return left, right / sigma.clamp(min=_SHORTEST), sigma
 
 
 def _iterate_fake(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = weight.shape
-    return weight.new_empty(rows), weight.new_empty(columns), weight.new_empty((), dtype=_wide(weight.dtype))
+    return weight.new_empty(rows), weight.new_empty(columns), weight.new_empty((), dtype=dtypes.accumulation(weight))
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor) -> Tensor:
     return F.linear(input / sigma, weight, bias)
 
 
-def _forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor) -> Tensor:
+def _forward_fake(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return input.new_empty(input.shape[0], weight.shape[0])
 
 
@@ -67,20 +62,9 @@ def _backward(
     return grad_input, grad_weight, grad_bias
 
 
-def _backward_fake(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    left: Tensor,
-    right: Tensor,
-    sigma: Tensor,
-    needs_input: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs = ((needs_input, input.shape), (needs_weight, weight.shape), (needs_bias, weight.shape[:1]))
-    grad_input, grad_weight, grad_bias = (grad.new_empty(shape if needed else (0,)) for needed, shape in needs)
-    return grad_input, grad_weight, grad_bias
+def _backward_fake(grad: Tensor, input: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    needs = zip((input.shape, weight.shape, weight.shape[:1]), others[-3:], strict=True)
+    return tuple(grad.new_empty(shape if needed else (0,)) for shape, needed in needs)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -95,10 +79,11 @@ power_iteration = define(
     "power_iteration(Tensor weight, Tensor v) -> (Tensor, Tensor, Tensor)", _iterate, _iterate_fake
 )
 linear_forward = define(
-    "spectral_linear(Tensor input, Tensor weight, Tensor? bias, Tensor sigma) -> Tensor", _forward, _forward_fake
+    "spectral_linear(Tensor input, Tensor weight, Tensor? bias, Tensor sigma) -> Tensor",
+    _forward,
+    _forward_fake,
+    decompose=True,
 )
-# ONNX export knows no op of ours, only what it is made of.
-torch._decomp.register_decomposition(linear_forward)(_forward)
 # Gradients of input, weight and bias; of those that are not needed, empty tensors.
 linear_backward = define(
     "spectral_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor left, Tensor right, Tensor sigma, "
@@ -108,33 +93,31 @@ linear_backward = define(
 )
 
 
-class _SpectralLinear(Function):
-    @staticmethod
-    def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, sigma: Tensor
-    ) -> Tensor:
-        return linear_forward(input, weight, bias, sigma)
+def _divided(input: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, sigma: Tensor) -> Tensor:
+    return linear_forward(input, weight, bias, sigma)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        input, weight, _, left, right, sigma = inputs
-        ctx.save_for_backward(input, weight, left, right, sigma)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        input, weight, left, right, sigma = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # For the second derivative sigma is a function of the weight.
-            sigma = left.dot(weight.to(left.dtype) @ right)
-            grads = _backward(grad, input, weight, left, right, sigma, *needs)
-        else:
-            grads = linear_backward(grad, input, weight, left, right, sigma, *needs)
-        return (*[one if needed else None for one, needed in zip(grads, needs, strict=True)], None, None, None)
+def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, needs = arguments
+    return linear_backward(*tensors, *needs[:3])
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        (output,), (dim,) = one_by_one(lambda *a: (_SpectralLinear.apply(*a),), info.batch_size, in_dims, arguments)
-        return output, dim
+
+def _formula(
+    grad: Tensor, input: Tensor, weight: Tensor, left: Tensor, right: Tensor, sigma: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    sigma = left.dot(weight.to(left.dtype) @ right)  # For the second derivative it is a function of the weight.
+    return _backward(grad, input, weight, left, right, sigma, *needs[:3])
+
+
+_spectral_linear = differentiable(
+    "spectral_linear",
+    _divided,
+    _gradients,
+    formula=_formula,
+    vmap=one_by_one,
+    saved=(0, 1, 3, 4, 5),
+    selective=True,
+)
 
 
 def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, training: bool) -> Tensor:
@@ -190,6 +173,6 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if input.dim() == 2:
-        return _SpectralLinear.apply(*distinct(input, weight, bias, left, right, sigma))
-    output = _SpectralLinear.apply(*distinct(input.reshape(-1, input.shape[-1]), weight, bias, left, right, sigma))
+        return _spectral_linear(input, weight, bias, left, right, sigma, ())
+    output = _spectral_linear(input.reshape(-1, input.shape[-1]), weight, bias, left, right, sigma, ())
     return output.reshape(*input.shape[:-1], rows)

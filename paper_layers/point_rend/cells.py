@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -74,15 +72,12 @@ def _fake(masks: Tensor, numbers: Tensor, boxes: Tensor, side: int) -> Tensor:
     return boxes.new_empty((boxes.shape[0], side, side), dtype=torch.promote_types(boxes.dtype, torch.float32))
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    stacked, dims = one_by_one(lambda *each: (covered_share(*each),), info.batch_size, in_dims, arguments)
-    return stacked[0], dims[0]
-
-
 # The mean (R, side, side) of masks (M, H, W) over the cells of boxes (R, 4), of which each has the number of its mask:
 # detectron2's ROIAlign((side, side), 1.0, sampling_ratio=0, aligned=True).
 covered_share = define(
-    "point_rend_covered(Tensor masks, Tensor numbers, Tensor boxes, SymInt side) -> Tensor", _reference, _fake
+    "point_rend_covered(Tensor masks, Tensor numbers, Tensor boxes, SymInt side) -> Tensor",
+    _reference,
+    _fake,
+    vmap=one_by_one,
 )
 library.impl("point_rend_covered", _cpu, "CPU")
-torch.library.register_vmap("paper_layers::point_rend_covered", _vmap, lib=library)

@@ -8,9 +8,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.jit._trace import is_tracing
 
 from paper_layers._core import checks, values
+from paper_layers._core._torch_private import is_tracing
 from paper_layers._core.fusing import forward_method
 from paper_layers._core.tracing import Leaf
 from paper_layers.ops.point_sample import point_sample

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.jit._trace import is_tracing
 
+from paper_layers._core._torch_private import is_tracing
 from paper_layers.ops.uncertain_points.pixels import uncertain_points
 
 Size = tuple[int, int]

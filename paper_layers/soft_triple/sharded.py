@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from paper_layers._core import checks, values
+from paper_layers._core import checks, dtypes, values
 from paper_layers.ops.soft_triple.chunk_ops import known_labels
-from paper_layers.ops.soft_triple.chunks import check, compute_dtype
+from paper_layers.ops.soft_triple.chunks import check
 from paper_layers.ops.soft_triple.loss import REDUCTIONS, reduced, soft_triple
 from paper_layers.soft_triple._collectives import Gather, Join, gather_rows
 from paper_layers.soft_triple._metric_learning import check_references, counts_of_tuples, weights_of_counts
@@ -170,7 +170,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         group, own = self._mesh.get_group(), self._own_centers()
         labels, counts, sizes = self._agreed(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         labels = known_labels(gather_rows(labels, sizes, group), self.num_classes, self.ignore_index)
-        rows = Gather.apply(embeddings, sizes, group, compute_dtype(embeddings, own))
+        rows = Gather.apply(embeddings, sizes, group, dtypes.accumulation(embeddings, own))
         count = self.centers_per_class
         regularized = self.tau > 0 and count > 1
         options: dict[str, Any] = {"la": self.la, "gamma": self.gamma, "margin": self.margin}

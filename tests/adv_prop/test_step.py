@@ -227,3 +227,15 @@ def test_odd_last_batch(size: int) -> None:
     loss = adv_prop_loss(model, x, y, functools.partial(pgd, steps=1, bounds=(0, 1)))
     loss.backward()
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.uint16])
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    x, y = batch()
+    for step in (
+        lambda model, y: adv_prop_loss(model, x, y, attack),
+        lambda model, y: fast_adv_prop_backward(model, x, y, bounds=(0, 1), generator=torch.Generator().manual_seed(1)),
+    ):
+        torch.manual_seed(1)
+        model = swap.split_batch_norm(plain())
+        assert torch.equal(step(copy.deepcopy(model), y.to(dtype)), step(model, y))

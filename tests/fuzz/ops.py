@@ -193,12 +193,15 @@ def draw_neighbor_reduce(draw: Draw) -> Call:
     clouds, rows, channels, index = _graph(draw)
     reduce, relative = draw.pick("max", "min", "sum", "mean"), draw.pick(False, True)
     kinds = ORDINARY if relative else tuple(VALUES)  # The difference of infinities is not in their order.
+    input = draw.floats(*clouds, rows, channels, kind=draw.kind(*kinds))
+    cancels = relative and reduce in ("sum", "mean") and input.numel()
     return Call(
         neighbor_reduce,
         reductions.formula,
-        {"input": draw.floats(*clouds, rows, channels, kind=draw.kind(*kinds))},
+        {"input": input},
         {"index": index, "reduce": reduce, "relative": relative},
         rows=("input", "index") if clouds else (),
+        terms=index.shape[-1] * float(input.double().abs().mean()) if cancels else 0.0,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers._core.library import define, library
+from paper_layers._core.library import define
 
 # A vector that is shorter counts as zero: its cosines are 0 and it has no gradient.
 SHORTEST = 1e-12
@@ -39,7 +39,7 @@ def _labels(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
     return torch.where(ignored, -1, labels)
 
 
-def _labels_fake(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+def _labels_fake(labels: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(labels, memory_format=torch.contiguous_format)
 
 
@@ -82,9 +82,7 @@ def _forward(
     return logits.masked_fill(own, -torch.inf).logsumexp(0), (logits - la * margin).where(own, 0).sum(0)
 
 
-def _forward_fake(
-    scores: Tensor, inverse: Tensor, labels: Tensor, first: int, la: float, gamma: float, margin: float
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rows = scores.shape[1]
     return scores.new_empty(rows), scores.new_empty(rows)
 
@@ -115,18 +113,7 @@ def _weigh(
     return (weight * s).sum(2)
 
 
-def _backward_fake(
-    scores: Tensor,
-    inverse: Tensor,
-    labels: Tensor,
-    first: int,
-    logsumexp: Tensor,
-    grad_logsumexp: Tensor,
-    grad_target: Tensor,
-    la: float,
-    gamma: float,
-    margin: float,
-) -> Tensor:
+def _backward_fake(scores: Tensor, inverse: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(inverse)
 
 
@@ -144,17 +131,13 @@ def _similarity(scores: Tensor, inverse: Tensor, gamma: float) -> Tensor:
     return _cosines(scores, inverse, gamma)[2]
 
 
-def _similarity_fake(scores: Tensor, inverse: Tensor, gamma: float) -> Tensor:
+def _similarity_fake(scores: Tensor, inverse: Tensor, *_: Any) -> Tensor:
     return scores.new_empty(inverse.shape[0], scores.shape[1])
 
 
 def _similarity_backward(scores: Tensor, inverse: Tensor, grad: Tensor, gamma: float) -> Tensor:
     s, p, similarity = _cosines(scores, inverse, gamma)
     return _weigh(scores, inverse, s, p, similarity, grad, gamma)
-
-
-def _similarity_backward_fake(scores: Tensor, inverse: Tensor, grad: Tensor, gamma: float) -> Tensor:
-    return torch.empty_like(inverse)
 
 
 def _add_centers(
@@ -166,17 +149,14 @@ def _add_centers(
     grad.add_(total @ centers)
 
 
-def _add_centers_fake(
-    grad: Tensor, centers: Tensor, inverse: Tensor, projection: Tensor, pull: Tensor, grad_distance: Tensor
-) -> None:
-    pass  # It writes to grad alone.
-
-
 _CLASSES = "Tensor inverse, Tensor labels, SymInt first"
 _FACTORS = "float la, float gamma, float margin"
 # Labels where they are: int64, -1 for ignore_index; an error where one is neither a class nor that.
 known_labels = define(
-    "soft_triple_labels(Tensor labels, SymInt classes, int ignore_index) -> Tensor", _labels, _labels_fake
+    "soft_triple_labels(Tensor labels, SymInt classes, int ignore_index) -> Tensor",
+    _labels,
+    _labels_fake,
+    vmap=lambda op, _, in_dims, arguments: (op(*arguments), in_dims[0]),
 )
 # Of centers (C, K, d): inverse lengths (C, K), the sum of their classes' distances, and what its gradient is made of.
 of_centers = define(
@@ -206,19 +186,12 @@ chunk_similarity = define(
 chunk_similarity_backward = define(
     "soft_triple_similarity_backward_(Tensor(a!) scores, Tensor inverse, Tensor grad, float gamma) -> Tensor",
     _similarity_backward,
-    _similarity_backward_fake,
+    _backward_fake,
 )
 # Adds to the gradient (C, K, d) of centers that stand for their directions what projection and distances take.
 add_of_centers = define(
     "soft_triple_add_centers_(Tensor(a!) grad, Tensor centers, Tensor inverse, Tensor projection, Tensor pull, "
     "Tensor grad_distance) -> ()",
     _add_centers,
-    _add_centers_fake,
+    lambda *_: None,  # It writes to grad alone.
 )
-
-
-def _labels_vmap(info: Any, in_dims: tuple[Any, ...], labels: Tensor, classes: int, ignore_index: int) -> Any:
-    return known_labels(labels, classes, ignore_index), in_dims[0]
-
-
-torch.library.register_vmap("paper_layers::soft_triple_labels", _labels_vmap, lib=library)

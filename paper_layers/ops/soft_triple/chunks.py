@@ -7,16 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from paper_layers._core import checks
+from paper_layers._core import checks, dtypes
 from paper_layers.ops.soft_triple import chunk_ops
 
 # So many scores are alive at a time, unless chunk_size says otherwise: what caches hold.
 _CHUNK_SCORES = 1 << 20
-
-
-def compute_dtype(embeddings: Tensor, centers: Tensor) -> torch.dtype:
-    """Return the dtype of sums: at least float32."""
-    return torch.promote_types(torch.promote_types(embeddings.dtype, centers.dtype), torch.float32)
 
 
 class Chunks:
@@ -24,7 +19,7 @@ class Chunks:
 
     def __init__(self, embeddings: Tensor, centers: Tensor, chunk_size: int):
         self.embeddings, self.centers = embeddings, centers
-        self.dtype = compute_dtype(embeddings, centers)
+        self.dtype = dtypes.accumulation(embeddings, centers)
         wide = embeddings.to(self.dtype)
         self.inverse_length = chunk_ops.inverse_length(wide)
         self.unit = wide * self.inverse_length
@@ -62,7 +57,7 @@ class Chunks:
 
 def relaxed_logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float) -> Tensor:
     """The logits (B, C) by the formula, differentiable to any order, with all B x C x K cosines."""
-    dtype = compute_dtype(embeddings, centers)
+    dtype = dtypes.accumulation(embeddings, centers)
     x, w = (t.to(dtype) * chunk_ops.inverse_length(t.to(dtype)) for t in (embeddings, centers))
     s = torch.einsum("bd,ckd->bck", x, w)
     return la * ((s / gamma).softmax(2) * s).sum(2)

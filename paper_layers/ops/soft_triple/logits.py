@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paper_layers._core.aliases import distinct
-from paper_layers._core.autograd import Function
+from paper_layers._core import dtypes
+from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
 from paper_layers._core.vmap import one_by_one
 from paper_layers.ops.soft_triple import chunk_ops
-from paper_layers.ops.soft_triple.chunks import Chunks, check, compute_dtype, relaxed_logits
+from paper_layers.ops.soft_triple.chunks import Chunks, check, relaxed_logits
 
 
 @torch.no_grad()
@@ -27,11 +27,12 @@ def _logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_
     return logits, torch.cat(inverses)
 
 
-def _logits_fake(
-    embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    rows, (classes, count, _), dtype = embeddings.shape[0], centers.shape, compute_dtype(embeddings, centers)
-    return embeddings.new_empty(rows, classes, dtype=dtype), embeddings.new_empty(classes, count, dtype=dtype)
+def _logits_fake(embeddings: Tensor, centers: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = dtypes.accumulation(embeddings, centers)
+    return (
+        embeddings.new_empty(embeddings.shape[0], centers.shape[0], dtype=dtype),
+        embeddings.new_empty(centers.shape[:2], dtype=dtype),
+    )
 
 
 @torch.no_grad()
@@ -46,9 +47,7 @@ def _logits_backward(
     return Chunks(embeddings, centers, chunk_size).pull_back(weigh, inverse, grad.new_empty(0), no_distance)
 
 
-def _logits_backward_fake(
-    grad: Tensor, embeddings: Tensor, centers: Tensor, inverse: Tensor, la: float, gamma: float, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+def _logits_backward_fake(grad: Tensor, embeddings: Tensor, centers: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return embeddings.new_empty(embeddings.shape), centers.new_empty(centers.shape)
 
 
@@ -65,51 +64,25 @@ _logits_backward_op = define(
 )
 
 
-class _Logits(Function):
-    @staticmethod
-    def forward(embeddings: Tensor, centers: Tensor, options: tuple[float, float, int]) -> tuple[Tensor, Tensor]:
-        return _logits_op(embeddings, centers, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        embeddings, centers, ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(embeddings, centers, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *_LogitsBackward.apply(*distinct(grad, *ctx.saved_tensors), ctx.options), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return one_by_one(_Logits.apply, info.batch_size, in_dims, arguments)
+def _formula(
+    grad: Tensor, embeddings: Tensor, centers: Tensor, inverse: Tensor, la: float, gamma: float, chunk_size: int
+) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = torch.func.vjp(lambda x, w: relaxed_logits(x, w, la, gamma), embeddings, centers)[
+        1
+    ](grad)
+    return gradients
 
 
-class _LogitsBackward(Function):
-    @staticmethod
-    def forward(
-        grad: Tensor, embeddings: Tensor, centers: Tensor, inverse: Tensor, options: tuple[float, float, int]
-    ) -> tuple[Tensor, Tensor]:
-        return _logits_backward_op(grad, embeddings, centers, inverse, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        grad, embeddings, centers, _, ctx.options = inputs
-        ctx.save_for_backward(grad, embeddings, centers)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        def first_order(grad: Tensor, embeddings: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
-            la, gamma, _ = ctx.options
-            return torch.func.vjp(lambda x, w: relaxed_logits(x, w, la, gamma), embeddings, centers)[1](grad)
-
-        with torch.autocast(grads[0].device.type, enabled=False):
-            second_order = torch.func.vjp(first_order, *ctx.saved_tensors)[1](grads)
-        return *second_order, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return one_by_one(_LogitsBackward.apply, info.batch_size, in_dims, arguments)
+_logits_of = differentiable(
+    "soft_triple_logits",
+    _logits_op,
+    _logits_backward_op,
+    formula=_formula,
+    vmap=one_by_one,
+    outputs=2,
+    kept=(1,),
+    constant=(1,),
+)
 
 
 def soft_triple_logits(
@@ -148,5 +121,5 @@ def soft_triple_logits(
         torch.Size([8, 100])
     """
     size = check(embeddings, centers, la, gamma, chunk_size)
-    logits, _ = _Logits.apply(*distinct(embeddings, centers), (float(la), float(gamma), size))
+    logits, _ = _logits_of(embeddings, centers, (float(la), float(gamma), size))
     return logits

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paper_layers._core import checks, values
-from paper_layers._core.aliases import distinct
-from paper_layers._core.autograd import Function
+from paper_layers._core import checks, dtypes, values
+from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
 from paper_layers._core.vmap import one_by_one
 from paper_layers.ops.soft_triple import chunk_ops
-from paper_layers.ops.soft_triple.chunks import Chunks, check, compute_dtype, relaxed_logits
+from paper_layers.ops.soft_triple.chunks import Chunks, check, relaxed_logits
 
 
 @torch.no_grad()
@@ -44,22 +44,11 @@ def _forward(
     return torch.stack(logsumexps).logsumexp(0), target, distance, torch.cat(inverses), torch.cat(pulls)
 
 
-def _forward_fake(
-    embeddings: Tensor,
-    centers: Tensor,
-    labels: Tensor,
-    la: float,
-    gamma: float,
-    margin: float,
-    regularized: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, (classes, count, _) = embeddings.shape[0], centers.shape
+def _forward_fake(embeddings: Tensor, centers: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    rows, (classes, count), regularized = embeddings.shape[0], centers.shape[:2], others[-2]
     shapes = [[rows], [rows], [], [classes, count], [classes, count, count] if regularized else [0]]
-    logsumexp, target, distance, inverse, pull = (
-        embeddings.new_empty(shape, dtype=compute_dtype(embeddings, centers)) for shape in shapes
-    )
-    return logsumexp, target, distance, inverse, pull
+    dtype = dtypes.accumulation(embeddings, centers)
+    return tuple(embeddings.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 @torch.no_grad()
@@ -86,21 +75,8 @@ def _backward(
     return Chunks(embeddings, centers, chunk_size).pull_back(weigh, inverse, pull, grad_distance)
 
 
-def _backward_fake(
-    grad_logsumexp: Tensor,
-    grad_target: Tensor,
-    grad_distance: Tensor,
-    embeddings: Tensor,
-    centers: Tensor,
-    labels: Tensor,
-    logsumexp: Tensor,
-    inverse: Tensor,
-    pull: Tensor,
-    la: float,
-    gamma: float,
-    margin: float,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    embeddings, centers = arguments[3:5]
     return embeddings.new_empty(embeddings.shape), centers.new_empty(centers.shape)
 
 
@@ -122,11 +98,10 @@ _backward_op = define(
 )
 
 
-def _formula(
-    embeddings: Tensor, centers: Tensor, labels: Tensor, options: tuple[float, float, float, bool, int]
+def _parts(
+    embeddings: Tensor, centers: Tensor, labels: Tensor, la: float, gamma: float, margin: float, regularized: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op returns, likewise."""
-    la, gamma, margin, regularized, _ = options
+    """Differentiable reference for the op's first three outputs."""
     own = torch.arange(centers.shape[0], device=labels.device) == labels[:, None]
     logits = relaxed_logits(embeddings, centers, la, gamma)
     # Finite: with one class alone, a log-sum-exp of -infinity has no second derivative.
@@ -139,97 +114,46 @@ def _formula(
     return others, (logits - la * margin).where(own, 0).sum(1), distance
 
 
-# Options are one argument: Dynamo tells whether forward takes a ctx by counting arguments.
-_Options = tuple[float, float, float, bool, int]
+def _settled_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *others, _, chunk_size = arguments
+    return _backward_op(*others, chunk_size)
 
 
-class _SoftTriple(Function):
-    @staticmethod
-    def forward(embeddings: Tensor, centers: Tensor, labels: Tensor, options: _Options) -> tuple[Tensor, ...]:
-        return _forward_op(embeddings, centers, labels, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        embeddings, centers, labels, ctx.options = inputs
-        logsumexp, _, _, inverse, pull = output
-        ctx.mark_non_differentiable(inverse, pull)
-        ctx.save_for_backward(embeddings, centers, labels, logsumexp, inverse, pull)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_SoftTripleBackward.apply(*distinct(*grads[:3], *ctx.saved_tensors), ctx.options), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return one_by_one(_SoftTriple.apply, info.batch_size, in_dims, arguments)
+def _formula(*arguments: Any) -> tuple[Tensor, ...]:
+    *grads, embeddings, centers, labels, _, _, _, la, gamma, margin, regularized, _ = arguments
+    values = functools.partial(_parts, labels=labels, la=la, gamma=gamma, margin=margin, regularized=regularized)
+    gradients: tuple[Tensor, ...] = torch.func.vjp(values, embeddings, centers)[1](tuple(grads))
+    return gradients
 
 
-class _SoftTripleBackward(Function):
-    @staticmethod
-    def forward(
-        grad_logsumexp: Tensor,
-        grad_target: Tensor,
-        grad_distance: Tensor,
-        embeddings: Tensor,
-        centers: Tensor,
-        labels: Tensor,
-        logsumexp: Tensor,
-        inverse: Tensor,
-        pull: Tensor,
-        options: _Options,
-    ) -> tuple[Tensor, Tensor]:
-        la, gamma, margin, _, chunk_size = options
-        grads = (grad_logsumexp, grad_target, grad_distance)
-        return _backward_op(
-            *grads, embeddings, centers, labels, logsumexp, inverse, pull, la, gamma, margin, chunk_size
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, _, _, _, ctx.options = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # What the forward saved is a function of embeddings and centers, so its share is already in theirs.
-        *tensors, labels = ctx.saved_tensors
-
-        def first_order(a: Tensor, b: Tensor, c: Tensor, embeddings: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
-            def values(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-                return _formula(x, w, labels, ctx.options)
-
-            return torch.func.vjp(values, embeddings, centers)[1]((a, b, c))
-
-        with torch.autocast(labels.device.type, enabled=False):
-            second_order = torch.func.vjp(first_order, *tensors)[1](grads)
-        return *second_order, None, None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return one_by_one(_SoftTripleBackward.apply, info.batch_size, in_dims, arguments)
+_soft_triple = differentiable(
+    "soft_triple",
+    _forward_op,
+    _settled_backward,
+    formula=_formula,
+    vmap=one_by_one,
+    outputs=5,
+    kept=(0, 3, 4),
+    constant=(3, 4),
+)
 
 
-class _CrossEntropy(Function):
-    @staticmethod
-    def forward(others: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return chunk_ops.rows_cross_entropy(others, target)
+def _pull(grad: Tensor, others: Tensor, target: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    share = grad * slope
+    return share, -share
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, output[1])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        others, target, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():  # For the second derivative the slope is a function, too.
-            slope = (others - target).sigmoid()
-        share = grad * slope
-        return share, -share
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return one_by_one(_CrossEntropy.apply, info.batch_size, in_dims, arguments)
+_cross_entropy = differentiable(
+    "soft_triple_cross_entropy",
+    chunk_ops.rows_cross_entropy,
+    _pull,
+    # For the second derivative the slope is a function, too.
+    formula=lambda grad, others, target, slope: _pull(grad, others, target, (others - target).sigmoid()),
+    vmap=one_by_one,
+    outputs=2,
+    kept=(1,),
+    constant=(1,),
+)
 
 
 def soft_triple(
@@ -284,13 +208,13 @@ def soft_triple(
     checks.same_device("labels", labels, "embeddings", embeddings)
     margin = checks.number("margin", margin)
     options = (float(la), float(gamma), float(margin), bool(regularized), size)
-    others, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)
+    others, target, distance, *_ = _soft_triple(embeddings, centers, labels, options)
     return others, target, distance
 
 
 def cross_entropy(others: Tensor, target: Tensor) -> Tensor:
     """The cross-entropy of each row, from the log-sum-exp of its other classes and its target logit, both (B,)."""
-    loss: Tensor = _CrossEntropy.apply(others, target)[0]
+    loss: Tensor = _cross_entropy(others, target, ())[0]
     return loss
 
 
@@ -370,7 +294,7 @@ def soft_triple_loss(
     labels = chunk_ops.known_labels(labels, classes, ignore_index)
     regularized = tau > 0 and count > 1
     options = (float(la), float(gamma), float(margin), regularized, size)
-    others, target, distance, *_ = _SoftTriple.apply(*distinct(embeddings, centers, labels), options)
+    others, target, distance, *_ = _soft_triple(embeddings, centers, labels, options)
 
     regulariser = tau / (classes * count * (count - 1)) * distance if regularized else distance
     losses = cross_entropy(others, target)

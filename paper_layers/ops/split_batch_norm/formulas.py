@@ -7,10 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums, statistics and parameters are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from paper_layers._core import dtypes
 
 
 def is_channels_last(input: Tensor) -> bool:
@@ -23,6 +20,12 @@ def in_layout(tensor: Tensor, like: Tensor) -> Tensor:
     return empty(like).copy_(tensor) if is_channels_last(like) else tensor.contiguous()
 
 
+def empty_statistics(input: Tensor, split_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Two results (S, C) in the dtype of statistics, not yet computed."""
+    shape, dtype = (len(split_sizes), input.shape[1]), dtypes.accumulation(input)
+    return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=dtype)
+
+
 def empty(like: Tensor) -> Tensor:
     """An output, not yet computed. No view: those of a custom Function must not be changed in place by what follows."""
     return torch.empty_like(like) if is_channels_last(like) else like.new_empty(like.shape)
@@ -30,7 +33,7 @@ def empty(like: Tensor) -> Tensor:
 
 def statistics(input: Tensor, split_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean and variance of each split's channels, both of shape (S, C); 0 of a split without values."""
-    parts = input.to(statistics_dtype(input.dtype)).split(list(split_sizes))
+    parts = input.to(dtypes.accumulation(input)).split(list(split_sizes))
     empty = [part.numel() == 0 for part in parts]
     mean = [part.sum((0, 2)) if none else part.mean((0, 2)) for part, none in zip(parts, empty, strict=True)]
     var = [

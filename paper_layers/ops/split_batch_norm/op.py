@@ -8,15 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paper_layers._core import checks
-from paper_layers._core.aliases import distinct
-from paper_layers._core.autograd import Function
+from paper_layers._core import checks, dtypes
+from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
-from paper_layers._core.vmap import extent
+from paper_layers._core.vmap import folded
 from paper_layers.ops.split_batch_norm import formulas
-
-_Options = tuple[list[int], float]
 
 
 def _reference(
@@ -27,15 +24,8 @@ def _reference(
     return formulas.in_layout(output, input), mean, var
 
 
-def _fake(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, split_sizes: list[int], eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return formulas.empty(input), *_fake_sums(input, split_sizes)
-
-
-def _fake_sums(input: Tensor, split_sizes: list[int]) -> tuple[Tensor, Tensor]:
-    shape, dtype = (len(split_sizes), input.shape[1]), formulas.statistics_dtype(input.dtype)
-    return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=dtype)
+def _fake(input: Tensor, weight: Any, bias: Any, split_sizes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return formulas.empty(input), *formulas.empty_statistics(input, split_sizes)
 
 
 def _backward_reference(
@@ -57,16 +47,8 @@ def _backward_reference(
     return formulas.in_layout(grad_input, input), grad_weight, grad_bias
 
 
-def _backward_fake(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    split_sizes: list[int],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return formulas.empty(input), *_fake_sums(input, split_sizes)
+def _backward_fake(grad: Tensor, input: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return formulas.empty(input), *formulas.empty_statistics(input, others[-2])
 
 
 _forward_op = define(
@@ -74,115 +56,43 @@ _forward_op = define(
     " -> (Tensor, Tensor, Tensor)",
     _reference,
     _fake,
+    decompose=True,
 )
 _backward_op = define(
     "split_batch_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor mean, Tensor var,"
     " SymInt[] split_sizes, float eps) -> (Tensor, Tensor, Tensor)",
     _backward_reference,
     _backward_fake,
+    decompose=True,
 )
-# ONNX export knows no op of ours, only what it is made of.
-torch._decomp.register_decomposition(_forward_op)(_reference)
-torch._decomp.register_decomposition(_backward_op)(_backward_reference)
 
 
-def _fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Move a vmapped dimension of each tensor, (N, C, P) or (S, C), into its channels."""
-    folded: list[Tensor | None] = []
-    for tensor, dim in zip(tensors, in_dims, strict=False):
-        if tensor is None:
-            folded.append(None)
-        elif dim is None:
-            folded.append(tensor.unsqueeze(1).expand(-1, info.batch_size, *tensor.shape[1:]).flatten(1, 2))
-        else:
-            folded.append(tensor.movedim(dim, 1).flatten(1, 2))
-    return folded
+def _formula(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, split_sizes: list[int], eps: float
+) -> tuple[Tensor, ...]:
+    # Mean and variance are functions of the input.
+    affine = mean.new_ones(mean.shape) if weight is None else weight
+
+    def norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        statistics = formulas.statistics(input, split_sizes)
+        return formulas.normalize(input, weight, bias, *statistics, split_sizes, eps)
+
+    gradients: tuple[Tensor, ...] = torch.func.vjp(norm, input, affine, torch.zeros_like(affine))[1](grad)
+    return gradients
 
 
-def _unfold(
-    info: Any, in_dim: int | None, like: Tensor, tensors: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The vmapped dimension before the channels again, of which each element has as many as `like`."""
-    parts = tuple(t.unflatten(1, (info.batch_size, extent(like, in_dim, 1))) for t in tensors)
-    return parts, (1,) * len(parts)
-
-
-class _SplitBatchNorm(Function):
-    @staticmethod
-    def forward(
-        input: Tensor, weight: Tensor | None, bias: Tensor | None, options: _Options
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward_op(input, weight, bias, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        input, weight, bias, ctx.options = inputs
-        _, mean, var = output
-        ctx.has_bias = bias is not None
-        ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(input, weight, mean, var)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        input, weight, mean, var = ctx.saved_tensors
-        grads = _SplitBatchNormBackward.apply(*distinct(grad, input, weight, mean, var), ctx.options)
-        return grads[0], grads[1] if weight is not None else None, grads[2] if ctx.has_bias else None, None
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        options: _Options,
-    ) -> Any:
-        results = _SplitBatchNorm.apply(*_fold(info, in_dims, (input, weight, bias)), options)
-        return _unfold(info, in_dims[0], input, results)
-
-
-class _SplitBatchNormBackward(Function):
-    @staticmethod
-    def forward(
-        grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward_op(grad, input, weight, mean, var, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        grad, input, weight, _, _, ctx.options = inputs
-        ctx.save_for_backward(grad, input, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Mean and variance are functions of the input, so their share of the derivative is already in its own.
-        grad, input, weight = ctx.saved_tensors
-        split_sizes, eps = ctx.options
-        affine = input.new_ones(len(split_sizes), input.shape[1], dtype=grads[1].dtype) if weight is None else weight
-
-        def first_order(grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-            def norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                mean, var = formulas.statistics(input, split_sizes)
-                return formulas.normalize(input, weight, bias, mean, var, split_sizes, eps)
-
-            return torch.func.vjp(norm, input, weight, torch.zeros_like(weight))[1](grad)
-
-        grad_grad, grad_input, grad_weight = torch.func.vjp(first_order, grad, input, affine)[1](grads)
-        return grad_grad, grad_input, None if weight is None else grad_weight, None, None, None
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        options: _Options,
-    ) -> Any:
-        folded = _fold(info, in_dims, (grad, input, weight, mean, var))
-        return _unfold(info, in_dims[0], grad, _SplitBatchNormBackward.apply(*folded, options))
+# A vmapped dimension goes into the channels.
+_normalized = differentiable(
+    "split_batch_norm",
+    _forward_op,
+    _backward_op,
+    formula=_formula,
+    vmap=folded(1),
+    outputs=3,
+    saved=(0, 1),
+    kept=(1, 2),
+    constant=(1, 2),
+)
 
 
 def parameters(name: str, values: Tensor | Sequence[Tensor] | None, splits: int, input: Tensor) -> Tensor | None:
@@ -190,7 +100,7 @@ def parameters(name: str, values: Tensor | Sequence[Tensor] | None, splits: int,
     if values is None:
         return None
     _check_splits(name, values, splits, input)
-    dtype = formulas.statistics_dtype(input.dtype)
+    dtype = dtypes.accumulation(input)
     for value in values:
         if value.dtype not in (input.dtype, dtype):
             expected = dict.fromkeys((str(input.dtype), str(dtype)))
@@ -236,7 +146,7 @@ def normalize_splits(
     splits = len(split_sizes)
     stacked = [parameters(name, values, splits, input) for name, values in (("weight", weight), ("bias", bias))]
     flat = input.flatten(2) if input.dim() > 2 else input[..., None]
-    output, mean, var = _SplitBatchNorm.apply(*distinct(flat, *stacked), (list(split_sizes), float(eps)))
+    output, mean, var = _normalized(flat, *stacked, (list(split_sizes), float(eps)))
     return output.reshape(input.shape), mean, var
 
 

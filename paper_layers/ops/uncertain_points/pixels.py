@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from paper_layers._core import checks
-from paper_layers._core.library import define, library
+from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
+from paper_layers._core.vmap import folded
 from paper_layers.ops.uncertain_points.uncertainty import (
     check_logits,
-    fold,
     most_uncertain,
     of_class,
     onnx_most_uncertain,
     uncertainty,
-    unfold,
 )
 
 
@@ -38,14 +35,13 @@ def _fake(logits: Tensor, labels: Tensor | None, num_points: int) -> Tensor:
     return logits.new_empty(shape, dtype=torch.int64)
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, labels: Tensor | None, num_points: int) -> Any:
-    return unfold(info, in_dims[0], logits, _op(*fold(info, in_dims, (logits, labels)), num_points))
-
-
-_op = define("uncertain_points(Tensor logits, Tensor? labels, SymInt num_points) -> Tensor", _reference, _fake)
-torch.library.register_vmap("paper_layers::uncertain_points", _vmap, lib=library)
-# ONNX export knows no op of ours, only what it is made of.
-torch._decomp.register_decomposition(_op)(_decomposition)
+_op = define(
+    "uncertain_points(Tensor logits, Tensor? labels, SymInt num_points) -> Tensor",
+    _reference,
+    _fake,
+    decompose=_decomposition,
+    vmap=folded(),
+)
 
 
 @leaf

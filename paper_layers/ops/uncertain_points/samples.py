@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from paper_layers._core import checks
-from paper_layers._core.library import define, library
+from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
+from paper_layers._core.vmap import folded
 from paper_layers.ops.point_sample import _sample
 from paper_layers.ops.uncertain_points.uncertainty import (
     check_logits,
-    fold,
     most_uncertain,
     of_class,
     onnx_most_uncertain,
     uncertainty,
-    unfold,
 )
 
 
@@ -41,18 +40,13 @@ def _fake(logits: Tensor, labels: Tensor | None, points: Tensor, count: int) -> 
     return logits.new_empty((logits.shape[0], count), dtype=torch.int64)
 
 
-def _vmap(
-    info: Any, in_dims: tuple[Any, ...], logits: Tensor, labels: Tensor | None, points: Tensor, count: int
-) -> Any:
-    return unfold(info, in_dims[0], logits, _op(*fold(info, in_dims, (logits, labels, points)), count))
-
-
 _op = define(
-    "sample_uncertain_points(Tensor logits, Tensor? labels, Tensor points, SymInt count) -> Tensor", _reference, _fake
+    "sample_uncertain_points(Tensor logits, Tensor? labels, Tensor points, SymInt count) -> Tensor",
+    _reference,
+    _fake,
+    decompose=_decomposition,
+    vmap=folded(),
 )
-torch.library.register_vmap("paper_layers::sample_uncertain_points", _vmap, lib=library)
-# ONNX export knows no op of ours, only what it is made of.
-torch._decomp.register_decomposition(_op)(_decomposition)
 
 
 @leaf

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from paper_layers._core import checks
-from paper_layers._core.vmap import extent
+from paper_layers._core import checks, dtypes
 
 
 def of_class(logits: Tensor, labels: Tensor | None) -> Tensor:
@@ -20,7 +17,7 @@ def of_class(logits: Tensor, labels: Tensor | None) -> Tensor:
 
 def uncertainty(logits: Tensor) -> Tensor:
     """(N, C, ...) -> (N, ...): second best minus best, in float32 at least; of a single class minus its magnitude."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(dtypes.accumulation(logits))
     if logits.shape[1] == 1:
         return -logits[:, 0].abs()
     best, second = logits.topk(2, dim=1).values.unbind(1)
@@ -56,19 +53,3 @@ def check_logits(logits: Tensor, labels: Tensor | None) -> Tensor | None:
             f"labels: expected shape ({logits.shape[0]},), as logits has images, got {tuple(labels.shape)}"
         )
     return labels if logits.shape[1] > 1 else None
-
-
-def fold(info: Any, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Move a vmapped dimension of each tensor into its images."""
-    folded: list[Tensor | None] = []
-    for tensor, dim in zip(tensors, in_dims, strict=False):
-        if tensor is not None:
-            batched = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            tensor = batched.flatten(0, 1)
-        folded.append(tensor)
-    return folded
-
-
-def unfold(info: Any, in_dim: int | None, logits: Tensor, index: Tensor) -> tuple[Tensor, int]:
-    """The vmapped dimension in front again."""
-    return index.unflatten(0, (info.batch_size, extent(logits, in_dim, 0))), 0
