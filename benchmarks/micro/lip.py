@@ -99,8 +99,8 @@ def targets(results: Sequence[Result], device: str) -> Iterator[Target]:
         ]
         yield Target(title, both[backward], [times_as_fast(*pair) for pair in pairs])
     for contender, wanted in ((OURS, 0.5), (FORMULA, math.nan)):
-        kept = [r.saved / _input_bytes(r) for key, r in found.items() if r.backward and key[-1] == contender]
-        yield Target(f"saved for backward, in inputs: {contender}", wanted, kept, at_most=True)
+        kept = {r.saved / _input_bytes(r) for key, r in found.items() if r.backward and key[-1] == contender}
+        yield Target(f"saved for backward, in inputs: {contender}", wanted, sorted(kept), at_most=True)
 
 
 def _input_bytes(result: Result) -> int:
