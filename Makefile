@@ -13,7 +13,7 @@ CMAKE = $(BIN)/cmake -G Ninja -S csrc -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/pytho
 .PHONY: demo test hosts fuzz lint bench claims sanitize emulate compat wheel clean
 
 demo: $(KERNELS)
-	$(BIN)/python -m demo
+	$(BIN)/python -m benchmarks.report
 
 # Two processes of one thread each: threads that wait for each other take twice as long. Tests of threads set their number.
 test: $(KERNELS)
@@ -45,7 +45,7 @@ bench: $(KERNELS) $(PEERS)
 	$(BIN)/python -m benchmarks.micro.big_bigan --json benchmarks/results/big_bigan_cpu.json
 
 claims: $(KERNELS)
-	$(BIN)/python -m benchmarks.claims.lip
+	$(BIN)/python -m benchmarks.claims.lip --json benchmarks/results/claims_lip.json
 	$(BIN)/python -m benchmarks.claims.deep_gcn --json benchmarks/results/claims_deep_gcn.json
 	$(BIN)/python -m benchmarks.claims.soft_triple --json benchmarks/results/claims_soft_triple.json
 	$(BIN)/python -m benchmarks.claims.adv_prop --json benchmarks/results/claims_adv_prop.json

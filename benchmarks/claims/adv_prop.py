@@ -21,21 +21,22 @@ JSON, a picture of accuracies by strength, of the same name.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.claims.training import Data, accuracy, in_parallel, mean_and_interval, train
-from benchmarks.environment import environment, save
+from benchmarks.claims import canvas
+from benchmarks.claims.command import Options, data_name, main
+from benchmarks.claims.summaries import minus, plus_minus, summary
+from benchmarks.claims.training import Data, accuracy, train
+from benchmarks.command import text_table
 from paper_layers import swap
 from paper_layers.adv_prop import adv_prop_loss, pgd
 
@@ -61,19 +62,9 @@ def network(channels: int = 1, classes: int = 10) -> nn.Sequential:
 @functools.lru_cache(maxsize=1)
 def datasets(path: str | None) -> tuple[Data, Data]:
     """To train and to test on, always the same: images of 8 x 8 pixels from -1 to 1."""
-    if path is None:
-        from sklearn.datasets import load_digits
-
-        data = load_digits()
-        images, labels = data.images / 16, data.target
-    else:
-        import numpy as np
-
-        with np.load(path) as data:
-            images, labels = data["images"] / 255, data["labels"]
-    pixels = F.interpolate(torch.from_numpy(images)[:, None].float(), (8, 8), mode="bilinear", antialias=True)
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    x, y = (2 * pixels.clamp(0, 1) - 1)[order], torch.from_numpy(labels).long()[order]
+    images, labels = canvas.digits(path, 8)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    x, y = (2 * images[:, None] - 1)[order], labels[order]
     return (x[:TRAIN], y[:TRAIN]), (x[TRAIN:], y[TRAIN:])
 
 
@@ -152,7 +143,8 @@ def branches(model: nn.Module, way: str) -> list[nn.Module]:
     return [swap.plain_batch_norm(copy.deepcopy(model), number) for number in (0, 1)]
 
 
-def run(way: str, attack: Attack, seed: int, steps: int, path: str | None) -> Outcome:
+def run(network: tuple[str, Attack], seed: int, steps: int, path: str | None) -> Outcome:
+    way, attack = network
     train_data, test_data = datasets(path)
     start = time.perf_counter()
     model = trained(way, attack, seed, steps, train_data)
@@ -175,32 +167,26 @@ def rows(outcomes: dict[tuple[str, Attack], list[Outcome]]) -> list[dict[str, An
                 row |= dict(zip(("eps", "step_size", "attack_steps"), attack, strict=True))
             row["train_seconds"] = statistics.median(outcome.seconds for outcome in runs)
             clean = [part.clean for part in parts]
-            row["clean"] = _summary(clean)
-            row["corrupted"] = _summary([part.corrupted for part in parts])
-            row["attacked"] = [_summary(values) for values in zip(*(part.attacked for part in parts), strict=True)]
-            row["clean_minus_vanilla"] = _summary([a - b for a, b in zip(clean, vanilla, strict=True)])
+            row["clean"] = summary(clean)
+            row["corrupted"] = summary([part.corrupted for part in parts])
+            row["attacked"] = [summary(values) for values in zip(*(part.attacked for part in parts), strict=True)]
+            row["clean_minus_vanilla"] = summary(minus(clean, vanilla))
             if way == "split":
                 shared = [outcome.branches[0].clean for outcome in outcomes["shared", attack]]
-                row["clean_minus_shared"] = _summary([a - b for a, b in zip(clean, shared, strict=True)])
+                row["clean_minus_shared"] = summary(minus(clean, shared))
             found.append(row)
     return found
 
 
-def _summary(values: Sequence[float]) -> dict[str, Any]:
-    mean, interval = mean_and_interval(values)
-    return {"values": list(values), "mean": mean, "interval": interval}
-
-
 def table(found: list[dict[str, Any]]) -> str:
-    columns = ("clean", "- vanilla", "- shared", "corrupted", *(f"eps {eps:g}" for eps in SHOWN))
-    lines = [f"{'training':10}{'eps':>7}{'branch':>11}{'train s':>9}" + "".join(f"{name:>15}" for name in columns)]
+    head = ("training", "eps", "branch", "train s", "clean", "- vanilla", "- shared", "corrupted")
+    lines = []
     for row in found:
         values = [row["clean"], row["clean_minus_vanilla"], row.get("clean_minus_shared"), row["corrupted"]]
         values += [row["attacked"][STRENGTHS.index(eps)] for eps in SHOWN]
-        texts = ["" if value is None else f"{value['mean']:.2f} ± {value['interval']:.2f}" for value in values]
-        line = f"{row['way']:10}{row.get('eps', 0):>7}{row['branch']:>11}{row['train_seconds']:>9.1f}"
-        lines.append(line + "".join(f"{text:>15}" for text in texts))
-    return "\n".join(lines)
+        texts = ["" if value is None else plus_minus(value, digits=2) for value in values]
+        lines.append([row["way"], str(row.get("eps", 0)), row["branch"], f"{row['train_seconds']:.1f}", *texts])
+    return text_table((*head, *(f"eps {eps:g}" for eps in SHOWN)), lines)
 
 
 def draw(axes: Any, curves: dict[str, Sequence[float]]) -> None:
@@ -211,45 +197,31 @@ def draw(axes: Any, curves: dict[str, Sequence[float]]) -> None:
     axes.legend(frameon=False)
 
 
-def plot(found: list[dict[str, Any]], path: Path) -> None:
+def picture(outcomes: dict[tuple[str, Attack], list[Outcome]]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, attack in zip(figure.subplots(1, len(ATTACKS), sharey=True), ATTACKS, strict=True):
-        chosen = [row for row in found if row.get("eps", attack[0]) == attack[0]]
+        chosen = [row for row in rows(outcomes) if row.get("eps", attack[0]) == attack[0]]
         names = [row["way"] if row["way"] != "split" else f"split, {row['branch']}" for row in chosen]
         values = [[one["mean"] for one in (row["clean"], *row["attacked"])] for row in chosen]
         draw(axes, dict(zip(names, values, strict=True)))
         axes.set_title(f"trained with eps {attack[0]:g}, {attack[2]} steps")
         axes.label_outer()
-    figure.savefig(path, dpi=120)
-    print(f"written: {path}")
+    return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", help="npz of images and labels; default scikit-learn's digits")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--quick", action="store_true", help="does it run, rather than what comes out")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there, and a picture beside them")
-    options = parser.parse_args()
-    if options.quick:
-        options.seeds, options.steps = 2, 10
-
-    networks = [("vanilla", ATTACKS[-1]), *((way, attack) for attack in ATTACKS for way in ("shared", "split"))]
-    jobs = [(*network, seed, options.steps, options.path) for seed in range(options.seeds) for network in networks]
-    outcomes = in_parallel(run, jobs, "claims of AdvProp")
-    found = rows({network: outcomes[number :: len(networks)] for number, network in enumerate(networks)})
+def report(outcomes: dict[tuple[str, Attack], list[Outcome]], options: Options) -> dict[str, Any]:
+    found = rows(outcomes)
     print(f"\n{table(found)}")
-    if options.json:
-        setup: dict[str, Any] = {"data": Path(options.path).name if options.path else "scikit-learn digits"}
-        setup |= {"train": TRAIN, "test": len(datasets(options.path)[1][1]), "steps": options.steps, "batch": BATCH}
-        setup |= {"seeds": options.seeds, "corruptions": [*CORRUPTIONS], "strengths": STRENGTHS}
-        setup |= {"threads_per_training": 1, "results": found}
-        save(options.json, {"claim": (__doc__ or "").splitlines()[0], **environment(), **setup})
-        plot(found, Path(options.json).with_suffix(".png"))
+    setup = {"data": data_name(options.path), "train": TRAIN, "test": len(datasets(options.path)[1][1]), "batch": BATCH}
+    return {**setup, "corruptions": [*CORRUPTIONS], "strengths": STRENGTHS, "results": found}
+
+
+def cells(options: Options) -> list[tuple[str, Attack]]:
+    return [("vanilla", ATTACKS[-1]), *((way, attack) for attack in ATTACKS for way in ("shared", "split"))]
 
 
 if __name__ == "__main__":
-    main()
+    path = ("--path", "npz of images and labels; default scikit-learn's digits")
+    main(run, cells, report, doc=__doc__, seeds=8, steps=300, path=path, picture=picture)

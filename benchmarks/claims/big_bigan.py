@@ -23,7 +23,6 @@ picture beside it, are written after each seed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -33,11 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import command
 from benchmarks.claims import adversarial
 from benchmarks.claims.adversarial import LATENT, SIZE, Training, Variant
+from benchmarks.claims.command import data_name, head, parser
 from benchmarks.claims.representation import digits, frechet_distance, judge, knn_accuracy, linear_probe, normalized
-from benchmarks.claims.training import in_parallel, mean_and_interval
-from benchmarks.environment import environment, save
+from benchmarks.claims.summaries import minus, summary, with_leads
+from benchmarks.claims.training import in_parallel
 
 VARIANTS = {
     "all three": Variant(),
@@ -99,33 +100,19 @@ def rows(outcomes: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": name}
         for score in NAMES:
             mine, reference = ([getattr(run, score) for run in part] for part in (runs, outcomes[OURS]))
-            mean, half = _interval(mine)
-            lead, lead_half = _interval([a - b for a, b in zip(mine, reference, strict=True)])
-            row[score] = {"values": mine, "mean": mean, "interval": half}
-            row[score] |= {"minus_all_three": lead, "minus_all_three_interval": lead_half}
+            row[score] = summary(mine, minus_all_three=minus(mine, reference))
         found.append(row)
     return found
 
 
-def _interval(values: list[float]) -> tuple[float, float]:
-    return mean_and_interval(values) if len(values) > 1 else (values[0], float("nan"))
-
-
 def table(found: list[dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [f"{'':22}" + "".join(f"{name:>24}{'- all three':>16}" for name in NAMES.values())]
-    for row in found:
-        line = f"{row['name']:22}"
-        for score in NAMES:
-            value = row[score]
-            line += f"{value['mean']:15.2f} ± {value['interval']:6.2f}"
-            lead = f"{value['minus_all_three']:+.2f} ± {value['minus_all_three_interval']:.2f}"
-            line += f"{'' if row['name'] == OURS else lead:>16}"
-        lines.append(line)
-    return "\n".join(lines)
+    head = [column for name in NAMES.values() for column in (name, "- all three")]
+    lines = [[row["name"], *with_leads(row, NAMES, "minus_all_three", OURS, digits=2)] for row in found]
+    return command.text_table(["", *head], lines)
 
 
-def picture(found: list[dict[str, Any]], path: Path) -> None:
+def picture(found: list[dict[str, Any]]) -> Any:
     """All values and their means, one panel a score."""
     from matplotlib.figure import Figure
 
@@ -143,24 +130,21 @@ def picture(found: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(title, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
-    figure.savefig(path, dpi=110)
-    print(f"written: {path}")
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", help="npz file of digits; default scikit-learn's")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="1 shows the steps of each training")
-    parser.add_argument("--work", default="out/claims_big_bigan", help="folder of what is done already")
-    parser.add_argument("--quick", action="store_true", help="does it run, rather than what comes out")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
+    path = ("--path", "npz file of digits; default scikit-learn's")
+    arguments = parser(__doc__, seeds=3, steps=4000, path=path)
+    arguments.add_argument("--processes", type=int, default=os.cpu_count(), help="1 shows the steps of each training")
+    arguments.add_argument("--work", default="out/claims_big_bigan", help="folder of what is done already")
+    options = arguments.parse_args()
     if options.quick:
         options.seeds, options.steps = 2, 10
 
-    facts = environment()  # Before the load is our own.
+    content = head(__doc__)
+    content |= {"data": data_name(options.path), "images": [len(part[0]) for part in digits(options.path, SIZE)]}
+    content |= {"steps": options.steps, "batch": adversarial.BATCH, "latent": LATENT, "rates": adversarial.RATES}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in (*VARIANTS, UNTRAINED)}
     for seed in range(options.seeds):
         jobs = [(name, seed, options.steps, options.path, options.work) for name in outcomes]
@@ -168,17 +152,13 @@ def main() -> None:
             torch.set_num_threads(1)
             results = [run(*job, progress=True) for job in jobs]
         else:
-            results = in_parallel(run, jobs, f"claims of BigBiGAN, seed {seed}", options.processes)
+            results = in_parallel(run, jobs, f"seed {seed}", options.processes)
         for name, result in zip(outcomes, results, strict=True):
             outcomes[name].append(result)
-        found = rows(outcomes)
-        print(f"\n{table(found)}")
+        content |= {"seeds": seed + 1, "results": rows(outcomes)}
+        print(f"\n{table(content['results'])}")
         if options.json:
-            setup: dict[str, Any] = {"data": Path(options.path).name if options.path else "scikit-learn digits"}
-            setup |= {"images": [len(part[0]) for part in digits(options.path, SIZE)], "steps": options.steps}
-            setup |= {"seeds": seed + 1, "batch": adversarial.BATCH, "latent": LATENT, "rates": adversarial.RATES}
-            save(options.json, {"claim": (__doc__ or "").splitlines()[0], **facts, **setup, "results": found})
-            picture(found, Path(options.json).with_suffix(".png"))
+            command.save(options.json, content, lambda: picture(rows(outcomes)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.claims.training import two_thirds
+
 SIZE, DIGIT, FRAGMENT = 32, 12, 6  # Pixels of the canvas, of the digit and of a fragment.
 FRAGMENTS, STROKES = 5, 2
 
@@ -29,8 +31,7 @@ def digits(path: str | Path | None = None, size: int = DIGIT) -> tuple[Tensor, T
 
 def split(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Two thirds to train on, the rest to test on."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, test = order.tensor_split([2 * len(order) // 3])
+    train, test = two_thirds(len(images))
     return (images[train], labels[train]), (images[test], labels[test])
 
 

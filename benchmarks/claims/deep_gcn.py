@@ -16,10 +16,8 @@ the blocks: the published one would be most of such a small network.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.claims import graphs, parts
-from benchmarks.claims.training import Data, accuracy, in_parallel, parameter_count, train
-from benchmarks.environment import environment, save
+from benchmarks.claims.command import Options, main
+from benchmarks.claims.training import accuracy, parameter_count, train
+from benchmarks.command import text_table
 from paper_layers.deep_gcn import DeepGCN, Perceptron, StaticDeepGCN
 
 CHANNELS, GROWTH, K, HIDDEN = 16, 4, 8, 64
@@ -116,14 +115,8 @@ class Outcome(NamedTuple):
     parameters: int
 
 
-@functools.lru_cache(maxsize=2)
-def clouds(count: int, seed: int) -> Data:
-    return parts.clouds(count, seed)
-
-
-@functools.lru_cache(maxsize=1)
-def given_graphs(path: str) -> tuple[Data, Data]:
-    return graphs.load(path)
+clouds = functools.lru_cache(maxsize=2)(parts.clouds)
+given_graphs = functools.lru_cache(maxsize=1)(graphs.load)
 
 
 def run(cell: Cell, seed: int, steps: int, path: str | None) -> Outcome:
@@ -137,15 +130,13 @@ def run(cell: Cell, seed: int, steps: int, path: str | None) -> Outcome:
         channels, classes = parts.CHANNELS, len(parts.CLASSES)
     torch.manual_seed(seed)
     model = cell.network(channels, classes)
-    start = time.perf_counter()
-    train(model, train_data, steps, seed, BATCH[cell.data])
-    seconds = time.perf_counter() - start
+    seconds = train(model, train_data, steps, seed, BATCH[cell.data])
     return Outcome(accuracy(model, test_data), seconds, parameter_count(model))
 
 
-def cells(depths: tuple[int, ...], path: str | None) -> list[Cell]:
+def cells(options: Options) -> list[Cell]:
     """The longest first, so that the last ones fill the cores evenly."""
-    data = ("clouds", "graphs") if path else ("clouds",)
+    depths, data = DEPTHS[:2] if options.quick else DEPTHS, ("clouds", "graphs") if options.path else ("clouds",)
     found = [Cell("depth", kind, name, depth) for depth in depths for kind in data for name in NETWORKS]
     found += [Cell("graph", "clouds", name, GRAPH_DEPTH) for name in GRAPHS]
     return sorted(found, key=lambda cell: -cell.layers)
@@ -165,43 +156,25 @@ def row(cell: Cell, runs: list[Outcome]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Accuracy in percent, mean and standard deviation over the seeds."""
-    depths = sorted({r["layers"] for r in rows if r["claim"] == "depth"})
     found = {Cell(*(r[name] for name in Cell._fields)): f"{r['mean']:.1f} ± {r['deviation']:.1f}" for r in rows}
-    lines = []
+    depths = sorted({cell.layers for cell in found if cell.claim == "depth"})
+    parts = []
     for data in sorted({cell.data for cell in found}):
-        lines += ["", f"{f'{data}: layers':32}" + "".join(f"{depth:>14}" for depth in depths)]
-        for name in NETWORKS:
-            values = [found[Cell("depth", data, name, depth)] for depth in depths]
-            lines.append(f"  {name:30}" + "".join(f"{value:>14}" for value in values))
-    lines += ["", f"clouds, residual, {GRAPH_DEPTH} layers: neighbours"]
-    lines += [f"  {name:30}{found[Cell('graph', 'clouds', name, GRAPH_DEPTH)]:>14}" for name in GRAPHS]
-    return "\n".join(lines)
+        lines = [[name, *(found[Cell("depth", data, name, depth)] for depth in depths)] for name in NETWORKS]
+        parts.append(text_table([f"{data}: layers", *map(str, depths)], lines))
+    lines = [[name, found[Cell("graph", "clouds", name, GRAPH_DEPTH)]] for name in GRAPHS]
+    parts.append(text_table([f"clouds, residual, {GRAPH_DEPTH} layers: neighbours", ""], lines))
+    return "\n\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", help="npz of graphs, see benchmarks/claims/graphs.py; default the clouds alone")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--quick", action="store_true", help="under a minute: does it run, rather than what comes out")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
-    depths = DEPTHS
-    if options.quick:
-        depths, options.seeds, options.steps = DEPTHS[:2], 2, 10
-
-    found = cells(depths, options.path)
-    jobs = [(cell, seed, options.steps, options.path) for seed in range(options.seeds) for cell in found]
-    outcomes = in_parallel(run, jobs, "claims of DeepGCN")
-    rows = [row(cell, outcomes[number :: len(found)]) for number, cell in enumerate(found)]
+def report(outcomes: dict[Cell, list[Outcome]], options: Options) -> dict[str, Any]:
+    rows = [row(cell, runs) for cell, runs in outcomes.items()]
     print(table(rows))
-    if options.json:
-        setup = {"clouds": {"train": TRAIN, "test": TEST, "points": parts.POINTS}}
-        setup |= {"graphs": Path(options.path).name if options.path else None}
-        setup |= {"steps": options.steps, "batch": BATCH, "seeds": options.seeds, "threads_per_training": 1}
-        setup |= {"channels": CHANNELS, "growth": GROWTH, "k": K}
-        save(options.json, {"claim": (__doc__ or "").splitlines()[0], **environment(), **setup, "results": rows})
+    setup: dict[str, Any] = {"clouds": {"train": TRAIN, "test": TEST, "points": parts.POINTS}}
+    setup |= {"graphs": Path(options.path).name if options.path else None, "batch": BATCH}
+    return {**setup, "channels": CHANNELS, "growth": GROWTH, "k": K, "results": rows}
 
 
 if __name__ == "__main__":
-    main()
+    path = ("--path", "npz of graphs, see benchmarks/claims/graphs.py; default the clouds alone")
+    main(run, cells, report, doc=__doc__, seeds=3, steps=160, path=path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from benchmarks.claims.training import Data
+from benchmarks.claims.training import Data, two_thirds
 from paper_layers.deep_gcn import from_edge_index
 
 
@@ -52,8 +52,7 @@ def load(path: str | Path) -> tuple[Data, Data]:
     ptr = torch.searchsorted(graph, torch.arange(int(graph.max()) + 2))
     index = from_edge_index(edges, len(graph))
     index = torch.where(index < 0, -1, index - ptr[graph][:, None])
-    order = torch.randperm(len(ptr) - 1, generator=torch.Generator().manual_seed(0))
-    train, test = order.tensor_split([2 * len(order) // 3])
+    train, test = two_thirds(len(ptr) - 1)
 
     seen = Rows(features, ptr)[train]
     graphs = Graphs((features - seen.mean(0)) / seen.std(0).clamp(min=1e-6), index, ptr)

@@ -4,23 +4,24 @@ The same network with six ways of downsampling, trained equally long on digits a
 LIP's logit modules are also capacity and depth, so "max + same modules" adds the very same convolutions and norms (with
 the same parameter count and start at zero) as residual branches before max pooling: features instead of importances.
 
-    python -m benchmarks.claims.lip [--data digits.npz] [--seeds 5] [--steps 400] [--json PATH]
+    python -m benchmarks.claims.lip [--data digits.npz] [--seeds 5] [--steps 400] [--quick] [--json PATH]
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.claims import canvas
-from benchmarks.claims.training import Data, accuracy, in_parallel, mean_and_interval, parameter_count, train
-from benchmarks.environment import environment, save
+from benchmarks.claims.command import Options, data_name, main
+from benchmarks.claims.summaries import minus, plus_minus, summary
+from benchmarks.claims.training import Data, accuracy, parameter_count, train
+from benchmarks.command import text_table
 from paper_layers import swap
 from paper_layers.lip import BottleneckLogit
 
@@ -77,42 +78,25 @@ def run(name: str, seed: int, steps: int, path: str | None) -> tuple[float, floa
     train_data, test_data = datasets(seed, path)
     torch.manual_seed(seed)
     model = VARIANTS[name]().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    start = time.perf_counter()
-    train(model, train_data, steps, seed)
-    seconds = time.perf_counter() - start
+    seconds = train(model, train_data, steps, seed)
     return accuracy(model, test_data), seconds, parameter_count(model)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="PATH", help="npz with images (N, 28, 28) and labels; default scikit-learn's")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--json", default="benchmarks/results/claims_lip.json", metavar="PATH")
-    options = parser.parse_args()
-
-    jobs = [(name, seed, options.steps, options.data) for seed in range(options.seeds) for name in VARIANTS]
-    outcomes = in_parallel(run, jobs, "claims of LIP")
-    by_name = {name: outcomes[index :: len(VARIANTS)] for index, name in enumerate(VARIANTS)}
-
-    columns = f"{'parameters':>11}{'train s':>9}{'accuracy, 95 % interval':>26}{'LIP minus it, paired':>24}"
-    print(f"\n{'downsampling':22}{columns}")
-    rows = []
-    reference = [score for score, _, _ in by_name["LIP"]]
-    for name, runs in by_name.items():
+def report(outcomes: dict[str, list[tuple[float, float, int]]], options: Options) -> dict[str, Any]:
+    rows, lines = [], []
+    reference = [score for score, _, _ in outcomes["LIP"]]
+    for name, runs in outcomes.items():
         scores, seconds, counts = zip(*runs, strict=True)
-        mean, half = mean_and_interval(scores)
-        lead, lead_half = mean_and_interval([a - b for a, b in zip(reference, scores, strict=True)])
-        time_taken = statistics.median(seconds)
-        line = f"{name:22}{counts[0]:11,}{time_taken:9.1f}{f'{mean:.2f} ± {half:.2f} %':>26}"
-        print(line + ("" if name == "LIP" else f"{f'{lead:+.2f} ± {lead_half:.2f}':>24}"))
-        row = {"name": name, "parameters": counts[0], "train_seconds": time_taken, "accuracies": scores}
-        row |= {"mean": mean, "interval": half, "lip_minus_it": lead, "lip_minus_it_interval": lead_half}
-        rows.append(row)
-    setup = {"data": "npz" if options.data else "scikit-learn digits", "train": TRAIN, "test": TEST}
-    setup |= {"steps": options.steps, "seeds": options.seeds, "threads_per_training": 1}
-    save(options.json, {"claim": (__doc__ or "").splitlines()[0], **environment(), **setup, "results": rows})
+        found = summary(scores, lip_minus_it=minus(reference, scores))
+        mean, lead = plus_minus(found, digits=2), "" if name == "LIP" else plus_minus(found, "lip_minus_it", 2)
+        row = {"name": name, "parameters": counts[0], "train_seconds": statistics.median(seconds)}
+        rows.append({**row, "accuracies": found.pop("values"), **found})
+        lines.append((name, f"{counts[0]:,}", f"{row['train_seconds']:.1f}", mean, lead))
+    head = ("downsampling", "parameters", "train s", "accuracy, 95 % interval", "LIP minus it, paired")
+    print(f"\n{text_table(head, lines)}")
+    return {"data": data_name(options.path), "train": TRAIN, "test": TEST, "results": rows}
 
 
 if __name__ == "__main__":
-    main()
+    path = ("--data", "npz with images (N, 28, 28) and labels; default scikit-learn's")
+    main(run, lambda options: [*VARIANTS], report, doc=__doc__, seeds=5, steps=400, path=path)

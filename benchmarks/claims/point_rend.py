@@ -18,10 +18,8 @@ images (N, 28, 28). How the cost grows with the size is in benchmarks/micro/poin
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.claims import scenes
+from benchmarks.claims.command import Options, data_name, main
 from benchmarks.claims.segmentation import Overlaps, Scores
-from benchmarks.claims.training import Data, in_parallel, mean_and_interval, parameter_count, train
-from benchmarks.environment import environment, save
-from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare
+from benchmarks.claims.summaries import minus, summary, with_leads
+from benchmarks.claims.training import Data, parameter_count, train
+from benchmarks.command import text_table
+from benchmarks.micro.command import as_dicts
+from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, Result, compare
 from paper_layers.point_rend import PointRendHead, PointRendSemantic
 
 TRAIN, TEST = 800, 200  # Scenes.
@@ -156,9 +157,7 @@ def run(way: str, seed: int, steps: int, path: str | None) -> Outcome:
     classes = 1 + max(int(labels[labels != scenes.IGNORED].max()) for _, labels in (train_data, test_data))
     torch.manual_seed(seed)
     model = network(way, train_data[0].shape[1], classes)
-    start = time.perf_counter()
-    train(model, train_data, steps, seed, BATCH, loss=model.loss)
-    seconds = time.perf_counter() - start
+    seconds = train(model, train_data, steps, seed, BATCH, loss=model.loss)
     return Outcome(scores(model, test_data, classes), seconds, parameter_count(model))
 
 
@@ -184,7 +183,7 @@ def measure_inference(threads: int, sizes: tuple[int, ...]) -> list[Result]:
         for way in WAYS
     ]
     cases = [Case({"side": side}, functools.partial(_inputs, OURS), 8 * side**2, backward=False) for side in sizes]
-    return compare(contenders, cases, threads, rounds=3)
+    return compare(Comparison(contenders, cases, rounds=3), threads)
 
 
 # --- reports
@@ -196,61 +195,33 @@ def row(way: str, runs: list[Outcome], ours: list[Outcome]) -> dict[str, Any]:
     found["train_seconds"] = statistics.median(outcome.seconds for outcome in runs)
     for name in Scores._fields:
         mine, reference = ([getattr(outcome.scores, name) for outcome in part] for part in (runs, ours))
-        mean, half = mean_and_interval(mine)
-        lead, lead_half = mean_and_interval([a - b for a, b in zip(reference, mine, strict=True)])
-        found[name] = {"values": mine, "mean": mean, "interval": half}
-        found[name] |= {"point_rend_minus_it": lead, "point_rend_minus_it_interval": lead_half}
+        found[name] = summary(mine, point_rend_minus_it=minus(reference, mine))
     return found
 
 
 def table(rows: list[dict[str, Any]], inference: list[Result]) -> str:
-    names = {"miou": "mIoU", "near": f"within {DISTANCE} pixels", "boundary": "boundary IoU"}
-    lines = [f"{'':10}" + "".join(f"{name:>20}{'PointRend -':>16}" for name in names.values())]
-    for found in rows:
-        line = f"{found['name']:10}"
-        for name in names:
-            score = found[name]
-            mean = f"{score['mean']:.1f} ± {score['interval']:.1f} %"
-            lead = f"{score['point_rend_minus_it']:+.1f} ± {score['point_rend_minus_it_interval']:.1f}"
-            line += f"{mean:>20}{'' if found['name'] == OURS else lead:>16}"
-        lines.append(line)
+    names = {"miou": "mIoU, %", "near": f"within {DISTANCE} pixels, %", "boundary": "boundary IoU, %"}
+    head = [column for name in names.values() for column in (name, "PointRend -")]
+    scores = [[found["name"], *with_leads(found, names, "point_rend_minus_it", OURS)] for found in rows]
     sides = sorted({r.params["side"] for r in inference})
-    lines += [
-        "",
-        f"{'':10}{'parameters':>11}{'training s':>11}" + "".join(f"{f'{s} x {s}: ms':>16}{'MB':>8}" for s in sides),
-    ]
+    costs = []
     for found in rows:
         cost = {r.params["side"]: r for r in inference if r.contender == found["name"]}
-        line = f"{found['name']:10}{found['parameters']:11,}{found['train_seconds']:11.1f}"
-        lines.append(line + "".join(f"{1e3 * cost[s].median:16.1f}{cost[s].peak / 1e6:8.1f}" for s in sides))
-    return "\n".join(lines)
+        texts = [text for s in sides for text in (f"{1e3 * cost[s].median:.1f}", f"{cost[s].peak / 1e6:.1f}")]
+        costs.append([found["name"], f"{found['parameters']:,}", f"{found['train_seconds']:.1f}", *texts])
+    columns = ["", "parameters", "training s", *(text for s in sides for text in (f"{s} x {s}: ms", "MB"))]
+    return f"{text_table(['', *head], scores)}\n\n{text_table(columns, costs)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", help="folder of images and label maps, or npz of digits; default scikit-learn's")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--quick", action="store_true", help="does it run, rather than what comes out")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
-    sizes = SIZES
-    if options.quick:
-        options.seeds, options.steps, sizes = 2, 10, SIZES[:1]
-
-    jobs = [(way, seed, options.steps, options.path) for seed in range(options.seeds) for way in WAYS]
-    outcomes = in_parallel(run, jobs, "claims of PointRend")
-    by_way = {way: outcomes[number :: len(WAYS)] for number, way in enumerate(WAYS)}
-    rows = [row(way, runs, by_way[OURS]) for way, runs in by_way.items()]
-    inference = measure_inference(1, sizes)
+def report(outcomes: dict[str, list[Outcome]], options: Options) -> dict[str, Any]:
+    rows = [row(way, runs, outcomes[OURS]) for way, runs in outcomes.items()]
+    inference = measure_inference(1, SIZES[:1] if options.quick else SIZES)
     print(f"\n{table(rows, inference)}")
-    if options.json:
-        setup: dict[str, Any] = {"data": Path(options.path).name if options.path else "scikit-learn digits"}
-        setup |= {"train": TRAIN, "test": TEST, "steps": options.steps, "batch": BATCH, "seeds": options.seeds}
-        setup |= {"points_in_training": TRAIN_POINTS, "points_of_a_map": POINTS, "distance": DISTANCE}
-        setup |= {"threads_per_training": 1, "results": rows, "inference": as_dicts(inference)}
-        save(options.json, {"claim": (__doc__ or "").splitlines()[0], **environment(), **setup})
+    setup = {"data": data_name(options.path), "train": TRAIN, "test": TEST, "batch": BATCH, "distance": DISTANCE}
+    setup |= {"points_in_training": TRAIN_POINTS, "points_of_a_map": POINTS}
+    return {**setup, "results": rows, "inference": as_dicts(inference)}
 
 
 if __name__ == "__main__":
-    main()
+    path = ("--path", "folder of images and label maps, or npz of digits; default scikit-learn's")
+    main(run, lambda options: [*WAYS], report, doc=__doc__, seeds=3, steps=400, path=path)

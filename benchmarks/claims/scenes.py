@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from benchmarks.claims.training import two_thirds
+
 CLASSES = ("background", "digit", "line")  # Lines are curves and rings.
 SIZE, SHAPES = 128, 6  # Pixels of a scene's side, and shapes on it.
 IGNORED = 255  # The label of pixels that do not count.
@@ -30,8 +32,7 @@ def digits(path: str | Path | None = None) -> Tensor:
 
 def split(glyphs: Tensor) -> tuple[Tensor, Tensor]:
     """Two thirds to train on, the rest to test on."""
-    order = torch.randperm(len(glyphs), generator=torch.Generator().manual_seed(0))
-    train, test = order.tensor_split([2 * len(order) // 3])
+    train, test = two_thirds(len(glyphs))
     return glyphs[train], glyphs[test]
 
 
@@ -78,8 +79,7 @@ def folder(path: str | Path) -> tuple[Scenes, Scenes]:
             labels.append(np.asarray(_square(label, Image.Resampling.NEAREST)).astype(np.int64))
     inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # In channels_last.
     targets = torch.from_numpy(np.stack(labels))
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    train, test = order.tensor_split([2 * len(order) // 3])
+    train, test = two_thirds(len(inputs))
     return (inputs[train], targets[train]), (inputs[test], targets[test])
 
 

@@ -27,9 +27,7 @@ Beside the JSON, a picture of the same name: embeddings of digits, and centers b
 
 from __future__ import annotations
 
-import argparse
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +37,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.claims import retrieval
+from benchmarks.claims.command import Options, main
 from benchmarks.claims.retrieval import Retrieval
-from benchmarks.claims.training import in_parallel, mean_and_interval
-from benchmarks.environment import environment, save
+from benchmarks.claims.summaries import minus, summary, with_leads
+from benchmarks.command import text_table
 from paper_layers.soft_triple import SoftTripleLoss, nmi, param_groups, recall_at_k
 
 HIDDEN, DIM, BATCH = 256, 32, 32
@@ -57,6 +56,7 @@ WAYS: dict[str, dict[str, Any]] = {
     TRIPLETS: {},
 }
 SHOWN = ("K 20, tau 0", "K 20, tau 0.2")
+Cell = tuple[str, str]  # Digits or letters, and the way.
 STYLES = (("o", "#1d4ed8"), ("s", "#c2410c"))  # Of the two classes of digits.
 
 
@@ -115,13 +115,13 @@ class Triplets(nn.Module):
         return self.loss(embeddings, labels, self.miner(embeddings, labels))
 
 
-@functools.lru_cache(maxsize=1)
-def letters(path: str) -> Retrieval:
-    return retrieval.letters(path)
+letters = functools.lru_cache(maxsize=1)(retrieval.letters)
 
 
-def run(path: str | None, way: str, seed: int, steps: int) -> Outcome:
-    data = retrieval.digits(seed) if path is None else letters(path)
+def run(cell: Cell, seed: int, steps: int, path: str | None = None) -> Outcome:
+    """The path is of letters, which the digits do not need."""
+    name, way = cell
+    data = letters(path) if path and name == "letters" else retrieval.digits(seed)
     torch.manual_seed(seed)
     model = network(data.train.shape[1])
     classes = int(data.train_labels.max()) + 1
@@ -135,7 +135,7 @@ def run(path: str | None, way: str, seed: int, steps: int) -> Outcome:
     if isinstance(loss, SoftTripleLoss):
         distinct = loss.distinct_centers(THRESHOLD).double().mean().item()
         centers = loss.centers.detach()
-    shown = path is None and seed == 0
+    shown = name == "digits" and seed == 0
     return Outcome(recall, clustered, distinct, embeddings if shown else torch.empty(0), centers)
 
 
@@ -147,29 +147,21 @@ def row(name: str, way: str, runs: list[Outcome], baseline: list[Outcome]) -> di
     found: dict[str, Any] = {"data": name, "name": way}
     for score in ("recall", "nmi", "distinct"):
         mine, reference = ([getattr(outcome, score) for outcome in part] for part in (runs, baseline))
-        mean, half = mean_and_interval(mine)
-        lead, lead_half = mean_and_interval([a - b for a, b in zip(mine, reference, strict=True)])
-        found[score] = {"values": mine, "mean": mean, "interval": half}
-        found[score] |= {"above_softmax": lead, "above_softmax_interval": lead_half}
+        found[score] = summary(mine, above_softmax=minus(mine, reference))
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    names = {"recall": "Recall@1", "nmi": "NMI"}
-    lines = []
+    head = ("Recall@1, %", "above softmax", "NMI, %", "above softmax", "distinct centers")
+    parts = []
     for data in dict.fromkeys(found["data"] for found in rows):
-        lines += ["", f"{data:20}" + "".join(f"{name:>16}{'above softmax':>16}" for name in names.values())]
-        lines[-1] += f"{'distinct centers':>18}"
+        lines = []
         for found in (found for found in rows if found["data"] == data):
-            line = f"  {found['name']:18}"
-            for name in names:
-                score = found[name]
-                mean = f"{score['mean']:.1f} ± {score['interval']:.1f} %"
-                lead = f"{score['above_softmax']:+.1f} ± {score['above_softmax_interval']:.1f}"
-                line += f"{mean:>16}{'' if found['name'] == BASELINE else lead:>16}"
             distinct = "" if found["name"] == TRIPLETS else f"{found['distinct']['mean']:.1f}"
-            lines.append(f"{line}{distinct:>18}")
-    return "\n".join(lines)
+            scores = with_leads(found, ("recall", "nmi"), "above_softmax", BASELINE)
+            lines.append([found["name"], *scores, distinct])
+        parts.append(text_table((data, *head), lines))
+    return "\n\n".join(parts)
 
 
 def draw(axes: Axes, embeddings: Tensor, labels: Tensor, halves: Tensor, centers: Tensor, merged: bool) -> None:
@@ -205,32 +197,21 @@ def picture(shown: dict[str, Outcome]) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--letters", metavar="PATH", help="UCI's letter-recognition.data; default the digits alone")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--quick", action="store_true", help="does it run, rather than what comes out")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there, and the picture beside it")
-    options = parser.parse_args()
-    if options.quick:
-        options.seeds, options.steps = 2, 30
+def cells(options: Options) -> list[Cell]:
+    return [(name, way) for name in ("digits", *(["letters"] if options.path else [])) for way in WAYS]
 
-    data = {"digits": None, **({"letters": options.letters} if options.letters else {})}
-    cells = [(name, path, way) for name, path in data.items() for way in WAYS]
-    jobs = [(path, way, seed, options.steps) for seed in range(options.seeds) for _, path, way in cells]
-    outcomes = in_parallel(run, jobs, "claims of SoftTriple")
-    runs = {(name, way): outcomes[i :: len(cells)] for i, (name, _, way) in enumerate(cells)}
-    rows = [row(name, way, part, runs[name, BASELINE]) for (name, way), part in runs.items()]
+
+def report(outcomes: dict[Cell, list[Outcome]], options: Options) -> dict[str, Any]:
+    rows = [row(*cell, runs, outcomes[cell[0], BASELINE]) for cell, runs in outcomes.items()]
     print(table(rows))
-    if options.json:
-        setup: dict[str, Any] = {"steps": options.steps, "batch": BATCH, "seeds": options.seeds, "threshold": THRESHOLD}
-        setup |= {"lr": LR, "center_lr": CENTER_LR, "hidden": HIDDEN, "dim": DIM, "threads_per_training": 1}
-        save(options.json, {"claim": (__doc__ or "").splitlines()[0], **environment(), **setup, "results": rows})
-        path = Path(options.json).with_suffix(".png")
-        picture({way: runs["digits", way][0] for way in SHOWN}).savefig(path, dpi=110)
-        print(f"written: {path}")
+    setup = {"batch": BATCH, "threshold": THRESHOLD, "lr": LR, "center_lr": CENTER_LR, "hidden": HIDDEN, "dim": DIM}
+    return {**setup, "results": rows}
+
+
+def picture_of_seed_0(outcomes: dict[Cell, list[Outcome]]) -> Figure:
+    return picture({way: outcomes["digits", way][0] for way in SHOWN})
 
 
 if __name__ == "__main__":
-    main()
+    path = ("--letters", "UCI's letter-recognition.data; default the digits alone")
+    main(run, cells, report, doc=__doc__, seeds=8, steps=1500, path=path, quick_steps=30, picture=picture_of_seed_0)

@@ -4,19 +4,18 @@ A step is the three scores of 256 real and 256 fake pairs of features and latent
 the gradients of all parameters and of the features. The limit is what no implementation can leave out: three products
 a layer (two where its input needs no gradient) and, for its spectral norm, two with a vector.
 
-python -m benchmarks.micro.big_bigan [--device cuda] [--threads 2] [--quick] [--json PATH]
+python -m benchmarks.micro.big_bigan [--device cuda] [--threads 2] [--quick] [--only TEXT] [--json PATH]
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import environment, save
-from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from benchmarks.micro.command import Options, Target, main
+from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, Result
 from paper_layers.big_bigan import BigBiGANHeads, discriminator_loss
 from paper_layers.big_bigan.spectral import SpectralLinear
 
@@ -82,43 +81,21 @@ CONTENDERS = (
 )
 
 
-def measure(device: str, threads: int, quick: bool = False) -> list[Result]:
-    cases = []
-    for feature_dim, width in SIZES[:1] if quick else SIZES:
-        moved = 16 * 4 * width**2  # Of the heap that is touched beforehand.
-        cases.append(Case({"features": feature_dim, "width": width}, inputs, moved, True, device))
-    return compare(CONTENDERS, cases, threads, *((3, 0.2) if quick else (5, 0.3)), limit=LIMIT)
+def plan(options: Options) -> list[Comparison]:
+    sizes = SIZES[:1] if options.quick else SIZES
+    # What is moved is of the heap that is touched beforehand.
+    cases = [Case({"features": f, "width": width}, inputs, 16 * 4 * width**2, True) for f, width in sizes]
+    return [Comparison(CONTENDERS, cases, LIMIT)]
 
 
-def targets(results: Sequence[Result]) -> str:
-    lines = [f"  {'target: times the limit':40}{'wanted':>8}  measured"]
+def targets(results: Sequence[Result], device: str) -> Iterator[Target]:
     for r in results:
         if r.contender in (OURS, COMPILED) and not r.error:
-            verdict = "reached" if r.to_limit <= TARGET else "MISSED"
-            title = f"width {r.params['width']}, {r.contender}"
-            lines.append(f"  {title:40}{TARGET:8.2f}  {r.to_limit:.2f}: {verdict}")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads, one run each")
-    parser.add_argument("--quick", action="store_true", help="width 512 alone, fewer rounds")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
-
-    head = environment(options.device)
-    print("\n".join(f"{name}: {value}" for name, value in head.items()))
-    results = []
-    for threads in options.threads:
-        part = measure(options.device, threads, options.quick)
-        print(table(part), f"\n{threads} threads\n{targets(part)}", sep="\n")
-        results += part
-    if options.json:
-        title = f"BigBiGAN's heads, a discriminator's step on {PAIRS} real and {PAIRS} fake pairs"
-        save(options.json, {"benchmark": title, **head, "results": as_dicts(results)})
+            yield Target(
+                f"width {r.params['width']}, {r.contender}: times the limit", TARGET, [r.to_limit], at_most=True
+            )
 
 
 if __name__ == "__main__":
-    main()
+    title = f"BigBiGAN's heads, a discriminator's step on {PAIRS} real and {PAIRS} fake pairs"
+    main(title, plan, doc=__doc__, quick="width 512 alone, fewer rounds", targets=targets)

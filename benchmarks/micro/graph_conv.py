@@ -1,13 +1,10 @@
 """EdgeConv, MRConv and ResGCN against the official formulas, their algebra in plain PyTorch and PyG.
 
-python -m benchmarks.micro.graph_conv [--device cuda] [--threads 2 1] [--quick] [--json PATH]
+python -m benchmarks.micro.graph_conv [--device cuda] [--threads 2 1] [--quick] [--only TEXT] [--json PATH]
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
-import resource
 import time
 from typing import Any
 
@@ -17,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import trange
 
-from benchmarks.environment import environment, save
-from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from benchmarks.micro.command import Options, main
+from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, train_alone
 from paper_layers.deep_gcn import DeepGCN, EdgeConv, MRConv, to_edge_index
 from tests.deep_gcn import official as formulas
 
@@ -152,27 +149,23 @@ NET_CONTENDERS = (
 )
 
 
-def measure(device: str, threads: int, quick: bool) -> list[Result]:
-    rounds = (3, 0.1) if quick else (4, 0.2)
-    results = []
-    cases = []
+def plan(options: Options) -> list[Comparison]:
+    convs, nets = [], []
     for conv, shape in CONVS.items():
         moved = 4 * 4 * shape[0] * shape[1] * shape[2]
-        cases += [Case({"conv": conv, "shape": shape}, conv_inputs, moved, back, device) for back in (False, True)]
-    results += compare(CONV_CONTENDERS, cases, threads, *rounds, limit=CONV_LIMIT)
-    nets = {"ResGCN-14": NETS["ResGCN-14"]} if quick else NETS
-    for name, shape in nets.items():
-        moved = 4 * shape[0] * shape[1] * 64 * shape[2] * 8
-        cases = [Case({"net": name, "shape": shape}, our_net_inputs, moved, back, device) for back in (False, True)]
-        results += compare(NET_CONTENDERS, cases, threads, *rounds)
-    return results
+        convs += [Case({"conv": conv, "shape": shape}, conv_inputs, moved, back) for back in (False, True)]
+    for name, shape in NETS.items():
+        if name == "ResGCN-14" or not options.quick:
+            moved = 4 * shape[0] * shape[1] * 64 * shape[2] * 8
+            nets += [Case({"net": name, "shape": shape}, our_net_inputs, moved, back) for back in (False, True)]
+    # Each network with processes of its own.
+    rest = [
+        Comparison(NET_CONTENDERS, nets[start : start + 2], rounds=4, seconds=0.2) for start in range(0, len(nets), 2)
+    ]
+    return [Comparison(CONV_CONTENDERS, convs, CONV_LIMIT, rounds=4, seconds=0.2), *rest]
 
 
-def _train_deep(pipe: Any, blocks: int, points: int, threads: int, steps: int, checkpointing: bool) -> None:
-    """The most memory that a process ever held which does nothing but train."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def train_deep(blocks: int, points: int, steps: int, checkpointing: bool) -> dict[str, Any]:
     net = DeepGCN(9, 13, blocks=blocks, checkpointing=checkpointing)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     x, labels = torch.randn(1, points, 9), torch.randint(13, (1, points))
@@ -184,43 +177,19 @@ def _train_deep(pipe: Any, blocks: int, points: int, threads: int, steps: int, c
         optimizer.step()
         losses.append(loss.item())
     seconds = (time.perf_counter() - begin) / steps
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pipe.send({"losses": losses, "seconds": seconds, "peak_gib": peak / 2**20, "start_gib": start / 2**20})
+    facts = {"blocks": blocks, "points": points, "checkpointing": checkpointing}
+    return {**facts, "losses": losses, "seconds": seconds}
 
 
-def train_deep(blocks: int, points: int, threads: int, steps: int, checkpointing: bool = False) -> dict[str, Any]:
-    mine, theirs = multiprocessing.get_context("spawn").Pipe()
-    arguments = (theirs, blocks, points, threads, steps, checkpointing)
-    process = multiprocessing.get_context("spawn").Process(target=_train_deep, args=arguments)
-    process.start()
-    answer = mine.recv()
-    process.join()
-    return {"blocks": blocks, "points": points, "threads": threads, "checkpointing": checkpointing, **answer}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads, one run each")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and no ResGCN-28 and -112")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
-
-    head = environment(options.device)
-    print("\n".join(f"{name}: {value}" for name, value in head.items()))
-    results = []
-    for threads in options.threads:
-        part = measure(options.device, threads, options.quick)
-        print(table(part))
-        results += part
+def resgcn_112(options: Options) -> dict[str, Any]:
+    """Train ResGCN-112 on a large cloud, all its activations in memory and with checkpoints."""
     deep = []
     if options.device == "cpu" and not options.quick:
         for checkpointing in (False, True):
-            deep.append(train_deep(112, 4096, options.threads[0], 3, checkpointing))
+            deep.append(train_alone(train_deep, options.threads[0], 112, 4096, 3, checkpointing))
             print(deep[-1])
-    if options.json:
-        save(options.json, {"benchmark": "graph_conv", **head, "results": as_dicts(results), "resgcn_112": deep})
+    return {"resgcn_112": deep}
 
 
 if __name__ == "__main__":
-    main()
+    main("graph_conv", plan, doc=__doc__, quick="fewer rounds and no ResGCN-28 and -112", more=resgcn_112)

@@ -15,14 +15,17 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -205,7 +208,7 @@ class _Process:
         arguments = (other, self.contender, self.threads)
         self.process = context.Process(target=_worker, args=arguments, daemon=True)
         kept = {n: v for n, v in WORKER_ENVIRONMENT.items() if self.contender.keeps_heap or "MALLOC" not in n}
-        with environ({**kept, "OMP_NUM_THREADS": str(self.threads)}):
+        with patch.dict(os.environ, {**kept, "OMP_NUM_THREADS": str(self.threads)}):
             self.process.start()
         other.close()
 
@@ -225,34 +228,28 @@ class _Process:
         self.process.join()
 
 
-@contextlib.contextmanager
-def environ(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders that are measured on the same cases, and for how long."""
+
+    contenders: Sequence[Contender]
+    cases: Sequence[Case]
+    limit: Contender = LIMIT
+    rounds: int = 5
+    seconds: float = 0.3  # A round's.
 
 
-def compare(
-    contenders: Sequence[Contender],
-    cases: Sequence[Case],
-    threads: int,
-    rounds: int = 5,
-    seconds: float = 0.3,
-    limit: Contender = LIMIT,
-) -> list[Result]:
+def compare(comparison: Comparison, threads: int) -> list[Result]:
     """Run every contender on every case, in turn over several rounds."""
-    contenders = [*contenders, limit]
-    processes = [_Process(contender, threads) for contender in contenders]
+    if not comparison.cases:
+        return []
+    processes = [_Process(contender, threads) for contender in (*comparison.contenders, comparison.limit)]
     results = []
+    rounds, seconds = comparison.rounds, comparison.seconds
+    total = len(comparison.cases) * (rounds + 1) * len(processes)
     try:
-        with tqdm(total=len(cases) * (rounds + 1) * len(contenders), desc=f"{threads} threads", unit="round") as bar:
-            for case in cases:
+        with tqdm(total=total, desc=f"{threads} threads", unit="round") as bar:
+            for case in comparison.cases:
                 results += _compare(processes, case, rounds, seconds, bar)
     finally:
         for process in processes:
@@ -298,26 +295,16 @@ def _compare(processes: list[_Process], case: Case, rounds: int, seconds: float,
     return results
 
 
-def table(results: Sequence[Result]) -> str:
-    """The results as text, one block a case: slower than ours and faster than ours alike."""
-    lines = []
-    head = f"  {'':34}{'median ms':>10}{'IQR':>9}{'x limit':>9}{'x ours':>8}{'saved MB':>10}{'peak MB':>9}"
-    for index, r in enumerate(results):
-        if index == 0 or (r.case, r.threads) != (results[index - 1].case, results[index - 1].threads):
-            lines += ["", f"{r.case}, {r.threads} threads", head]
-        if r.error:
-            lines.append(f"  {r.contender:34}  cannot run: {r.error}")
-            continue
-        milliseconds = f"{r.median * 1e3:10.3f}{r.iqr * 1e3:9.3f}{r.to_limit:9.2f}{r.to_ours:8.2f}"
-        memory = "" if r.role == "limit" else f"{r.saved / 1e6:10.1f}{r.peak / 1e6:9.1f}"
-        lines.append(f"  {r.contender:34}{milliseconds}{memory}")
-        if r.role == "peer":
-            mine = next(o for o in results if o.role == "ours" and (o.case, o.threads) == (r.case, r.threads))
-            if abs(r.checksum - mine.checksum) > 0.02 * abs(mine.checksum):
-                lines.append(f"  {'':34}  computes something else: mean {r.checksum:.5g}, ours {mine.checksum:.5g}")
-    return "\n".join(lines)
+def train_alone(train: Callable[..., dict[str, Any]], threads: int, *arguments: Any) -> dict[str, Any]:
+    """Train in a process that does nothing else; add the most memory that it ever held to what `train` returns."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_with_peak, train, threads, arguments).result()
 
 
-def as_dicts(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """For JSON, without what does not apply."""
-    return [{k: v for k, v in asdict(r).items() if v != "" and v == v} for r in results]
+def _with_peak(train: Callable[..., dict[str, Any]], threads: int, arguments: Sequence[Any]) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer = train(*arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"threads": threads, **answer, "peak_gib": peak / 2**20, "start_gib": start / 2**20}

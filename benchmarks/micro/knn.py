@@ -1,17 +1,15 @@
 """Exact k-nearest neighbours against torch-cluster, SciPy, Faiss, PyKeOps, cdist with topk and DeepGCN's own formula.
 
-python -m benchmarks.micro.knn [--device cuda] [--threads 2 1] [--quick] [--json PATH]
+python -m benchmarks.micro.knn [--device cuda] [--threads 2 1] [--quick] [--only TEXT] [--json PATH]
 """
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from torch import Tensor
 
-from benchmarks.environment import environment, save
-from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from benchmarks.micro.command import Options, main
+from benchmarks.micro.harness import Case, Comparison, Contender, Inputs
 from paper_layers import knn
 
 SHAPES = (  # B, N, C, k, dilation
@@ -124,35 +122,15 @@ def inputs(case: Case) -> Inputs:
     return torch.randn(b, n, c, device=case.device), k, dilation
 
 
-def make_case(shape: Shape, device: str) -> Case:
+def make_case(shape: Shape) -> Case:
     b, n, c, k, _ = shape
-    return Case({"shape": shape}, inputs, b * n * (4 * c + 12 * k), False, device)
+    return Case({"shape": shape}, inputs, b * n * (4 * c + 12 * k), backward=False)
 
 
-def measure(shapes: tuple[Shape, ...], device: str, threads: int, quick: bool = False) -> list[Result]:
-    cases = [make_case(shape, device) for shape in shapes]
-    return compare(CONTENDERS, cases, threads, *((3, 0.1) if quick else (4, 0.2)), limit=LIMIT)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads, one run each")
-    parser.add_argument("--quick", action="store_true", help="up to 16384 points, fewer rounds")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
-    shapes = tuple(shape for shape in SHAPES if shape[1] <= 16384) if options.quick else SHAPES
-
-    head = environment(options.device)
-    print("\n".join(f"{name}: {value}" for name, value in head.items()))
-    results = []
-    for threads in options.threads:
-        part = measure(shapes, options.device, threads, options.quick)
-        print(table(part))
-        results += part
-    if options.json:
-        save(options.json, {"benchmark": "knn", **head, "results": as_dicts(results)})
+def plan(options: Options) -> list[Comparison]:
+    cases = [make_case(shape) for shape in SHAPES if shape[1] <= 16384 or not options.quick]
+    return [Comparison(CONTENDERS, cases, LIMIT, rounds=4, seconds=0.2)]
 
 
 if __name__ == "__main__":
-    main()
+    main("knn", plan, doc=__doc__, quick="up to 16384 points, fewer rounds")

@@ -7,18 +7,17 @@ Beside PATH, a plot of the same name.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.environment import environment, save
+from benchmarks import command
+from benchmarks.environment import environment
 from paper_layers import knn
 
 SIZES = (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -52,13 +51,11 @@ def measure(cloud: Tensor) -> float:
     return statistics.median(times)
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
+def picture(results: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for name in CLOUDS:
         rows = [r for r in results if r["cloud"] == name]
         axes.loglog([r["points"] for r in rows], [r["seconds"] * 1e3 for r in rows], "o-", label=name)
@@ -68,31 +65,25 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     axes.loglog(sizes, linear, ":", color="gray", label="linear")
     axes.set(xlabel="points", ylabel="ms", title=f"paper_layers.knn, C = 3, k = {K}")
     axes.legend()
-    figure.savefig(path, dpi=120)
-    print(f"written: {path}")
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__, "up to 30000 points")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--quick", action="store_true", help="up to 30000 points")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     sizes = [n for n in SIZES if n <= 30_000] if options.quick else SIZES
-    head = environment()
+    head = {"benchmark": "knn_growth", **environment(), "threads": options.threads, "k": K}
     results = []
     for name, n in tqdm([(name, n) for name in CLOUDS for n in sizes]):
         results.append({"cloud": name, "points": n, "seconds": measure(CLOUDS[name](n))})
     for row in results:
-        microseconds = row["seconds"] / row["points"] * 1e6
-        print(
-            f"{row['cloud']:24} {row['points']:9,} points {row['seconds'] * 1e3:10.2f} ms {microseconds:7.2f} us each"
-        )
+        milliseconds, each = row["seconds"] * 1e3, row["seconds"] / row["points"] * 1e6
+        print(f"{row['cloud']:24} {row['points']:9,} points {milliseconds:10.2f} ms {each:7.2f} us each")
     if options.json:
-        save(options.json, {"benchmark": "knn_growth", **head, "threads": options.threads, "k": K, "results": results})
-        plot(results, Path(options.json).with_suffix(".png"))
+        command.save(options.json, {**head, "results": results}, lambda: picture(results))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """PointRend's subdivision against the official procedure, its best form in plain PyTorch and dense prediction.
 
-python -m benchmarks.micro.point_rend [--device cuda] [--threads 2 1] [--quick] [--json PATH]
+python -m benchmarks.micro.point_rend [--device cuda] [--threads 2 1] [--quick] [--only TEXT] [--json PATH]
 
 Beside PATH, a plot of the same name: multiply-adds, time and memory by the side of the mask.
 """
 
 from __future__ import annotations
 
-import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.environment import environment, save
-from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from benchmarks.micro.command import Options, as_dicts, main, table
+from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, compare
+from benchmarks.micro.uncertain_points import running_uncertainty
 from paper_layers.point_rend import PointRendMask, PointRendSemantic, load_official
 from tests.point_rend import official
 
@@ -173,11 +173,7 @@ def semantic_plain(ours: nn.Module, head: nn.Module, coarse: Tensor, features: T
     logits = coarse
     for _ in range(steps):
         logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
-        best, second = logits[:, 0], torch.full_like(logits[:, 0], -torch.inf)
-        for one in logits.unbind(1)[1:]:
-            second = torch.maximum(second, torch.minimum(best, one))
-            best = torch.maximum(best, one)
-        index, points = official.grid_points(second - best, 8192)
+        index, points = official.grid_points(running_uncertainty(logits), 8192)
         values = head(official.point_sample(features, points), official.point_sample(coarse, points))
         logits.flatten(2).scatter_(2, index[:, None].expand_as(values), values)
     return logits
@@ -191,28 +187,34 @@ SEMANTIC_CONTENDERS = (
 )
 
 
-def measure(device: str, threads: int, quick: bool) -> list[Result]:
-    rounds = (2, 0.1) if quick else (5, 0.5)
-    features = 4 * 256 * 200 * 304
-    case = Case({"masks of": "boxes", "boxes": BOXES, "side": 224}, mask_inputs, features, False, device)
-    contenders = (*MASK_CONTENDERS, *MASK_DEFAULTS, *(() if quick else (MASK_DENSE,)))
-    results = compare(contenders, [case], threads, *rounds, limit=MASK_LIMIT)
-    moved = 2 * 4 * 19 * 1024 * 2048
-    case = Case({"map": "semantic", "coarse": (1, 19, 256, 512), "steps": 2}, semantic_inputs, moved, False, device)
-    return results + compare(SEMANTIC_CONTENDERS, [case], threads, *rounds)
+def plan(options: Options) -> list[Comparison]:
+    params = {"masks of": "boxes", "boxes": BOXES, "side": 224}
+    masks = Case(params, mask_inputs, 4 * math.prod(FEATURES), backward=False)
+    contenders = (*MASK_CONTENDERS, *MASK_DEFAULTS, *(() if options.quick else (MASK_DENSE,)))
+    params = {"map": "semantic", "coarse": (1, 19, 256, 512), "steps": 2}
+    semantic = Case(params, semantic_inputs, 2 * 4 * 19 * 1024 * 2048, backward=False)
+    return [
+        Comparison(contenders, [masks], MASK_LIMIT, seconds=0.5),
+        Comparison(SEMANTIC_CONTENDERS, [semantic], seconds=0.5),
+    ]
 
 
 # --- growth with the size of the mask
 
 
-def measure_growth(device: str, threads: int, quick: bool) -> tuple[list[Result], list[dict[str, Any]]]:
-    sides = SIDES[:-2] if quick else SIDES
-    settings: dict[str, Any] = {"masks of": "boxes", "boxes": GROWTH_BOXES}
-    moved = 4 * 256 * 200 * 304
-    cases = [Case({**settings, "side": side}, mask_inputs, moved, False, device) for side in sides]
+def growth(options: Options) -> dict[str, Any]:
+    """Measure masks of several sides, and count their multiply-adds."""
+    settings = {"masks of": "boxes", "boxes": GROWTH_BOXES}
+    sides, rounds, seconds = (SIDES[:-2], 2, 0.1) if options.quick else (SIDES, 5, 0.2)
+    moved = 4 * math.prod(FEATURES)
+    cases = [Case({**settings, "side": s}, mask_inputs, moved, False, options.device) for s in sides]
     contenders = (MASK_CONTENDERS[0], MASK_CONTENDERS[2], MASK_DENSE)
-    results = compare(contenders, cases, threads, *((2, 0.1) if quick else (5, 0.2)), limit=MASK_LIMIT)
-    return results, [_multiply_adds(case, contender) for case in cases for contender in contenders]
+    results = compare(Comparison(contenders, cases, MASK_LIMIT, rounds, seconds), options.threads[0])
+    print(table(results))
+    counts = [_multiply_adds(case, contender) for case in cases for contender in contenders]
+    for row in counts:
+        print(f"{row['contender']:34} {row['side']:4} {row['multiply_adds'] / 1e9:8.3f} G multiply-adds a mask")
+    return {"growth": as_dicts(results), "multiply_adds": counts}
 
 
 def _multiply_adds(case: Case, contender: Contender) -> dict[str, Any]:
@@ -224,55 +226,26 @@ def _multiply_adds(case: Case, contender: Contender) -> dict[str, Any]:
     return {**row, "multiply_adds": counter.get_total_flops() // 2}
 
 
-def plot(results: list[Result], counts: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
+def picture(content: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for name in dict.fromkeys(row["contender"] for row in counts):
-        mine = [row for row in counts if row["contender"] == name]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, middle, right = panels = figure.subplots(1, 3)
+    for name in dict.fromkeys(row["contender"] for row in content["multiply_adds"]):
+        mine = [row for row in content["multiply_adds"] if row["contender"] == name]
         left.loglog([r["side"] for r in mine], [r["multiply_adds"] / 1e9 for r in mine], "o-", label=name)
-        rows = [r for r in results if r.contender == name and not r.error]
-        sides = [r.params["side"] for r in rows]
-        middle.loglog(sides, [r.median * 1e3 / GROWTH_BOXES for r in rows], "o-", label=name)
-        right.loglog(sides, [r.peak / 1e6 / GROWTH_BOXES for r in rows], "o-", label=name)
-    left.set(title="10^9 multiply-adds a mask", xlabel="side of the mask, pixels")
-    middle.set(title="milliseconds a mask", xlabel="side of the mask, pixels")
-    right.set(title="peak MB a mask", xlabel="side of the mask, pixels")
-    for axes in (left, middle, right):
+        rows = [r for r in content["growth"] if r["contender"] == name and "error" not in r]
+        sides = [r["params"]["side"] for r in rows]
+        middle.loglog(sides, [r["median"] * 1e3 / GROWTH_BOXES for r in rows], "o-", label=name)
+        right.loglog(sides, [r["peak"] / 1e6 / GROWTH_BOXES for r in rows], "o-", label=name)
+    for axes, title in zip(panels, ("10^9 multiply-adds a mask", "milliseconds a mask", "peak MB a mask"), strict=True):
+        axes.set(title=title, xlabel="side of the mask, pixels")
         axes.set_xticks(SIDES, [str(side) for side in SIDES])
         axes.minorticks_off()
     left.legend()
-    figure.savefig(path, dpi=120)
-    print(f"written: {path}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads, one run each")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no dense masks of 224 pixels")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
-
-    head = environment(options.device)
-    print("\n".join(f"{name}: {value}" for name, value in head.items()))
-    results = []
-    for threads in options.threads:
-        part = measure(options.device, threads, options.quick)
-        print(table(part))
-        results += part
-    growth, counts = measure_growth(options.device, options.threads[0], options.quick)
-    print(table(growth))
-    for row in counts:
-        print(f"{row['contender']:34} {row['side']:4} {row['multiply_adds'] / 1e9:8.3f} G multiply-adds a mask")
-    if options.json:
-        numbers = {"results": as_dicts(results), "growth": as_dicts(growth), "multiply_adds": counts}
-        save(options.json, {"benchmark": "point_rend", **head, **numbers})
-        plot(growth, counts, Path(options.json).with_suffix(".png"))
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    quick = "fewer rounds, no dense masks of 224 pixels"
+    main("point_rend", plan, doc=__doc__, quick=quick, more=growth, picture=picture)

@@ -1,20 +1,20 @@
 """Point sampling against grid_sample, in NCHW and channels_last, and against grid_sample of each level and a cat.
 
-python -m benchmarks.micro.point_sample [--device cuda] [--threads 2 1] [--quick] [--json PATH]
+python -m benchmarks.micro.point_sample [--device cuda] [--threads 2 1] [--quick] [--only TEXT] [--json PATH]
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.environment import environment, save
-from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from benchmarks.micro.command import Options, Target, main, times_as_fast
+from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, Result
 from paper_layers import point_sample
 
 MAP = ((8, 256, 128, 128),)
@@ -35,20 +35,14 @@ def grid_sample(points: Tensor, *maps: Tensor) -> Tensor:
 
 OURS, PEER = "paper_layers.point_sample", "F.grid_sample [+ cat]"
 CONTENDERS = (Contender(OURS, ours, "ours"), Contender(PEER, grid_sample, "peer"))
-# Name of the maps, points, layout, whether with backward, how many times as fast as grid_sample we have to be.
+# Name of the maps, points, layout, how many times as fast as grid_sample we have to be: forward, with backward.
 TARGETS = (
-    ("one map", 2048, "NCHW", False, 1.3),
-    ("one map", 2048, "NCHW", True, 2.5),
-    ("one map", 8192, "NCHW", False, 4.0),
-    ("one map", 8192, "NCHW", True, 7.0),
-    ("one map", 2048, "channels_last", False, 2.0),
-    ("one map", 2048, "channels_last", True, 2.0),
-    ("one map", 8192, "channels_last", False, 2.0),
-    ("one map", 8192, "channels_last", True, 2.0),
-    ("pyramid", 2048, "NCHW", False, 3.0),
-    ("pyramid", 2048, "NCHW", True, 3.0),
-    ("pyramid", 2048, "channels_last", False, 2.0),
-    ("pyramid", 2048, "channels_last", True, 2.0),
+    ("one map", 2048, "NCHW", (1.3, 2.5)),
+    ("one map", 8192, "NCHW", (4.0, 7.0)),
+    ("one map", 2048, "channels_last", (2.0, 2.0)),
+    ("one map", 8192, "channels_last", (2.0, 2.0)),
+    ("pyramid", 2048, "NCHW", (3.0, 3.0)),
+    ("pyramid", 2048, "channels_last", (2.0, 2.0)),
 )
 
 
@@ -71,50 +65,23 @@ def moved(shapes: Sequence[tuple[int, ...]], points: int, layout: str, backward:
     return int(4 * total)
 
 
-def make_case(maps: str, points: int, layout: str, backward: bool, device: str) -> Case:
+def make_case(maps: str, points: int, layout: str, backward: bool) -> Case:
     params = {"maps": maps, "points": points, "layout": layout}
     shapes = MAP if maps == "one map" else PYRAMID
-    return Case(params, inputs, moved(shapes, points, layout, backward), backward, device)
+    return Case(params, inputs, moved(shapes, points, layout, backward), backward)
 
 
-def measure(device: str, threads: int, quick: bool = False) -> list[Result]:
-    kinds = dict.fromkeys((maps, points, layout, backward) for maps, points, layout, backward, _ in TARGETS)
-    cases = [make_case(*kind, device) for kind in kinds]
-    return compare(CONTENDERS, cases, threads, *((2, 0.1) if quick else (5, 0.3)))
+def plan(options: Options) -> list[Comparison]:
+    return [Comparison(CONTENDERS, [make_case(*kind, back) for *kind, _ in TARGETS for back in (False, True)])]
 
 
-def targets(results: Sequence[Result]) -> str:
-    """What the package promises of this op, and what was measured."""
+def targets(results: Sequence[Result], device: str) -> Iterator[Target]:
     found = {(*r.params.values(), r.backward, r.contender): r for r in results if not r.error}
-    text = [f"  {'target: times as fast as grid_sample':60}{'wanted':>8}  measured"]
-    for *kind, wanted in TARGETS:
-        maps, points, layout, backward = kind
-        mine, peer = found.get((*kind, OURS)), found.get((*kind, PEER))
-        value = peer.median / mine.median if mine and peer else math.nan
-        title = f"{maps}, P {points}, {layout}, {'forward+backward' if backward else 'forward'}"
-        verdict = "not measured" if math.isnan(value) else f"{value:.2f}: {'reached' if value >= wanted else 'MISSED'}"
-        text.append(f"  {title:60}{wanted:8.2f}  {verdict}")
-    return "\n".join(text)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads, one run each")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
-
-    head = environment(options.device)
-    print("\n".join(f"{name}: {value}" for name, value in head.items()))
-    results = []
-    for threads in options.threads:
-        part = measure(options.device, threads, options.quick)
-        print(table(part), f"\n{threads} threads\n{targets(part)}", sep="\n")
-        results += part
-    if options.json:
-        save(options.json, {"benchmark": "point_sample", **head, "results": as_dicts(results)})
+    for (maps, points, layout, both), backward in itertools.product(TARGETS, (False, True)):
+        kind = (maps, points, layout, backward)
+        title = f"{maps}, P {points}, {layout}, {'forward+backward' if backward else 'forward'}: times as fast"
+        yield Target(title, both[backward], [times_as_fast(found.get((*kind, OURS)), found.get((*kind, PEER)))])
 
 
 if __name__ == "__main__":
-    main()
+    main("point_sample", plan, doc=__doc__, targets=targets)

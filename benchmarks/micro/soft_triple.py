@@ -1,6 +1,6 @@
 """The SoftTriple loss against the official formula, its block-wise form in PyTorch and pytorch-metric-learning.
 
-python -m benchmarks.micro.soft_triple [--device cuda] [--threads 2 1] [--quick] [--json PATH]
+python -m benchmarks.micro.soft_triple [--device cuda] [--threads 2 1] [--quick] [--only TEXT] [--json PATH]
 
 The limit are the matrix products alone, as ours are made: in chunks of classes, the scores once more in the backward.
 At the end a million classes are trained for some steps.
@@ -8,11 +8,9 @@ At the end a million classes are trained for some steps.
 
 from __future__ import annotations
 
-import argparse
 import math
-import multiprocessing
-import resource
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-from benchmarks.environment import environment, save
-from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from benchmarks.micro.command import Options, Target, main
+from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, Result, train_alone
 from paper_layers import SoftTripleLoss, soft_triple_loss
 from paper_layers.soft_triple import param_groups
 from tests.soft_triple import official as formulas
@@ -145,66 +143,53 @@ OURS_AT_DEFAULTS, BLOCK_WISE_AT_DEFAULTS = (
 )
 
 
-def measure(device: str, threads: int, quick: bool) -> list[Result]:
+def plan(options: Options) -> Iterator[Comparison]:
     """Forward + backward; each case with processes of its own: together they hold several times the centers."""
-    results = []
-    for shape in QUICK if quick else SHAPES:
+    for shape in QUICK if options.quick else SHAPES:
         _, d, c, k = shape
+        large = c * k * d >= LARGE
         for tau in (0.0, 0.2):
             # Large ones touch enough memory on their first run, and all processes have to fit beside each other.
-            touched = 4 * c * k * d if c * k * d < LARGE else 0
-            case = Case({"B, d, C, K": shape, "tau": tau}, inputs, touched, True, device)
-            peers = (OFFICIAL, BLOCK_WISE, METRIC_LEARNING) if tau else (OFFICIAL, METRIC_LEARNING)
-            rounds = (2, 0.1) if quick else (5, 0.3)
-            if c * k * d >= LARGE:
+            case = Case({"B, d, C, K": shape, "tau": tau}, inputs, 0 if large else 4 * c * k * d, True)
+            contenders = [OURS, OFFICIAL, *([BLOCK_WISE] if tau else []), METRIC_LEARNING]
+            rounds, seconds = 5, 0.3
+            if large:
                 # With all centers' products a single run takes up to half a minute.
-                rounds = (1 if tau and 4 * (c * k) ** 2 < GRAM_LIMIT else 3, 0.5)
-                peers += (OURS_AT_DEFAULTS, BLOCK_WISE_AT_DEFAULTS) if tau else ()
-            results += compare((OURS, *peers, BARE), [case], threads, *rounds, limit=LIMIT)
-    return results
+                rounds, seconds = 1 if tau and 4 * (c * k) ** 2 < GRAM_LIMIT else 3, 0.5
+                contenders += [OURS_AT_DEFAULTS, BLOCK_WISE_AT_DEFAULTS] if tau else []
+            yield Comparison([*contenders, BARE], [case], LIMIT, rounds, seconds)
 
 
-def targets(results: list[Result]) -> str:
-    """What the package promises of the large cases, and what was measured."""
-    lines = [f"  {'target, forward+backward':76}{'wanted':>8}{'measured':>10}"]
-
-    def verdict(title: str, wanted: float, measured: float, at_least: bool) -> None:
-        reached = measured >= wanted if at_least else measured <= wanted
-        value = "none" if math.isnan(measured) else f"{measured:.2f}"
-        lines.append(f"  {title:76}{wanted:8.2f}{value:>10}{': reached' if reached else ': MISSED'}")
-
+def targets(results: Sequence[Result], device: str) -> Iterator[Target]:
+    """The large cases."""
     for case in dict.fromkeys(r.case for r in results):
         found = {r.contender: r for r in results if r.case == case and not r.error}
         shape, tau = next(r.params.values() for r in results if r.case == case)
         mine = found.get(OURS.name)
         if shape not in SHAPES[2:] or mine is None:
             continue
-        verdict(f"{shape}, tau {tau:g}: times its own products", 1.5, mine.to_limit, False)
+        name = f"{shape}, tau {tau:g}"
+        yield Target(f"{name}: times its own products", 1.5, [mine.to_limit], at_most=True)
         peers = [r for r in found.values() if r.role == "peer"]
         gradients = 4 * math.prod(shape[1:]) + 4 * shape[0] * shape[1]  # Within each one's peak.
         for index, ratio in ((3, 2.0 if tau == 0 else 3.0), (4, 3.0)):
             if shape == SHAPES[index]:
                 fastest = min((r.to_ours for r in peers), default=math.nan)
-                verdict(f"{shape}, tau {tau:g}: times as fast as the best peer", ratio, fastest, True)
+                yield Target(f"{name}: times as fast as the best peer", ratio, [fastest])
         if OURS_AT_DEFAULTS.name in found and BLOCK_WISE_AT_DEFAULTS.name in found:
             ratio = found[BLOCK_WISE_AT_DEFAULTS.name].median / found[OURS_AT_DEFAULTS.name].median
-            title = f"{shape}, tau {tau:g}, malloc's defaults: times as fast as block-wise"
-            verdict(title, 3.0, ratio, True)
+            yield Target(f"{name}, malloc's defaults: times as fast as block-wise", 3.0, [ratio])
         if shape == SHAPES[3] and tau == 0:
             least = min((r.peak - gradients for r in peers), default=math.nan)
-            title = f"{shape}, tau {tau:g}: memory beyond gradients, as part of the best peer's"
-            verdict(title, 0.125, (mine.peak - gradients) / least, False)
+            part = [(mine.peak - gradients) / least]
+            yield Target(f"{name}: memory beyond gradients, as part of the best peer's", 0.125, part, at_most=True)
         if shape == SHAPES[4]:
-            title = f"{shape}, tau {tau:g}: GiB beyond parameters and gradients"
-            verdict(title, 1.0, (mine.peak - gradients) / 2**30, False)
-    return "\n".join(lines) if len(lines) > 1 else ""
+            memory = [(mine.peak - gradients) / 2**30]
+            yield Target(f"{name}: GiB beyond parameters and gradients", 1.0, memory, at_most=True)
 
 
-def _train(pipe: Any, classes: int, centers_per_class: int, dim: int, batch: int, threads: int, steps: int) -> None:
-    """Steps on random inputs, and the most memory that a process ever held which does nothing else."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def train(classes: int, centers_per_class: int, dim: int, batch: int, steps: int) -> dict[str, Any]:
+    """Steps on random inputs."""
     net, loss = nn.Linear(dim, dim), SoftTripleLoss(classes, dim, centers_per_class)
     optimizer = torch.optim.Adam(param_groups(net, loss), eps=0.01, weight_decay=1e-4)
     x, labels = torch.randn(batch, dim), torch.randint(classes, (batch,))
@@ -219,47 +204,18 @@ def _train(pipe: Any, classes: int, centers_per_class: int, dim: int, batch: int
         seconds.append((middle - begin, time.perf_counter() - middle))
         losses.append(value.item())
     forward_backward, step = (sorted(column)[steps // 2] for column in zip(*seconds, strict=True))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     answer = {"losses": losses, "forward_backward_seconds": forward_backward, "optimizer_seconds": step}
-    pipe.send({**answer, "peak_gib": peak / 2**20, "start_gib": start / 2**20, "centers_gib": _gib(loss.centers)})
+    return {**answer, "centers_gib": loss.centers.nbytes / 2**30}
 
 
-def _gib(tensor: Tensor) -> float:
-    return tensor.numel() * tensor.element_size() / 2**30
-
-
-def train_million(threads: int, steps: int = 8) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=_train, args=(theirs, *MILLION.values(), threads, steps))
-    process.start()
-    answer = mine.recv()
-    process.join()
-    return {**MILLION, "threads": threads, **answer}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads, one run each")
-    parser.add_argument("--quick", action="store_true", help="the small cases, fewer rounds")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
-
-    head = environment(options.device)
-    print("\n".join(f"{name}: {value}" for name, value in head.items()), "\ncases: (B, d, C, K), tau")
-    results = []
-    for threads in options.threads:
-        part = measure(options.device, threads, options.quick)
-        print(table(part), targets(part), sep="\n\n")
-        results += part
-    million = []
+def million(options: Options) -> dict[str, Any]:
+    """Train a million classes for some steps."""
+    found = []
     if options.device == "cpu" and not options.quick:
-        million.append(train_million(options.threads[0]))
-        print(million[-1])
-    if options.json:
-        save(options.json, {"benchmark": "soft_triple", **head, "results": as_dicts(results), "million": million})
+        found.append({**MILLION, **train_alone(train, options.threads[0], *MILLION.values(), 8)})
+        print(found[-1])
+    return {"million": found}
 
 
 if __name__ == "__main__":
-    main()
+    main("soft_triple", plan, doc=__doc__, quick="the small cases, fewer rounds", targets=targets, more=million)

@@ -1,20 +1,19 @@
 """Split batch norm against torch's batch norm of one part and timm's of several.
 
-python -m benchmarks.micro.split_batch_norm [--device cuda] [--threads 2 1] [--json PATH]
+python -m benchmarks.micro.split_batch_norm [--device cuda] [--threads 2 1] [--quick] [--only TEXT] [--json PATH]
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import environment, save
-from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from benchmarks.micro.command import Options, Target, main, times_as_fast
+from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, Result
 from paper_layers import SplitBatchNorm2d
 
 SHAPES = ((32, 64, 56, 56), (32, 256, 28, 28), (32, 2048, 7, 7))
@@ -59,55 +58,25 @@ TARGETS = (
 )
 
 
-def measure(shapes: Sequence[tuple[int, ...]], device: str, threads: int) -> list[Result]:
+def plan(options: Options) -> list[Comparison]:
     """Forward and backward in training. It reads the input, writes the output, reads gradient and input, writes one."""
-    cases = [
-        Case({"shape": shape, "layout": layout}, inputs, 5 * 4 * math.prod(shape), True, device)
-        for shape in shapes
-        for layout in LAYOUTS
-    ]
-    return compare(CONTENDERS, cases, threads, rounds=7)
+    pairs = [(shape, layout) for shape in SHAPES for layout in LAYOUTS]
+    cases = [Case({"shape": s, "layout": layout}, inputs, 5 * 4 * math.prod(s), True) for s, layout in pairs]
+    return [Comparison(CONTENDERS, cases, rounds=7)]
 
 
-def targets(results: Sequence[Result], device: str) -> str:
-    """Our time in that of others, wanted and measured at each shape, and the memory."""
+def targets(results: Sequence[Result], device: str) -> Iterator[Target]:
     found = {(*r.params.values(), r.contender): r for r in results if not r.error}
     shapes = dict.fromkeys(r.params["shape"] for r in results)
-    text = [f"  {'our time in that of':48}{'at most':>8}  at " + ", ".join(map(str, shapes))]
     for layout, other, wanted in TARGETS:
-        pairs = [(found.get((shape, layout, OURS)), found.get((shape, layout, other))) for shape in shapes]
-        ratios = [ours.median / theirs.median if ours and theirs else math.nan for ours, theirs in pairs]
-        values, limit = " ".join(f"{ratio:.2f}" for ratio in ratios), wanted.get(device, math.nan)
-        missing = math.isnan(limit) or any(map(math.isnan, ratios))
-        verdict = "" if missing else ": reached" if max(ratios) <= limit else ": MISSED"
-        text.append(f"  {layout + ', ' + other:48}{limit:8.2f}  {values}{verdict}")
+        pairs = [(found.get((shape, layout, other)), found.get((shape, layout, OURS))) for shape in shapes]
+        ratios = [times_as_fast(*pair) for pair in pairs]
+        yield Target(f"{layout}: our time in that of {other}", wanted.get(device, math.nan), ratios, at_most=True)
+    # The output, the input's gradient, and what is kept of channels.
     peaks = [r.peak / (4 * math.prod(r.params["shape"])) for r in found.values() if r.contender == OURS]
-    if peaks:  # The output, the input's gradient, and what is kept of channels.
-        verdict = "reached" if max(peaks) <= 2.01 else "MISSED"
-        text.append(f"  {'peak memory, in inputs':48}{2.01:8.2f}  {max(peaks):.3f}: {verdict}")
-    return "\n".join(text)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="CPU threads, one run each")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
-
-    head = environment(options.device)
-    print("\n".join(f"{name}: {value}" for name, value in head.items()))
-    results = []
-    for threads in options.threads:
-        part = measure(SHAPES, options.device, threads)
-        print(table(part), f"\n{threads} threads\n{targets(part, options.device)}", sep="\n")
-        results += part
-    if options.json:
-        save(
-            options.json,
-            {"benchmark": "split batch norm, forward+backward, float32", **head, "results": as_dicts(results)},
-        )
+    yield Target("peak memory, in inputs", 2.01, peaks, at_most=True)
 
 
 if __name__ == "__main__":
-    main()
+    title = "split batch norm, forward+backward, float32"
+    main(title, plan, doc=__doc__, threads=(2, 1), targets=targets)

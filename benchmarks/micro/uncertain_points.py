@@ -1,19 +1,18 @@
 """Uncertain points against the official formulas, and the plain PyTorch that computes the same with less.
 
-python -m benchmarks.micro.uncertain_points [--device cuda] [--threads 2 1] [--quick] [--json PATH]
+python -m benchmarks.micro.uncertain_points [--device cuda] [--threads 2 1] [--quick] [--only TEXT] [--json PATH]
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.environment import environment, save
-from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
+from benchmarks.micro.command import Options, main
+from benchmarks.micro.harness import Case, Comparison, Contender, Inputs
 from paper_layers import sample_uncertain_points, uncertain_points
 
 GRID = (  # N, C, H, W, points
@@ -44,7 +43,7 @@ def _uncertainty(logits: Tensor) -> Tensor:
     return best[:, 1] - best[:, 0]
 
 
-def _running_uncertainty(logits: Tensor) -> Tensor:
+def running_uncertainty(logits: Tensor) -> Tensor:
     if logits.shape[1] == 1:
         return -logits[:, 0].abs()
     best, second = logits[:, 0].clone(), torch.full_like(logits[:, 0], -torch.inf)
@@ -79,12 +78,12 @@ def official(logits: Tensor, num_points: int, labels: Tensor | None, sample: boo
 def plain(logits: Tensor, num_points: int, labels: Tensor | None, sample: bool) -> Tensor:
     """A running best and second best; of labels the class's map alone is sampled."""
     if not sample:
-        return _centres(_running_uncertainty(logits).flatten(1).topk(num_points).indices, logits)
+        return _centres(running_uncertainty(logits).flatten(1).topk(num_points).indices, logits)
     if labels is not None:
         logits = logits[torch.arange(len(logits), device=logits.device), labels, None]
 
     def uncertainty_at(grid: Tensor) -> Tensor:
-        return _running_uncertainty(F.grid_sample(logits, grid, align_corners=False)[:, :, 0])
+        return running_uncertainty(F.grid_sample(logits, grid, align_corners=False)[:, :, 0])
 
     return _sampler(logits, num_points, uncertainty_at)
 
@@ -113,39 +112,18 @@ def inputs(case: Case) -> Inputs:
     return torch.randn(n, c, h, w, device=case.device), num_points, labels, case.params["op"] == "sample"
 
 
-def make_case(op: str, shape: tuple, device: str) -> Case:
+def make_case(op: str, shape: tuple) -> Case:
     n, c, h, w, num_points, *labelled = shape
     # The logits, or the planes of the labels' classes, and of the sampler its random points.
     pixels = n * h * w * (1 if any(labelled) else c)
-    return Case(
-        {"op": op, "shape": shape}, inputs, 4 * pixels + (24 * n * num_points if labelled else 0), False, device
-    )
+    moved = 4 * pixels + (24 * n * num_points if labelled else 0)
+    return Case({"op": op, "shape": shape}, inputs, moved, backward=False)
 
 
-def measure(device: str, threads: int, quick: bool = False) -> list[Result]:
-    cases = [make_case("grid", shape, device) for shape in GRID]
-    cases += [make_case("sample", shape, device) for shape in SAMPLER]
-    return compare(CONTENDERS, cases, threads, *((2, 0.1) if quick else (5, 0.3)), limit=LIMIT)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads, one run each")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    options = parser.parse_args()
-
-    head = environment(options.device)
-    print("\n".join(f"{name}: {value}" for name, value in head.items()))
-    results = []
-    for threads in options.threads:
-        part = measure(options.device, threads, options.quick)
-        print(table(part))
-        results += part
-    if options.json:
-        save(options.json, {"benchmark": "uncertain_points", **head, "results": as_dicts(results)})
+def plan(options: Options) -> list[Comparison]:
+    cases = [make_case("grid", shape) for shape in GRID] + [make_case("sample", shape) for shape in SAMPLER]
+    return [Comparison(CONTENDERS, cases, LIMIT)]
 
 
 if __name__ == "__main__":
-    main()
+    main("uncertain_points", plan, doc=__doc__)

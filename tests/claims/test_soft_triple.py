@@ -41,7 +41,7 @@ def test_batches_of_triplets() -> None:
 
 @pytest.mark.parametrize("way", [BASELINE, "K 10, tau 0.2", TRIPLETS])
 def test_run(way: str) -> None:
-    found, again = (soft_triple.run(None, way, 0, 3) for _ in range(2))
+    found, again = (soft_triple.run(("digits", way), 0, 3) for _ in range(2))
     assert 50 < found.recall <= 100
     assert (found.recall, found.nmi) == (again.recall, again.nmi)
     assert found.distinct == WAYS[way].get("centers_per_class", 0)  # None has merged yet.

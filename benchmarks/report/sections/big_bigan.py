@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from benchmarks.claims.adversarial import LATENT, SIZE, Training
 from benchmarks.claims.big_bigan import OURS, UNTRAINED, VARIANTS, Outcome, assess
 from benchmarks.claims.representation import digits
 from benchmarks.claims.training import in_parallel
-from demo.report import Section, bars, code, heading, picture, table, text
+from benchmarks.report.page import Section, bars, code, heading, image_grid, picture, table, text
 
 STEPS = 1200
 NAMES = (OURS, "joint only (BiGAN)", UNTRAINED)
@@ -51,7 +52,7 @@ def section() -> Section:
     _, samples, redrawn = results[0]
     head = ("discriminator's scores", "linear probe", "nearest neighbours", "Fréchet distance")
     rows = [(name, f"{o.probe:.1f} %", f"{o.neighbors:.1f} %", f"{o.frechet:.0f}") for name, o in outcomes.items()]
-    print("\n".join("{:24}{:>14}{:>20}{:>18}".format(*row) for row in (head, *rows)))
+    scores = table(head, rows)
     train_data, test_data = digits(None, SIZE)
     originals = test_data[0][:RECONSTRUCTED, 0]
     return Section(
@@ -66,7 +67,7 @@ def section() -> Section:
             code(LOOP),
             heading("Samples"),
             picture(
-                _grid_picture(samples.unflatten(0, SAMPLES)),
+                _grid_picture(samples.unflatten(0, SAMPLES), [""] * SAMPLES[0]),
                 f"Drawn from random latents after {STEPS} steps on {len(train_data[0])} of scikit-learn's digits.",
             ),
             heading("Reconstructions"),
@@ -81,25 +82,17 @@ def section() -> Section:
                 "untrained encoder, which is good on such small images. One seed and a short training: "
                 "benchmarks/claims/big_bigan.py has more of both."
             ),
-            table(head, rows),
+            scores,
             picture(_bars_picture(outcomes), "Accuracy on test digits, in percent."),
         ],
     )
 
 
-def _grid_picture(images: Tensor, names: tuple[str, ...] = ()) -> Figure:
-    lines, columns = images.shape[:2]
-    figure = Figure(figsize=(9.5, 9.5 / columns * lines))
-    grid: Any = figure.subplots(lines, columns, gridspec_kw={"wspace": 0.08, "hspace": 0.08})
-    for line, part in zip(grid, images, strict=True):
-        for axes, image in zip(line, part, strict=True):
-            axes.imshow(image, cmap="gray_r", vmin=-1, vmax=1)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-    for line, name in zip(grid, names, strict=False):
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
-    return figure
+def _grid_picture(images: Tensor, names: Sequence[str]) -> Figure:
+    height, width = images.shape[:2]
+    look = {"cmap": "gray_r", "vmin": -1, "vmax": 1}
+    lines = [(name, line, look) for name, line in zip(names, images, strict=True)]
+    return image_grid((9.5, 9.5 / width * height), lines, gap=(0.08, 0.08), frame=False)[0]
 
 
 def _bars_picture(outcomes: dict[str, Outcome]) -> Figure:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.command import text_table
 from benchmarks.environment import environment
 
 ACCENT, MUTED, INK = "#c2410c", "#b8b4ad", "#292524"
@@ -76,9 +79,17 @@ def code(content: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Print the rows, and return them for the page."""
+    print(text_table(head, rows))
     columns = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{columns}</tr>{body}</table>"
+
+
+def claims(name: str) -> dict[str, Any] | None:
+    """Return the results of an earlier run of benchmarks/claims, if there are any."""
+    path = Path(f"benchmarks/results/claims_{name}.json")
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def picture(figure: Figure, caption: str) -> str:
@@ -88,6 +99,27 @@ def picture(figure: Figure, caption: str) -> str:
     source = base64.b64encode(buffer.getvalue()).decode()
     image = f'<img alt="{escape(caption)}" src="data:image/svg+xml;base64,{source}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def image_grid(
+    size: tuple[float, float],
+    lines: Sequence[tuple[str, Any, dict[str, Any]]],
+    *,
+    gap: tuple[float, float] = (0.06, 0.08),
+    frame: bool = True,
+) -> tuple[Figure, Any]:
+    """Draw lines of images: of each its name, the images, and options of `imshow`. Return the figure and its axes."""
+    figure = Figure(figsize=size)
+    grid: Any = figure.subplots(
+        len(lines), len(lines[0][1]), squeeze=False, gridspec_kw=dict(zip(("wspace", "hspace"), gap, strict=True))
+    )
+    for row, (name, images, options) in zip(grid, lines, strict=True):
+        for axes, image in zip(row, images, strict=True):
+            axes.imshow(image, **options)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(frame)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
+    return figure, grid
 
 
 def bars(axes: Axes, title: str, values: dict[str, float], digits: int, ours: str) -> None:

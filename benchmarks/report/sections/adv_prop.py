@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from benchmarks.claims.adv_prop import (
     trained,
 )
 from benchmarks.claims.training import in_parallel
-from demo.report import ACCENT, MUTED, Section, code, heading, picture, table, text
+from benchmarks.report.page import ACCENT, Section, code, heading, image_grid, picture, table, text
 
 STEPS = 300
 ATTACK = ATTACKS[1]
@@ -56,7 +54,7 @@ def section() -> Section:
         (name, *(f"{value:.1f} %" for value in (score.clean, score.corrupted, score.attacked[shown])))
         for name, (_, score) in found.items()
     ]
-    print("\n".join("{:18}{:>10}{:>12}{:>30}".format(*row) for row in (head, *rows)))
+    accuracies = table(head, rows)
     models = {name: found[name][0] for name in ("split, main", "split, auxiliary")}
     return Section(
         "AdvProp: adversarial images that help",
@@ -74,7 +72,7 @@ def section() -> Section:
                 "benchmarks/claims/adv_prop.py has more, and weaker and stronger attacks. What protects from attacks "
                 "and corruptions is in the shared norms or in the auxiliary ones, hardly in the main ones."
             ),
-            table(head, rows),
+            accuracies,
             picture(
                 _strength_picture({name: score for name, (_, score) in found.items()}),
                 "Accuracy under attacks of growing strength (untargeted, 10 steps) on the norms that answer.",
@@ -98,21 +96,16 @@ def _strength_picture(scores: dict[str, Measured]) -> Figure:
 def _images_picture(models: dict[str, nn.Module]) -> Figure:
     main, _ = models.values()
     x, y = (values[:IMAGES] for values in datasets(None)[1])
-    figure = Figure(figsize=(9.5, 5.6))
-    grid: Any = figure.subplots(len(LEVELS), IMAGES, gridspec_kw={"wspace": 0.1, "hspace": 0.35})
-    for line, eps in zip(grid, LEVELS, strict=True):
-        images = attacked_images(main, x, y, eps)
+    attacked = {f"eps {eps:g}": attacked_images(main, x, y, eps) for eps in LEVELS}
+    look = {"cmap": "gray", "vmin": -1, "vmax": 1}
+    lines = [(name, images[:, 0], look) for name, images in attacked.items()]
+    figure, grid = image_grid((9.5, 5.6), lines, gap=(0.1, 0.35))
+    for row, images in zip(grid, attacked.values(), strict=True):
         answers = [_answers(model, images) for model in models.values()]
-        for axes, image, truth, *two in zip(line, images[:, 0], y, *answers, strict=True):
-            axes.imshow(image, cmap="gray", vmin=-1, vmax=1)
+        for axes, truth, *two in zip(row, y, *answers, strict=True):
             for answer, place, side in zip(two, (0.42, 0.58), ("right", "left"), strict=True):
-                wrong = bool(answer != truth)
-                color = ACCENT if wrong else "black"
+                color = ACCENT if bool(answer != truth) else "black"
                 axes.text(place, -0.17, f"{answer}", color=color, ha=side, transform=axes.transAxes)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set(visible=True, color=MUTED)
-        line[0].set_ylabel(f"eps {eps:g}", rotation=0, ha="right", va="center", labelpad=8)
     return figure
 
 

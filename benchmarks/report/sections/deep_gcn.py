@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
@@ -20,13 +15,12 @@ from benchmarks.claims import parts
 from benchmarks.claims.training import accuracy, parameter_count, train
 from benchmarks.micro import graph_conv
 from benchmarks.micro import knn as micro
-from benchmarks.micro.harness import Case, Contender, Result, compare
-from benchmarks.micro.harness import table as benchmark_table
-from demo.report import ACCENT, INK, MUTED, Section, bars, code, heading, picture, table, text
+from benchmarks.micro.harness import Case, Comparison, Result
+from benchmarks.report.page import ACCENT, INK, MUTED, Section, claims, code, heading, picture, table, text
+from benchmarks.report.speed import caption, measure, named, panels
 from paper_layers.deep_gcn import DeepGCN, DilatedKNN
 
 STEPS = 200
-CLAIMS = Path("benchmarks/results/claims_deep_gcn.json")
 COLORS = (ACCENT, "#1d4ed8", "#15803d", "#a16207", "#7e22ce")  # Of the classes.
 
 
@@ -38,17 +32,12 @@ def section() -> Section:
     print("\nDeepGCN: parts of objects")
     torch.manual_seed(0)
     net = network()
-    start = time.perf_counter()
-    train(net, parts.clouds(1000, seed=0), STEPS, seed=0, batch_size=8, progress="training")
-    seconds = time.perf_counter() - start
+    seconds = train(net, parts.clouds(1000, seed=0), STEPS, seed=0, batch_size=8, progress="training")
     clouds, labels = test = parts.clouds(200, seed=10_000)
     row = (f"{parameter_count(net):,}", f"{accuracy(net, test):.1f} %", f"{seconds:.0f} s")
     head = ("parameters", "points labelled rightly", "training")
-    print("\n".join("{:>12}{:>26}{:>12}".format(*line) for line in (head, row)))
-
-    print("\nDeepGCN: its ops alone, in milliseconds")
-    results = _measure()
-    print(benchmark_table(results))
+    scores = table(head, [row])
+    results = measure("DeepGCN: its ops alone", *_comparisons())
     return Section(
         "DeepGCN: deep networks on point clouds and graphs",
         [
@@ -63,7 +52,7 @@ def section() -> Section:
                 "Objects of four primitives, scanned as 256 points with coordinates and normals. Which primitive does "
                 f"each point belong to? {STEPS} steps of eight objects; the test objects are new."
             ),
-            table(head, [row]),
+            scores,
             picture(
                 _parts_picture(net, clouds[:4], labels[:4]),
                 "Test objects, and below each what the network says of it.",
@@ -75,9 +64,7 @@ def section() -> Section:
             ),
             *_claims(),
             heading("Speed"),
-            picture(
-                _speed_picture(results), f"Milliseconds, median of interleaved rounds; {results[0].threads} threads."
-            ),
+            picture(panels(results, _speed_title, 1, same=False), caption(results)),
         ],
     )
 
@@ -135,15 +122,14 @@ def _cloud_axes(figure: Figure, rows: int, columns: int, number: int) -> Any:
 
 def _claims() -> list[str]:
     """The paper's claims, from the results of the benchmark where there are any."""
-    if not CLAIMS.exists():
+    if not (found := claims("deep_gcn")):
         return []
-    claims = json.loads(CLAIMS.read_text())
     return [
         heading("Depth, and neighbours"),
         picture(
-            _claims_picture(claims["results"]),
-            f"Accuracy, %, mean and standard deviation of {claims['seeds']} seeds after {claims['steps']} steps each: "
-            f"not of this run, but of benchmarks/claims/deep_gcn.py on {claims['date'][:10]}. Right: residual.",
+            _claims_picture(found["results"]),
+            f"Accuracy, %, mean and standard deviation of {found['seeds']} seeds after {found['steps']} steps each: "
+            f"not of this run, but of benchmarks/claims/deep_gcn.py on {found['date'][:10]}. Right: residual.",
         ),
     ]
 
@@ -171,26 +157,14 @@ def _claims_picture(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _measure() -> list[Result]:
-    threads = min(2, os.cpu_count() or 1)
+def _comparisons() -> list[Comparison]:
     edges = Case({"conv": "edge", "shape": (2, 2048, 64, 16)}, graph_conv.conv_inputs, 0, backward=True)
-    searches = [micro.make_case(shape, "cpu") for shape in ((8, 1024, 3, 16, 1), (1, 4096, 64, 16, 1))]
-    search = _named(micro.CONTENDERS, "paper_layers.knn", "cdist + topk")
-    convolve = _named(graph_conv.CONV_CONTENDERS, "paper_layers.deep_gcn", "official formula")
-    found = compare(search, searches, threads, rounds=3, seconds=0.1, limit=micro.LIMIT)
-    return found + compare(convolve, [edges], threads, rounds=3, seconds=0.1, limit=graph_conv.CONV_LIMIT)
+    searches = [micro.make_case(shape) for shape in ((8, 1024, 3, 16, 1), (1, 4096, 64, 16, 1))]
+    search = named(micro.CONTENDERS, "paper_layers.knn", "cdist + topk")
+    convolve = named(graph_conv.CONV_CONTENDERS, "paper_layers.deep_gcn", "official formula")
+    return [Comparison(search, searches, micro.LIMIT), Comparison(convolve, [edges], graph_conv.CONV_LIMIT)]
 
 
-def _named(contenders: Sequence[Contender], *names: str) -> list[Contender]:
-    return [contender for contender in contenders if contender.name in names]
-
-
-def _speed_picture(results: Sequence[Result]) -> Figure:
-    cases = list(dict.fromkeys((r.case, r.backward) for r in results))
-    figure = Figure(figsize=(9.5, 1.7), layout=ConstrainedLayoutEngine(w_pad=0.12))
-    for axes, (case, backward) in zip(figure.subplots(1, len(cases)), cases, strict=True):
-        rows = [r for r in results if r.case == case and r.role != "limit" and not r.error]
-        b, n, c, k, *_ = rows[0].params["shape"]
-        title = f"{'EdgeConv + backward' if backward else 'knn'}\n{b} x {n:,} points, C = {c}, k = {k}"
-        bars(axes, title, {r.contender: 1e3 * r.median for r in rows}, 1, ours="paper_layers")
-    return figure
+def _speed_title(result: Result) -> str:
+    b, n, c, k, *_ = result.params["shape"]
+    return f"{'EdgeConv + backward' if result.backward else 'knn'}\n{b} x {n:,} points, C = {c}, k = {k}"

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from benchmarks.claims.soft_triple import BASELINE, SHOWN, THRESHOLD, TRIPLETS, WAYS, Outcome, picture, run
 from benchmarks.claims.training import in_parallel
-from demo.report import Section, code, heading, table, text
-from demo.report import picture as drawn
+from benchmarks.report.page import Section, claims, code, heading, table, text
+from benchmarks.report.page import picture as drawn
 
 STEPS = 1500
 TRAINED = (BASELINE, *SHOWN)
-CLAIMS = Path("benchmarks/results/claims_soft_triple.json")
 LOOP = """\
 loss = SoftTripleLoss(num_classes=2, embedding_dim=32, centers_per_class=20)
 groups = param_groups(model, loss, lr=3e-3, center_lr=1e-2)
@@ -29,10 +25,12 @@ centers, classes = loss.merge_centers(0.2)     # Those that are left."""
 
 def section() -> Section:
     print("\nSoftTriple: digits trained as two classes of five, looked for as ten")
-    outcomes = dict(zip(TRAINED, in_parallel(run, [(None, way, 0, STEPS) for way in TRAINED], "training"), strict=True))
+    outcomes = dict(
+        zip(TRAINED, in_parallel(run, [(("digits", way), 0, STEPS) for way in TRAINED], "training"), strict=True)
+    )
     head = ("training", "centers of a class", "distinct", "Recall@1", "NMI")
     rows = [_row(way, outcome) for way, outcome in outcomes.items()]
-    print("\n".join("{:20}{:>20}{:>10}{:>10}{:>10}".format(*row) for row in (head, *rows)))
+    scores = table(head, rows)
     return Section(
         "SoftTriple: embeddings from several centers a class",
         [
@@ -49,7 +47,7 @@ def section() -> Section:
                 f"of five modes. {STEPS} steps of 32 digits with a small perceptron, one seed; then the ten digits are "
                 "looked for among others, and clustered."
             ),
-            table(head, rows),
+            scores,
             drawn(
                 picture({way: outcomes[way] for way in SHOWN}),
                 "Embeddings of test digits on the plane of their largest variance, coloured by digit; numbers stand "
@@ -68,9 +66,8 @@ def _row(way: str, outcome: Outcome) -> tuple[str, ...]:
 
 def _claims() -> list[str]:
     """What benchmarks/claims/soft_triple.py measured with more seeds, if its results are there."""
-    if not CLAIMS.exists():
+    if not (content := claims("soft_triple")):
         return []
-    content = json.loads(CLAIMS.read_text())
     names = {BASELINE: "one center", TRIPLETS: "triplets of pytorch-metric-learning"}
     rows = []
     for found in content["results"]:

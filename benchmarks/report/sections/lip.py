@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import os
 import statistics
-import time
+from argparse import Namespace
 from collections.abc import Sequence
 
 import torch
@@ -14,12 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 
-from benchmarks.claims import canvas
-from benchmarks.claims.training import Data, accuracy, in_parallel, mean_and_interval, parameter_count, train
+from benchmarks.claims.lip import TEST, datasets
+from benchmarks.claims.summaries import mean_and_interval
+from benchmarks.claims.training import accuracy, in_parallel, parameter_count, train
 from benchmarks.micro import lip as micro
 from benchmarks.micro.harness import LIMIT, Result
-from benchmarks.micro.harness import table as benchmark_table
-from demo.report import ACCENT, INK, MUTED, Section, bars, code, heading, picture, table, text
+from benchmarks.report.page import ACCENT, INK, MUTED, Section, bars, code, heading, image_grid, picture, table, text
+from benchmarks.report.speed import caption, measure
 from paper_layers import swap
 from paper_layers.lip import LIPPool2d
 
@@ -53,19 +52,11 @@ def swapped_cnn() -> nn.Module:
     return swap.pooling(small_cnn(), bottleneck_width=16)  # The one line.
 
 
-@functools.lru_cache(maxsize=1)
-def datasets(seed: int) -> tuple[Data, Data]:
-    train_digits, test_digits = canvas.split(*canvas.digits())
-    return canvas.canvases(*train_digits, 4000, seed), canvas.canvases(*test_digits, 1000, seed=10_000)
-
-
 def run(name: str, seed: int) -> Run:
-    train_data, test_data = datasets(seed)
+    train_data, test_data = datasets(seed, None)
     torch.manual_seed(seed)
     model = {BEFORE: small_cnn, AFTER: swapped_cnn}[name]().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    start = time.perf_counter()
-    train(model, train_data, STEPS, seed)
-    seconds = time.perf_counter() - start
+    seconds = train(model, train_data, STEPS, seed)
     return model, accuracy(model, test_data), seconds
 
 
@@ -76,13 +67,10 @@ def section() -> Section:
     runs = {BEFORE: outcomes[::2], AFTER: outcomes[1::2]}
     rows = [_row(name, values) for name, values in runs.items()]
     head = ("pooling", "parameters", "accuracy", "training")
-    print("\n".join("{:14}{:>12}{:>18}{:>12}".format(*row) for row in (head, *rows)))
+    accuracies = table(head, rows)
+    results = measure("LIP: the pooling alone", *micro.plan(Namespace(shapes=micro.SHAPES[:1], quick=True)))
 
-    print("\nLIP: the pooling alone, in milliseconds")
-    results = micro.measure(micro.SHAPES[:1], "cpu", min(2, os.cpu_count() or 1), quick=True)
-    print(benchmark_table(results))
-
-    _, (images, labels) = datasets(0)
+    _, (images, labels) = datasets(0, None)
     models = {name: values[0][0] for name, values in runs.items()}
     return Section(
         "LIP: local importance-based pooling",
@@ -99,9 +87,9 @@ def section() -> Section:
                 f"strokes. The same network, data and {STEPS} steps, {SEEDS} seeds. LIP's logit modules also add "
                 "parameters and time: benchmarks/claims/lip.py has the control with equal parameters."
             ),
-            table(head, rows),
+            accuracies,
             picture(
-                _accuracy_picture(runs), "Accuracy on 1,000 test canvases. A line joins the two networks of a seed."
+                _accuracy_picture(runs), f"Accuracy on {TEST:,} test canvases. A line joins the two networks of a seed."
             ),
             heading("What it finds important"),
             picture(
@@ -112,8 +100,8 @@ def section() -> Section:
             heading("Speed"),
             picture(
                 _speed_picture(results),
-                f"Milliseconds, median of interleaved rounds; {_setting(results)}. The dashed line is the time of "
-                "copying the bytes that LIP has to read and write.",
+                f"{_setting(results)}. {caption(results)} The dashed line is the time of copying the bytes that LIP "
+                "has to read and write.",
             ),
             heading("Memory"),
             picture(
@@ -161,17 +149,10 @@ def _importance_picture(models: dict[str, nn.Module], images: Tensor, labels: Te
     for hook in hooks:
         hook.remove()
 
-    rows = [images[:, 0], *maps]
-    names = ["canvas", *(f"pool {i + 1}\n{m.shape[-2]} x {m.shape[-1]}" for i, m in enumerate(maps))]
-    figure = Figure(figsize=(9.5, 1.22 * len(rows) + 0.5))
-    grid = figure.subplots(len(rows), len(images), gridspec_kw={"wspace": 0.06, "hspace": 0.08})
-    for line, (name, row) in enumerate(zip(names, rows, strict=True)):
-        for axes, image in zip(grid[line], row, strict=True):
-            axes.imshow(image, cmap="gray_r" if line == 0 else "inferno", interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(True)
-        grid[line, 0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
+    look = {"cmap": "inferno", "interpolation": "nearest"}
+    lines = [("canvas", images[:, 0], {**look, "cmap": "gray_r"})]
+    lines += [(f"pool {i + 1}\n{m.shape[-2]} x {m.shape[-1]}", m, look) for i, m in enumerate(maps)]
+    figure, grid = image_grid((9.5, 1.22 * len(lines) + 0.5), lines)
     for column, label in enumerate(labels.tolist()):
         marks = [f"{name.split()[0]} {a[column]} {'✓' if a[column] == label else '✗'}" for name, a in answers.items()]
         grid[0, column].set_title("\n".join(marks), fontsize=9, loc="center")
@@ -180,7 +161,7 @@ def _importance_picture(models: dict[str, nn.Module], images: Tensor, labels: Te
 
 def _setting(results: Sequence[Result]) -> str:
     first = results[0]
-    return f"{' x '.join(map(str, first.params['shape']))}, {first.params['dtype']}, {first.threads} threads"
+    return f"{' x '.join(map(str, first.params['shape']))}, {first.params['dtype']}"
 
 
 def _speed_picture(results: Sequence[Result]) -> Figure:
