@@ -53,6 +53,25 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")
 
 
+def shape(name: str, value: Tensor, *forms: tuple[int | str, ...]) -> None:
+    """Check for one of several shapes, in which names stand for any size and a last "..." for any more dimensions."""
+    sizes = value.shape
+    for form in forms:
+        if form[-1] == "...":
+            form = form[:-1]
+            if len(sizes) < len(form):
+                continue
+        elif len(sizes) != len(form):
+            continue
+        for size, want in zip(sizes, form, strict=False):
+            if want.__class__ is not str and size != want:
+                break
+        else:
+            return
+    expected = " or ".join(f"({', '.join(map(str, form))}{',' if len(form) == 1 else ''})" for form in forms)
+    raise ValueError(f"{name}: expected shape {expected}, got {tuple(sizes)}")
+
+
 def _plain(value: Any) -> Any:
     # A symbolic size stays as it is: reading it would fix it.
     return value if isinstance(value, int | torch.SymInt) else operator.index(value)
@@ -73,17 +92,24 @@ def positive(**values: Any) -> tuple[int, ...]:
     return tuple(integer(name, value, 1) for name, value in values.items())
 
 
+def probability(name: str, value: Any) -> float:
+    """Return a number from 0 to 1."""
+    plain = number(name, value)
+    if not 0 <= plain <= 1:
+        raise ValueError(f"{name}: expected from 0 to 1, got {value!r}")
+    return plain
+
+
 def choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Check for one of a few strings."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def features(name: str, value: Tensor, count: int, size_name: str) -> None:
+def features(name: str, value: Tensor, count: int) -> None:
     """Check for a floating tensor of shape (N, count)."""
     floating(name, value)
-    if value.dim() != 2 or value.shape[1] != count:
-        raise ValueError(f"{name}: expected shape (N, {count}), as {size_name} says, got {tuple(value.shape)}")
+    shape(name, value, ("N", count))
 
 
 def number(name: str, value: Any) -> float:
@@ -101,10 +127,7 @@ def int64(name: str, value: Tensor, *sizes: int | str) -> Tensor:
     """Return an int64 or int32 tensor of these sizes, where names stand for any, as int64."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected an int64 Tensor, got {getattr(value, 'dtype', type(value).__name__)}")
-    fits = zip(value.shape, sizes, strict=False)
-    if value.dim() != len(sizes) or any(isinstance(want, int) and got != want for got, want in fits):
-        expected = ", ".join(map(str, sizes)) + ("," if len(sizes) == 1 else "")
-        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(value.shape)}")
+    shape(name, value, sizes)
     return value.long()
 
 

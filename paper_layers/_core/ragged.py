@@ -7,11 +7,12 @@ import itertools
 import torch
 from torch import Tensor
 
+from paper_layers._core import checks
+
 
 def batch_starts(name: str, batch: Tensor, rows: Tensor, clouds: int | None = None) -> Tensor:
     """Convert PyG's `batch` (ascending, one cloud number for each row) to `ptr` (where each cloud starts)."""
-    if len(batch) != len(rows):
-        raise ValueError(f"{name}: expected shape ({len(rows)},), got {tuple(batch.shape)}")
+    checks.shape(name, batch, (len(rows),))
     wrong = batch < torch.cat([batch.new_zeros(min(1, len(batch))), batch[:-1]])
     if wrong.any():
         first = int(wrong.nonzero()[0])

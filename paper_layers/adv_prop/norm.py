@@ -320,8 +320,7 @@ class SplitBatchNorm1d(SplitBatchNorm, nn.BatchNorm1d):
     auxiliary_class = AuxiliaryNorm1d
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in (2, 3):
-            raise ValueError(f"input: expected shape (N, C) or (N, C, L), got {tuple(input.shape)}")
+        checks.shape("input", input, ("N", "C"), ("N", "C", "L"))
 
 
 class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
@@ -373,8 +372,7 @@ class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
     auxiliary_class = AuxiliaryNorm2d
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 4:
-            raise ValueError(f"input: expected shape (N, C, H, W), got {tuple(input.shape)}")
+        checks.shape("input", input, ("N", "C", "H", "W"))
 
 
 class SplitBatchNorm3d(SplitBatchNorm, nn.BatchNorm3d):

@@ -53,8 +53,7 @@ class SplitSyncBatchNorm(SplitBatchNorm, nn.BatchNorm2d):
         self.process_group = process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"input: expected shape (N, C, ...), got {tuple(input.shape)}")
+        checks.shape("input", input, ("N", "C", "..."))
 
     def _is_synchronised(self) -> bool:
         group = self.process_group

@@ -64,8 +64,7 @@ class LazyLIPPool2d(LazyModuleMixin, LIPPool2d):
         """Take `channels` from the first input."""
         if not self.has_uninitialized_params():
             return
-        if input.dim() not in (3, 4):
-            raise ValueError(f"input: expected shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}")
+        checks.shape("input", input, ("N", "C", "H", "W"), ("C", "H", "W"))
         self._materialize(int(input.shape[-3]))  # While torch.jit traces, sizes are tensors.
         if self.form != "custom":
             self.reset_parameters()

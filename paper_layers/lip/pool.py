@@ -64,8 +64,7 @@ def _make_logit(
 
 @leaf
 def _check_channels(input: Tensor, c: int) -> None:
-    if input.dim() not in (3, 4) or input.shape[-3] != c:
-        raise ValueError(f"input: expected shape (N, {c}, H, W) or ({c}, H, W), got {tuple(input.shape)}")
+    checks.shape("input", input, ("N", c, "H", "W"), (c, "H", "W"))
 
 
 class LIPPool2d(Leaf):

@@ -210,20 +210,16 @@ def edge_conv(
     checks.floating("center", center)
     checks.floating("neighbor", neighbor)
     checks.same_device("neighbor", neighbor, "center", center)
-    if center.dim() not in (2, 3):
-        raise ValueError(f"center: expected shape (M, C) or (B, M, C), got {tuple(center.shape)}")
+    checks.shape("center", center, ("M", "C"), ("B", "M", "C"))
     clouds, channels = center.shape[:-2], center.shape[-1]
-    if neighbor.dim() != center.dim() or neighbor.shape[:-2] != clouds or neighbor.shape[-1] != channels:
-        expected = ", ".join(str(size) for size in (*clouds, "N", channels))
-        raise ValueError(f"neighbor: expected shape ({expected}), got {tuple(neighbor.shape)}")
+    checks.shape("neighbor", neighbor, (*clouds, "N", channels))
     index = checks.neighbors("index", index, *center.shape[:-1])
     checks.same_device("index", index, "center", center)
     if smallest is not None:
         if not isinstance(smallest, Tensor) or smallest.dtype != torch.bool:
             got = smallest.dtype if isinstance(smallest, Tensor) else type(smallest).__name__
             raise TypeError(f"smallest: expected a bool Tensor, got {got}")
-        if smallest.shape != (channels,):
-            raise ValueError(f"smallest: expected shape ({channels},), got {tuple(smallest.shape)}")
+        checks.shape("smallest", smallest, (channels,))
         checks.same_device("smallest", smallest, "center", center)
 
     dtype = torch.promote_types(center.dtype, neighbor.dtype)

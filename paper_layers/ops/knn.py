@@ -264,15 +264,11 @@ def knn(
         (torch.Size([2, 1024, 16]), torch.Size([2, 1024, 16]))
     """
     checks.floating("query", query)
-    if query.dim() not in (2, 3):
-        raise ValueError(f"query: expected shape (B, M, C) or (M, C), got {tuple(query.shape)}")
+    checks.shape("query", query, ("B", "M", "C"), ("M", "C"))
     targets = query if points is None else points
     checks.floating("points", targets)
     checks.same_device("points", targets, "query", query)
-    if targets.dim() != query.dim() or targets.shape[-1] != query.shape[-1] or targets.shape[:-2] != query.shape[:-2]:
-        expected = "(N, C)" if query.dim() == 2 else f"({query.shape[0]}, N, C)"
-        expected = expected.replace("C", str(query.shape[-1]))
-        raise ValueError(f"points: expected shape {expected}, got {tuple(targets.shape)}")
+    checks.shape("points", targets, (*query.shape[:-2], "N", query.shape[-1]))
     k = checks.integer("k", k, 1)
     dilation = checks.integer("dilation", dilation, 1)
     if ranks is not None:

@@ -198,11 +198,8 @@ def lip_pool2d(
     checks.floating("input", input)
     checks.floating("logit", logit)
     checks.same_device("logit", logit, "input", input)
-    if input.dim() not in (3, 4):
-        raise ValueError(f"input: expected shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}")
-    shared = (*input.shape[:-3], 1, *input.shape[-2:])
-    if logit.shape not in (input.shape, shared):
-        raise ValueError(f"logit: expected shape {tuple(input.shape)} or {shared}, got {tuple(logit.shape)}")
+    checks.shape("input", input, ("N", "C", "H", "W"), ("C", "H", "W"))
+    checks.shape("logit", logit, tuple(input.shape), (*input.shape[:-3], 1, *input.shape[-2:]))
     kernel = checks.pair("kernel_size", kernel_size, 1)
     step = (
         kernel

@@ -164,8 +164,7 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relati
         torch.Size([2, 1024, 64])
     """
     checks.floating("input", input)
-    if input.dim() not in (2, 3):
-        raise ValueError(f"input: expected shape (N, C) or (B, N, C), got {tuple(input.shape)}")
+    checks.shape("input", input, ("N", "C"), ("B", "N", "C"))
     index = checks.neighbors("index", index, *input.shape[:-2], "M")
     checks.same_device("index", index, "input", input)
     checks.choice("reduce", reduce, REDUCTIONS)

@@ -219,7 +219,8 @@ def _check_maps(input: Tensor | Sequence[Tensor]) -> list[Tensor]:
     first = next(iter(maps.values()))
     for name, map in maps.items():
         checks.floating(name, map)
-        if map.dim() != 4 or map.shape[2] == 0 or map.shape[3] == 0:
+        checks.shape(name, map, ("N", "C", "H", "W"))
+        if 0 in map.shape[2:]:
             raise ValueError(f"{name}: expected shape (N, C, H, W) with pixels, got {tuple(map.shape)}")
         if map.shape[0] != first.shape[0]:
             raise ValueError(f"{name}: expected as many images as input[0], {first.shape[0]}, got {map.shape[0]}")
@@ -233,8 +234,7 @@ def _check_boxes(boxes: Tensor | Sequence[Tensor], images: int, device: torch.de
     parts, several = _named("boxes", boxes), isinstance(boxes, list | tuple)
     for name, part in parts.items():
         checks.floating(name, part)
-        if part.dim() != 2 or part.shape[1] != (4 if several else 5):
-            raise ValueError(f"{name}: expected shape (R, {4 if several else 5}), got {tuple(part.shape)}")
+        checks.shape(name, part, ("R", 4 if several else 5))
         if part.device != device:
             raise ValueError(f"{name}: expected the device of input, {device}, got {part.device}")
     if not several:
@@ -313,19 +313,15 @@ def point_sample(
     checks.choice("mode", mode, MODES)
     checks.choice("padding", padding, PADDINGS)
     scales = _check_scales(spatial_scale, len(maps))
-    rows, count = "N", maps[0].shape[0]
+    count = maps[0].shape[0]
     points = points.to(dtypes.accumulation(points))
     image = None
     if boxes is not None:
         corners, image = _check_boxes(boxes, count, maps[0].device)
-        rows, count = "R", corners.shape[0]
+        count = corners.shape[0]
     elif spatial_scale != 1.0:
         raise ValueError(f"spatial_scale: expected 1.0 without boxes, got {spatial_scale!r}")
-    if points.dim() not in (3, 4) or points.shape[0] != count or points.shape[-1] != 2:
-        raise ValueError(
-            f"points: expected shape ({rows}, P, 2) or ({rows}, H_g, W_g, 2) with {rows} = {count}, "
-            f"got {tuple(points.shape)}"
-        )
+    checks.shape("points", points, (count, "P", 2), (count, "H_g", "W_g", 2))
     grid, points = points.shape[1:-1], points.flatten(1, -2)
     if image is not None:
         corners = corners.to(points.dtype)[:, None]

@@ -151,14 +151,13 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
         tensor([6., 4.])
     """
     checks.floating("input", input)
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape (M, N), got {tuple(weight.shape)}")
+    checks.shape("weight", weight, ("M", "N"))
     rows, columns = weight.shape
     if input.dim() == 0 or input.shape[-1] != columns:
         raise ValueError(f"input: expected shape (..., {columns}), got {tuple(input.shape)}")
     for name, value, size in (("bias", bias, rows), ("u", u, rows), ("v", v, columns)):
-        if value is not None and value.shape != (size,):
-            raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
+        if value is not None:
+            checks.shape(name, value, (size,))
     kind = input.device.type
     with torch.no_grad(), without_autocast(kind):
         if training:

@@ -123,14 +123,12 @@ def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
 def _samples(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> Tensor:
     """Check for embeddings (N, d) and labels (N,), integers or bool, on one device; return the labels as int64."""
     checks.floating(name, embeddings)
-    if embeddings.dim() != 2:
-        raise ValueError(f"{name}: expected shape (N, d), got {tuple(embeddings.shape)}")
+    checks.shape(name, embeddings, ("N", "d"))
     if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex:
         got = getattr(labels, "dtype", type(labels).__name__)
         raise TypeError(f"{label_name}: expected a Tensor of integers, got {got}")
     checks.same_device(label_name, labels, name, embeddings)
-    if labels.shape != embeddings.shape[:1]:
-        raise ValueError(f"{label_name}: expected shape ({len(embeddings)},), got {tuple(labels.shape)}")
+    checks.shape(label_name, labels, (len(embeddings),))
     return labels.long()
 
 

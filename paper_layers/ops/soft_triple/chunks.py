@@ -68,12 +68,10 @@ def check(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_si
     checks.floating("embeddings", embeddings)
     checks.floating("centers", centers)
     checks.same_device("centers", centers, "embeddings", embeddings)
-    if centers.dim() != 3 or centers.shape[1] == 0:
+    checks.shape("centers", centers, ("C", "K", "d"))
+    if centers.shape[1] == 0:
         raise ValueError(f"centers: expected shape (C, K, d) with K at least 1, got {tuple(centers.shape)}")
-    if embeddings.dim() != 2 or embeddings.shape[1] != centers.shape[2]:
-        raise ValueError(
-            f"embeddings: expected shape (B, {centers.shape[2]}), as centers says, got {tuple(embeddings.shape)}"
-        )
+    checks.shape("embeddings", embeddings, ("B", centers.shape[2]))
     la = checks.number("la", la)
     gamma = checks.number("gamma", gamma)
     if not gamma > 0:

@@ -288,8 +288,7 @@ def soft_triple_loss(
     if weights is not None:
         checks.floating("weights", weights)
         checks.same_device("weights", weights, "embeddings", embeddings)
-        if weights.shape != labels.shape:
-            raise ValueError(f"weights: expected shape ({labels.shape[0]},), got {tuple(weights.shape)}")
+        checks.shape("weights", weights, tuple(labels.shape))
     classes, count, _ = centers.shape
     labels = chunk_ops.known_labels(labels, classes, ignore_index)
     regularized = tau > 0 and count > 1

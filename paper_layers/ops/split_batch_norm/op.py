@@ -221,8 +221,7 @@ def split_batch_norm(
     checks.floating("input", input)
     momentum = checks.number("momentum", momentum)
     eps = checks.number("eps", eps)
-    if input.dim() < 2:
-        raise ValueError(f"input: expected shape (N, C, ...), got {tuple(input.shape)}")
+    checks.shape("input", input, ("N", "C", "..."))
     split_sizes = check_split_sizes(input, split_sizes)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_var: expected to be given with running_mean, got only one of them")

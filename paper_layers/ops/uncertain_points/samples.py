@@ -97,9 +97,7 @@ def sample_uncertain_points(
     oversample_ratio = checks.number("oversample_ratio", oversample_ratio)
     if not 1 <= oversample_ratio < math.inf:
         raise ValueError(f"oversample_ratio: expected at least 1, got {oversample_ratio}")
-    importance_sample_ratio = checks.number("importance_sample_ratio", importance_sample_ratio)
-    if not 0 <= importance_sample_ratio <= 1:
-        raise ValueError(f"importance_sample_ratio: expected from 0 to 1, got {importance_sample_ratio}")
+    importance_sample_ratio = checks.probability("importance_sample_ratio", importance_sample_ratio)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     # Without None among them: torch.rand of a generator knows no symbolic sizes.

@@ -42,14 +42,12 @@ def onnx_most_uncertain(uncertainty: Tensor, count: int) -> Tensor:
 def check_logits(logits: Tensor, labels: Tensor | None) -> Tensor | None:
     """Check the arguments that say what is uncertain; the labels that the op looks at."""
     checks.floating("logits", logits)
-    if logits.dim() != 4 or logits.shape[1] == 0:
+    checks.shape("logits", logits, ("N", "C", "H", "W"))
+    if logits.shape[1] == 0:
         raise ValueError(f"logits: expected shape (N, C, H, W) with at least one class, got {tuple(logits.shape)}")
     if labels is None:
         return None
     labels = checks.numbers("labels", labels)
     checks.same_device("labels", labels, "logits", logits)
-    if labels.shape[0] != logits.shape[0]:
-        raise ValueError(
-            f"labels: expected shape ({logits.shape[0]},), as logits has images, got {tuple(labels.shape)}"
-        )
+    checks.shape("labels", labels, (logits.shape[0],))
     return labels if logits.shape[1] > 1 else None
