@@ -57,7 +57,7 @@ claims: $(KERNELS)
 define stage
 	$(CMAKE) -B build/$@ -D$(1)=ON
 	$(BIN)/cmake --build build/$@
-	rm -rf build/$@/stage && mkdir -p build/$@/stage && cp -r paper_layers tests pyproject.toml build/$@/stage
+	rm -rf build/$@/stage && mkdir -p build/$@/stage && cp -r paper_layers testing tests pyproject.toml build/$@/stage
 	rm -f build/$@/stage/paper_layers/*.so
 	$(BIN)/cmake --install build/$@ --prefix build/$@/stage
 endef

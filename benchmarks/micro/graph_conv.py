@@ -20,7 +20,7 @@ from tqdm import trange
 from benchmarks.environment import environment, save
 from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
 from paper_layers.deep_gcn import DeepGCN, EdgeConv, MRConv, to_edge_index
-from tests.deep_gcn import official as formulas
+from testing.official import deep_gcn as formulas
 
 CONVS = {"edge": (2, 4096, 64, 16), "mr": (2, 4096, 64, 16)}  # B, N, C, k
 NETS = {"ResGCN-28": (1, 4096, 28), "ResGCN-14": (1, 4096, 14)}  # B, N, blocks

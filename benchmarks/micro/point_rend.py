@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.environment import environment, save
 from benchmarks.micro.harness import Case, Contender, Inputs, Result, as_dicts, compare, table
 from paper_layers.point_rend import PointRendMask, PointRendSemantic, load_official
-from tests.point_rend import official
+from testing.official import point_rend as official
 
 OURS, OFFICIAL, PLAIN, DENSE = "paper_layers.point_rend", "official procedure", "its best form in PyTorch", "dense"
 CLASSES, POINTS, SCALE = 80, 28 * 28, 0.25

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import edge_conv
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype
 from tests.ops.test_neighbor_reduce import features, table
 
 

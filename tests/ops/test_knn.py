@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import knn
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype, drawn
 
 
 def neighbours(query: Tensor, points: Tensor | None = None, k: int = 16, **options: Any) -> tuple[Tensor, Tensor]:

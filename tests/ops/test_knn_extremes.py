@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paper_layers import knn
 from paper_layers.ops.knn import METRICS, _reference
-from tests.ops.battery import by_dtype
+from testing.cases import by_dtype
 from tests.ops.test_knn import cloud, number_of_threads, ptr
 
 INF = torch.inf

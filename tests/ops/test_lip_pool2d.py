@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import lip_pool2d
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype, drawn
 
 
 def geometry(kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from paper_layers import lip_pool2d
 from paper_layers.ops.lip_pool2d import _backward_reference
-from tests.ops.battery import Case
+from testing.cases import Case
 from tests.ops.test_lip_pool2d import images
 
 WRITES: dict[str, Callable[[Tensor], Tensor]] = {

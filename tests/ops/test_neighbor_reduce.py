@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import knn, neighbor_reduce
-from tests.ops.battery import Case, OpBattery, by_dtype
+from testing.battery import OpBattery
+from testing.cases import Case, by_dtype
 
 REDUCTIONS = ("max", "min", "sum", "mean")
 

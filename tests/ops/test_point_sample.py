@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import point_sample
-from tests.ops.battery import TOLERANCE, Case, OpBattery, assert_close, by_dtype
+from testing.battery import OpBattery
+from testing.cases import TOLERANCE, Case, assert_close, by_dtype
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 by_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 import paper_layers
 from paper_layers import sample_uncertain_points
-from tests.ops.battery import Case, by_dtype
+from testing.cases import Case, by_dtype
 from tests.ops.test_sample_uncertain_points import between_centres, cases, formula
 from tests.ops.test_uncertain_points import maps
 

@@ -19,8 +19,9 @@ from paper_layers.ops.soft_triple import logits as logits_module
 from paper_layers.ops.soft_triple import loss as soft_triple_module
 from paper_layers.ops.soft_triple.logits import soft_triple_logits
 from paper_layers.ops.soft_triple.loss import cross_entropy, soft_triple
-from tests.ops import raw_ops
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
+from testing import raw_ops
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype, drawn
 
 library = torch.ops.paper_layers
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from paper_layers import split_batch_norm
 from paper_layers.ops.split_batch_norm import op as module
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype
 
 NAMES = ("", "_backward", "_statistics", "_normalize", "_backward_sums", "_backward_input")
 OPS: dict[str, Any] = {

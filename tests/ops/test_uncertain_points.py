@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import uncertain_points
-from tests.ops.battery import Battery, Case, by_dtype, drawn
+from testing.battery import Battery
+from testing.cases import Case, by_dtype, drawn
 
 op = torch.ops.paper_layers.uncertain_points.default
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 import paper_layers
 from paper_layers import uncertain_points
-from tests.ops.battery import Case, by_dtype
+from testing.cases import Case, by_dtype
 from tests.ops.test_uncertain_points import CHANGES, cases, formula, maps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is available")
