@@ -28,6 +28,18 @@ drawn = settings(
 )
 
 
+def on_device(argument: Any, device: str) -> Any:
+    """Return the same argument, or arguments, on a device, with the same strides and offset."""
+    if isinstance(argument, dict):
+        return {name: on_device(a, device) for name, a in argument.items()}
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(on_device(a, device) for a in argument)
+    if not isinstance(argument, Tensor) or argument.device.type == device:
+        return argument
+    whole = argument.as_strided((argument.untyped_storage().nbytes() // argument.element_size(),), (1,), 0)
+    return whole.to(device).as_strided(argument.shape, argument.stride(), argument.storage_offset())
+
+
 @dataclass
 class Case:
     """Differentiable tensors and the other arguments of one call."""
@@ -37,6 +49,9 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         return Case(tuple(t.to(dtype) for t in self.tensors), self.options)
+
+    def on(self, device: str) -> Case:
+        return Case(on_device(self.tensors, device), on_device(self.options, device))
 
     def leaves(self) -> tuple[Tensor, ...]:
         return tuple(t.detach().requires_grad_() for t in self.tensors)

@@ -273,6 +273,7 @@ def test_many_neighbours(channels: int, k: int, dilation: int) -> None:
     assert_close(distance[:40], expected[1], torch.float32)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("k", [100, 700])
 @by_dtype
 def test_many_neighbours_in_large_clouds(k: int, dtype: torch.dtype) -> None:
@@ -358,6 +359,7 @@ def number_of_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.mark.cpu_only
 def test_same_for_any_number_of_threads() -> None:
     results = []
     for number in (1, 2, 5):
@@ -366,6 +368,7 @@ def test_same_for_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @by_dtype
 def test_cloud_that_searches_itself(threads: int, dtype: torch.dtype) -> None:

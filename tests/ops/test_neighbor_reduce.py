@@ -143,6 +143,7 @@ def test_differences_to_the_centre(channels: int, dtype: torch.dtype) -> None:
     assert torch.equal(neighbor_reduce(x, index, relative=True), expected)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_same_for_any_number_of_threads(reduce: str, relative: bool) -> None:

@@ -184,7 +184,7 @@ class TestSoftTriple(OpBattery):
         """And the ops on all classes, which have kernels on the CPU alone."""
         yield from super().raw_calls()
         for name, arguments in whole_arguments().items():
-            if raw_ops.has_kernel(name):
+            if raw_ops.has_kernel(name, self.device):
                 yield name, getattr(library, name).default, arguments
 
 
@@ -272,6 +272,7 @@ def test_logits(dtype: torch.dtype, count: int) -> None:
         assert_close(got, want, dtype, scale=1000)
 
 
+@pytest.mark.tracing
 def test_logits_to_second_order_compiled_and_mapped() -> None:
     leaves = Case((vectors(3, 4), vectors(5, 2, 4))).to(torch.float64).leaves()
     assert torch.autograd.gradcheck(lambda x, w: soft_triple_logits(x, w, chunk_size=2), leaves)
@@ -433,6 +434,7 @@ def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:
     assert 50 * rows * count * 4 <= beside < 0.1 * (4 * rows * classes * count)
 
 
+@pytest.mark.cpu_only
 def test_same_for_any_number_of_threads() -> None:
     leaves, y = Case((vectors(50, 24), vectors(300, 3, 24))).leaves(), torch.arange(50)
     runs: list[tuple[Tensor, ...]] = []
@@ -445,6 +447,7 @@ def test_same_for_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.cpu_only
 def test_kernels_check_what_they_are_handed() -> None:
     scores, inverse, labels = chunk()
     rows, factors = scores[0], (20.0, 0.1, 0.01)

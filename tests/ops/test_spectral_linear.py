@@ -13,6 +13,8 @@ from paper_layers.ops.spectral_linear import linear_backward, linear_forward, po
 from testing.battery import OpBattery
 from testing.cases import Case, assert_close, by_dtype, drawn
 
+pytestmark = pytest.mark.cpu_only
+
 
 def vector(size: int, like: Tensor) -> Tensor:
     """Of length one, or nearly so in half types."""
