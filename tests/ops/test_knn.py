@@ -320,6 +320,7 @@ def test_batch_is_ptr() -> None:
     assert torch.equal(knn(x, k=50, batch=batch)[0], neighbours(x, k=50, ptr=ptr(0, 10, 10, 10, 40))[0])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("starts", "message"),
     [
