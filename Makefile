@@ -57,7 +57,7 @@ claims: $(KERNELS)
 define stage
 	$(CMAKE) -B build/$@ -D$(1)=ON
 	$(BIN)/cmake --build build/$@
-	rm -rf build/$@/stage && mkdir -p build/$@/stage && cp -r paper_layers tests pyproject.toml build/$@/stage
+	rm -rf build/$@/stage && mkdir -p build/$@/stage && cp -r paper_layers testing tests pyproject.toml build/$@/stage
 	rm -f build/$@/stage/paper_layers/*.so
 	$(BIN)/cmake --install build/$@ --prefix build/$@/stage
 endef
@@ -75,22 +75,12 @@ sanitize: $(INSTALLED)
 		or large_clouds and not float32-100 or steep_windows and 17)"
 
 # The CUDA kernels on the CPU, threads one after the other, for want of a GPU: see csrc/emulation. They run the tests
-# of the ops, those of CUDA with tensors of the CPU, except for
-# - what has no kernels in it: compile, export;
-# - what takes a GPU: streams, graphs, several devices, more than 2^31 elements;
-# - what takes a minute here and another case of it does not: farther-3, in_many_points;
-# - what CUDA has no kernel for: spectral_linear, and what_they_are_handed, of the loss as a whole;
-# - the CPU's own ways: threads, alone, one_another, large_clouds, searches_itself;
-# - messages about numbers out of range, which fail an assertion on a GPU: bad_inputs, refuses, checks_starts.
-EMULATED_TESTS := not (compile or export or stream or graph_capture or device or 32_bits \
-	or threads or alone or one_another or farther-3 or in_many_points or large_clouds or searches_itself \
-	or what_they_are_handed or spectral_linear or bad_inputs or refuses or checks_starts)
+# of the ops, those of CUDA with tensors of the CPU. pyproject.toml says what the markers leave out.
 emulate: $(INSTALLED)
 	$(call stage,PAPER_LAYERS_EMULATE_CUDA)
-	sed -i -e 's/"cuda"/"cpu"/g; s/"CUDA"/"CPU"/g; s/not torch.cuda.is_available()/False/; /^torch.cuda.synchronize()$$/d' \
-		-e '/expected the device": lambda/d; s/^MANY = 40000/MANY = 3200/' build/$@/stage/tests/ops/test_*_cuda.py
 	cd build/$@/stage && OMP_NUM_THREADS=1 MALLOC_PERTURB_=1 PAPER_LAYERS_CPU_CAPABILITY=default PAPER_LAYERS_EXAMPLES=20 \
-		$(CURDIR)/$(BIN)/python -m pytest -n 2 -p no:cacheprovider tests/ops -k "$(EMULATED_TESTS)"
+		PAPER_LAYERS_TEST_DEVICE=cpu $(CURDIR)/$(BIN)/python -m pytest -n 2 -p no:cacheprovider tests/ops \
+		-m "not (needs_gpu or slow_emulated or cpu_only or tracing)"
 
 # One wheel, built with the pinned torch, through the tests of the ops on the oldest torch and the newest (downloads
 # several GB), and a build in isolation.

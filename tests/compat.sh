@@ -11,7 +11,7 @@ for torch in "torch==2.10.*" torch; do
   "$python" -m venv --clear "$work/venv"
   "$work/venv/bin/pip" install --quiet --upgrade --only-binary :all: "$torch" numpy pytest hypothesis expecttest onnx onnxscript
   "$work/venv/bin/pip" install --quiet --no-deps "$wheel"
-  rm -rf "$work/run" && mkdir "$work/run" && cp -r "$root/tests" "$work/run/"
+  rm -rf "$work/run" && mkdir "$work/run" && cp -r "$root/pyproject.toml" "$root/testing" "$root/tests" "$work/run/"
   (cd "$work/run" && "$work/venv/bin/python" -c "import paper_layers; print(paper_layers.show_config())" &&
     "$work/venv/bin/python" -m pytest -q tests/ops)
 done

@@ -1,10 +1,12 @@
-"""Imports point down only, and no private name crosses the border of a package."""
+"""Imports point down only, and private names stay in their package."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import paper_layers
 
@@ -14,15 +16,36 @@ BELOW = {"_core": {"_core"}, "ops": {"_core", "ops"}}
 # Underscored as they are nobody else's; within the package all may use them.
 PUBLIC = {"_core", "_torch_private"}
 PAPERS = {"adv_prop", "big_bigan", "deep_gcn", "lip", "point_rend", "soft_triple"}
+# Tests and benchmarks share the folder testing. Tests may import benchmarks, whose claims they test.
+ABOVE = {
+    "paper_layers": {"testing", "tests", "benchmarks"},
+    "testing": {"tests", "benchmarks"},
+    "benchmarks": {"tests"},
+}
+
+
+def imported(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield each file in a folder with each name that it imports, such as torch.nn.Module."""
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            for name in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+                module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                yield str(file.relative_to(folder)), f"{module}{name.name}"
 
 
 def imports() -> Iterator[tuple[str, list[str]]]:
     """Yield the file, and the parts of each name of ours that it imports."""
-    for file in sorted(ROOT.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "paper_layers":
-                for name in node.names:
-                    yield str(file.relative_to(ROOT)), f"{node.module}.{name.name}".split(".")[1:]
+    for file, name in imported(ROOT):
+        package, *parts = name.split(".")
+        if package == "paper_layers" and parts:
+            yield file, parts
+
+
+@pytest.mark.parametrize("folder", ABOVE)
+def test_folders_import_downwards(folder: str) -> None:
+    names = list(imported(ROOT.parent / folder))
+    assert names
+    assert not [f"{file} imports {name}" for file, name in names if name.split(".")[0] in ABOVE[folder]]
 
 
 def test_imports_point_down() -> None:
@@ -68,3 +91,4 @@ def test_private_names_of_torch_stand_in_one_file() -> None:
 
 def test_the_walk_finds_imports() -> None:
     assert ("ops/knn.py", ["_core", "library", "define"]) in list(imports())
+    assert ("battery.py", "testing.raw_ops") in list(imported(ROOT.parent / "testing"))

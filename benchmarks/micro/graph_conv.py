@@ -17,7 +17,7 @@ from tqdm import trange
 from benchmarks.micro.command import Options, main
 from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, train_alone
 from paper_layers.deep_gcn import DeepGCN, EdgeConv, MRConv, to_edge_index
-from tests.deep_gcn import official as formulas
+from testing.official import deep_gcn as formulas
 
 CONVS = {"edge": (2, 4096, 64, 16), "mr": (2, 4096, 64, 16)}  # B, N, C, k
 NETS = {"ResGCN-28": (1, 4096, 28), "ResGCN-14": (1, 4096, 14)}  # B, N, blocks

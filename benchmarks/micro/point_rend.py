@@ -21,7 +21,7 @@ from benchmarks.micro.command import Options, as_dicts, main, table
 from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, compare
 from benchmarks.micro.uncertain_points import running_uncertainty
 from paper_layers.point_rend import PointRendMask, PointRendSemantic, load_official
-from tests.point_rend import official
+from testing.official import point_rend as official
 
 OURS, OFFICIAL, PLAIN, DENSE = "paper_layers.point_rend", "official procedure", "its best form in PyTorch", "dense"
 CLASSES, POINTS, SCALE = 80, 28 * 28, 0.25

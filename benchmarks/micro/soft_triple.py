@@ -23,7 +23,7 @@ from benchmarks.micro.command import Options, Target, main
 from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, Result, train_alone
 from paper_layers import SoftTripleLoss, soft_triple_loss
 from paper_layers.soft_triple import param_groups
-from tests.soft_triple import official as formulas
+from testing.official import soft_triple as formulas
 
 SHAPES = ((32, 64, 98, 10), (128, 512, 100, 10), (256, 512, 11318, 2), (256, 512, 11318, 10), (64, 256, 100000, 4))
 QUICK = SHAPES[:2]

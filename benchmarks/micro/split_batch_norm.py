@@ -28,7 +28,7 @@ def layer(name: str, channels: int, device: str) -> nn.Module:
         return SplitBatchNorm2d(channels, device=device)
     if name == TORCH:
         return nn.BatchNorm2d(channels, device=device)
-    from tests import torchvision_stub  # noqa: F401 (timm imports torchvision, which may not load beside a CPU torch)
+    from testing import torchvision_stub  # noqa: F401 (timm imports torchvision, which may not load beside a CPU torch)
 
     from timm.layers import SplitBatchNorm2d as TimmNorm  # isort: skip
 

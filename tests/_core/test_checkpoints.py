@@ -20,7 +20,7 @@ from paper_layers._core.pickles import read, to_tensor
 from paper_layers.deep_gcn import DeepGCN
 from paper_layers.point_rend import PointRendHead
 from paper_layers.soft_triple import SoftTripleLoss
-from tests.deep_gcn import official
+from testing.official import deep_gcn as official
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

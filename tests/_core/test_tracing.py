@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 # isort: off
-from tests import torchvision_stub  # noqa: F401 (must come first)
+from testing import torchvision_stub  # noqa: F401 (must come first)
 import timm
 import torchvision
 from timm.models._features_fx import GraphExtractNet

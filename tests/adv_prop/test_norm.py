@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 # isort: off
-from tests import torchvision_stub  # noqa: F401 (must come first)
+from testing import torchvision_stub  # noqa: F401 (must come first)
 from timm.layers import SplitBatchNorm2d as TimmNorm
 # isort: on
 

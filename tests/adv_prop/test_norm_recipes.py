@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 # isort: off
-from tests import torchvision_stub  # noqa: F401 (must come first)
+from testing import torchvision_stub  # noqa: F401 (must come first)
 import timm
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 # isort: on

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # isort: off
-from tests import torchvision_stub  # noqa: F401 (must come first)
+from testing import torchvision_stub  # noqa: F401 (must come first)
 import torchvision
 # isort: on
 

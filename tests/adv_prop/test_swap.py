@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 # isort: off
-from tests import torchvision_stub  # noqa: F401 (must come first)
+from testing import torchvision_stub  # noqa: F401 (must come first)
 import timm
 import torchvision
 from timm.layers import BatchNormAct2d

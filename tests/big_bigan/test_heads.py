@@ -200,7 +200,7 @@ def test_any_trunk(pool: str) -> None:
 
 @pytest.mark.parametrize(("name", "size"), [("resnet10t", 32), ("vit_tiny_patch16_224", 224)])
 def test_timm(name: str, size: int) -> None:
-    from tests import torchvision_stub  # noqa: F401 (before timm)
+    from testing import torchvision_stub  # noqa: F401 (before timm)
 
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, num_classes=0)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from paper_layers import knn
 from paper_layers.deep_gcn import EdgeConv, GINConv, MRConv, SAGEConv, from_edge_index, load_official, to_edge_index
-from tests.deep_gcn import official
+from testing.official import deep_gcn as official
 from tests.ops.test_neighbor_reduce import features, table
 
 CONVS = {"edge": EdgeConv, "mr": MRConv, "gin": GINConv, "sage": SAGEConv}

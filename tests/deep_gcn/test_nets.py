@@ -22,7 +22,7 @@ from paper_layers.deep_gcn import (
     load_official,
     to_edge_index,
 )
-from tests.deep_gcn import official
+from testing.official import deep_gcn as official
 from tests.ops.test_neighbor_reduce import features, table
 
 FORMS = {"points": DeepGCN, "cloud": DeepGCNClassifier, "parts": DeepGCNPartSegmenter}

@@ -22,6 +22,7 @@ from paper_layers import (
 )
 from paper_layers.ops.soft_triple.logits import soft_triple_logits
 from paper_layers.ops.spectral_linear import spectral_linear
+from testing.official import soft_triple as official
 from tests.ops import test_edge_conv as edges
 from tests.ops import test_knn as neighbors
 from tests.ops import test_lip_pool2d as lip
@@ -30,7 +31,6 @@ from tests.ops import test_point_sample as points
 from tests.ops import test_sample_uncertain_points as candidates
 from tests.ops import test_split_batch_norm as norms
 from tests.ops import test_uncertain_points as uncertain
-from tests.soft_triple import official
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALF = (torch.bfloat16, torch.float16)

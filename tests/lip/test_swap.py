@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 # isort: off
-from tests import torchvision_stub  # noqa: F401 (must come first)
+from testing import torchvision_stub  # noqa: F401 (must come first)
 import timm
 import torchvision
 # isort: on

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+# isort: off
+from testing import torchvision_stub  # noqa: F401 (must come first)
+from timm import create_model
+# isort: on
 
 from paper_layers.lip import LIPPool2d
 
@@ -28,11 +32,7 @@ class ProjectionPool(LIPPool2d):
         ("efficientnet_b0", functools.partial(LIPPool2d, logit="projection"), "projection"),
     ],
 )
-def test_aa_layer(monkeypatch: pytest.MonkeyPatch, name: str, layer: Any, form: str) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
-    import torchvision_stub  # noqa: F401
-    from timm import create_model
-
+def test_aa_layer(name: str, layer: Any, form: str) -> None:
     model: nn.Module = create_model(name, aa_layer=layer, num_classes=5)
     pools = [module for module in model.modules() if isinstance(module, LIPPool2d)]
     assert len(pools) == 4

@@ -34,6 +34,7 @@ NEXT_CLOUD = torch.tensor([[[4], [3], [0], [1]], [[0], [1], [2], [3]]])
 NEGATIVE = torch.tensor([[[0], [-2], [0], [1]], [[0], [1], [-1], [3]]])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(("index", "wrong"), [(NEXT_CLOUD, "4"), (NEGATIVE, "-2")])
 @pytest.mark.parametrize(
     "call",
@@ -52,6 +53,7 @@ def test_index_refuses_other_clouds(call: Callable[..., Any], index: Tensor, wro
         call(X, index)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("number", [0.7, torch.nan, torch.inf, -1.0, 2.0, -1e30])
 def test_image_number_refuses(number: float) -> None:
     boxes = torch.tensor([[1.0, 0, 0, 4, 4], [number, 0, 0, 4, 4]])
@@ -59,6 +61,7 @@ def test_image_number_refuses(number: float) -> None:
         pl.point_sample(torch.ones(2, 3, 8, 8), torch.rand(2, 5, 2), boxes=boxes)
 
 
+@pytest.mark.cpu_only
 def test_starts_refuses() -> None:
     x = torch.rand(20, 3)
     for ptr, message in [
@@ -124,6 +127,7 @@ def test_infinite_edges() -> None:
     assert gradients[0][0][:, 0].isnan().all()
 
 
+@pytest.mark.cpu_only
 def test_errors_within_threads_say_why() -> None:
     index = torch.zeros(3, 4, 2, dtype=torch.int64)
     index[1, 2, 1] = 7

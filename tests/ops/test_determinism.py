@@ -198,6 +198,7 @@ def cast(call: Call, dtype: torch.dtype) -> Call:
     return Call(call.function, batched, shared, call.options, call.alone)
 
 
+@pytest.mark.cpu_only
 @by_dtype
 @by_case
 def test_same_for_any_number_of_threads(name: str, number: int, dtype: torch.dtype) -> None:
@@ -211,6 +212,7 @@ def test_same_for_any_number_of_threads(name: str, number: int, dtype: torch.dty
         assert [torch.equal(*pair) for pair in zip(grads, expected[1], strict=True)] == [True] * len(grads)
 
 
+@pytest.mark.cpu_only
 @by_dtype
 @by_case
 def test_same_alone_and_within_a_batch(name: str, number: int, dtype: torch.dtype) -> None:
@@ -228,6 +230,7 @@ def test_same_alone_and_within_a_batch(name: str, number: int, dtype: torch.dtyp
         assert [torch.equal(one, many[i : i + 1]) for one, many in pairs] == [True] * len(own[:mine])
 
 
+@pytest.mark.cpu_only
 @by_dtype
 @pytest.mark.parametrize("number", range(len(CALLS["split_batch_norm"])))
 def test_parts_and_channels_of_a_norm_do_not_see_one_another(number: int, dtype: torch.dtype) -> None:

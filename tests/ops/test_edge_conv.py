@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import edge_conv
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype
 from tests.ops.test_neighbor_reduce import features, table
 
 
@@ -197,6 +198,7 @@ def test_statistics_far_from_zero(offset: float) -> None:
     torch.testing.assert_close(var.double(), expected_var, rtol=2e-3 if offset else 1e-6, atol=0)
 
 
+@pytest.mark.cpu_only
 def test_same_for_any_number_of_threads() -> None:
     threads = torch.get_num_threads()
     center, neighbor = features(3000, 70).requires_grad_(), features(3000, 70, seed=1).requires_grad_()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import knn
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype, drawn
 
 
 def neighbours(query: Tensor, points: Tensor | None = None, k: int = 16, **options: Any) -> tuple[Tensor, Tensor]:
@@ -272,6 +273,7 @@ def test_many_neighbours(channels: int, k: int, dilation: int) -> None:
     assert_close(distance[:40], expected[1], torch.float32)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("k", [100, 700])
 @by_dtype
 def test_many_neighbours_in_large_clouds(k: int, dtype: torch.dtype) -> None:
@@ -318,6 +320,7 @@ def test_batch_is_ptr() -> None:
     assert torch.equal(knn(x, k=50, batch=batch)[0], neighbours(x, k=50, ptr=ptr(0, 10, 10, 10, 40))[0])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("starts", "message"),
     [
@@ -357,6 +360,7 @@ def number_of_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.mark.cpu_only
 def test_same_for_any_number_of_threads() -> None:
     results = []
     for number in (1, 2, 5):
@@ -365,6 +369,7 @@ def test_same_for_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @by_dtype
 def test_cloud_that_searches_itself(threads: int, dtype: torch.dtype) -> None:

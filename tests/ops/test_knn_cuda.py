@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +13,25 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import paper_layers
-from tests.ops.test_knn import cases
+from testing.cases import DTYPES, TOLERANCE
+from testing.cuda_battery import (
+    DEVICE,
+    CudaBattery,
+    Step,
+    assert_near,
+    dtypes,
+    needs_cuda,
+    needs_memory,
+    random,
+    smaller,
+)
+from tests.ops import test_knn as on_cpu
 
 op = importlib.import_module("paper_layers.ops.knn")  # The package has a function of this name.
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is available")
+pytestmark = needs_cuda
 
-DEVICE = "cuda"
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-DTYPES = list(TOLERANCE)
-MANY = 40000  # points of a cloud that is searched by a tree
+MANY = smaller(40000, emulated=3200)  # points of a cloud that is searched by a tree
 
 forward = torch.ops.paper_layers.knn
 backward = torch.ops.paper_layers.knn_backward
@@ -39,7 +46,9 @@ def _check(query: Tensor, points: Tensor, options: Options, rows: int | None = N
     assert torch.equal(index[..., :rows, :].cpu(), expected[0])
     dtype = op._distance_dtype(query.dtype)
     assert (distance.dtype, distance.device) == (dtype, query.device)
-    torch.testing.assert_close(distance[..., :rows, :].cpu(), expected[1].to(dtype), rtol=TOLERANCE[dtype], atol=1e-30)
+    torch.testing.assert_close(
+        distance[..., :rows, :].cpu(), expected[1].to(dtype), rtol=TOLERANCE[dtype][0], atol=1e-30
+    )
     if rows is None and bool(points.isfinite().all() and query.isfinite().all()):
         _check_backward(query, points, index, options[4])
 
@@ -52,14 +61,7 @@ def _check_backward(query: Tensor, points: Tensor, index: Tensor, inner: bool) -
     size = max(1.0, *(float(t.abs().max()) if t.numel() else 0.0 for t in (query, points)))
     for got, want, rows in zip(grads, expected, (query, points), strict=True):
         assert (got.dtype, got.device, got.shape) == (rows.dtype, rows.device, rows.shape)
-        tolerance = TOLERANCE[rows.dtype]
-        torch.testing.assert_close(
-            got.cpu().double(), want.to(rows.dtype).double(), rtol=tolerance, atol=tolerance * terms * size
-        )
-
-
-def _random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+        assert_near(got, want.to(rows.dtype), rows.dtype, atol=terms * size)
 
 
 def _ptr(*starts: int) -> Tensor:
@@ -74,7 +76,7 @@ def _dense(
 
 def _clusters(x: Tensor) -> Tensor:
     """Tight blobs far apart, which a grid of cells could not tell from points."""
-    return x * 1e-3 + 1e4 * _random(50, x.shape[-1], seed=9).repeat(len(x) // 50 + 1, 1)[: len(x)]
+    return x * 1e-3 + 1e4 * random(50, x.shape[-1], seed=9).repeat(len(x) // 50 + 1, 1)[: len(x)]
 
 
 CLOUDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,16 +93,10 @@ CLOUDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["knn", "knn_backward"])
-def test_kernels_are_loaded(name: str) -> None:
-    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"paper_layers::{name}", DEVICE.upper())
-    assert registered, paper_layers.show_config()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes
 def test_matches_reference(dtype: torch.dtype) -> None:
     @settings(max_examples=100, deadline=None, derandomize=True)
-    @given(cases())
+    @given(on_cpu.cases())
     def check(case: Any) -> None:
         options = case.options
         query, points = (t.to(DEVICE, dtype) for t in (case.tensors[0], case.tensors[-1]))
@@ -114,22 +110,28 @@ def test_matches_reference(dtype: torch.dtype) -> None:
     check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes
 @pytest.mark.parametrize("channels", [1, 3, 4, 64, 513])
 @pytest.mark.parametrize("inner", [False, True])
 def test_many_blocks(dtype: torch.dtype, channels: int, inner: bool) -> None:
     clouds = 3 if channels < 513 else 1
-    x, y = _random(clouds, 300, channels, dtype=dtype), _random(clouds, 650, channels, dtype=dtype, seed=1)
+    x, y = random(clouds, 300, channels, dtype=dtype), random(clouds, 650, channels, dtype=dtype, seed=1)
     _check(x, y, _dense(20, 2, inner))
     _check(y, y, _dense(20, 2, inner, False))
     _check(y, y, _dense(5, 8, inner, False, _ptr(0, 3, 20, 38, 39)))
 
 
-@pytest.mark.parametrize("channels", [3, 16])
-@pytest.mark.parametrize("name", CLOUDS)
+def slow_where_emulated(*cases: tuple[Any, ...], slow: tuple[Any, ...]) -> list[Any]:
+    """Mark one of the cases, which takes a minute there and is tested there by the others."""
+    return [pytest.param(*case, marks=pytest.mark.slow_emulated if case == slow else ()) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), slow_where_emulated(*itertools.product(CLOUDS, [3, 16]), slow=("farther", 3))
+)
 def test_many_blocks_of_all_kinds(channels: int, name: str) -> None:
     """More points in a cloud than candidates have room, some of them as near as makes no difference."""
-    x = CLOUDS[name](_random(3000, channels, dtype=torch.float64)).float()[None]
+    x = CLOUDS[name](random(3000, channels, dtype=torch.float64)).float()[None]
     for options in (_dense(12), _dense(5, 3, include_self=False)):
         _check(x, x, options)
 
@@ -137,7 +139,7 @@ def test_many_blocks_of_all_kinds(channels: int, name: str) -> None:
 @pytest.mark.parametrize("channels", [2, 20])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_extremes(channels: int, value: float) -> None:
-    x = _random(400, channels)
+    x = random(400, channels)
     x[5], x[9], x[11, 0], x[17] = value, -value, torch.nan, value
     for options in (_dense(390), _dense(12), _dense(12, inner=True), _dense(7, 2, include_self=False)):
         _check(x[None], x[None], options)
@@ -148,7 +150,7 @@ def test_extremes(channels: int, value: float) -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1e30, 1e-310, 1e300])
 def test_extremes_of_the_exponent(channels: int, scale: float) -> None:
     dtype = torch.float32 if 1e-40 < scale < 1e40 else torch.float64
-    x = _random(1, 700, channels, dtype=dtype) * scale
+    x = random(1, 700, channels, dtype=dtype) * scale
     index, _ = forward(x, x, *_dense(9))
     assert torch.equal(index.cpu(), op._reference(x.cpu(), x.cpu(), *_dense(9))[0])
 
@@ -157,32 +159,31 @@ def test_extremes_of_the_exponent(channels: int, scale: float) -> None:
     ("clouds", "m", "n", "channels"), [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (2, 0, 0, 3)]
 )
 def test_empty(clouds: int, m: int, n: int, channels: int) -> None:
-    _check(_random(clouds, m, channels), _random(clouds, n, channels), _dense(3))
+    _check(random(clouds, m, channels), random(clouds, n, channels), _dense(3))
     starts = _ptr(*range(0, clouds * m + 1, max(1, m))) if m else _ptr(*[0] * (clouds + 1))
     points_starts = _ptr(*range(0, clouds * n + 1, max(1, n))) if n else _ptr(*[0] * (clouds + 1))
-    _check(
-        _random(clouds * m, channels), _random(clouds * n, channels), (starts, points_starts, 3, 1, False, True, None)
-    )
+    _check(random(clouds * m, channels), random(clouds * n, channels), (starts, points_starts, 3, 1, False, True, None))
 
 
 @pytest.mark.parametrize("channels", [3, 32])
 @pytest.mark.parametrize(("k", "dilation"), [(432, 1), (16, 27), (1000, 2), (1024, 4)])
 def test_many_neighbours(channels: int, k: int, dilation: int) -> None:
-    x = _random(5000, channels)
+    x = random(5000, channels)
     _check(x[None, :40], x[None], _dense(k, dilation))
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3])
-@pytest.mark.parametrize("name", [*CLOUDS, "nan"])
+@pytest.mark.parametrize(
+    ("name", "channels"), slow_where_emulated(*itertools.product([*CLOUDS, "nan"], [1, 2, 3]), slow=("farther", 3))
+)
 def test_tree(channels: int, name: str) -> None:
-    x = _random(MANY, channels, dtype=torch.float64)
+    x = random(MANY, channels, dtype=torch.float64)
     x = (torch.where(x > 2, torch.nan, x) if name == "nan" else CLOUDS[name](x)).float()[None]
     _check(x, x, _dense(16, 2), rows=50)
     _check(x[:, :100], x, _dense(300), rows=100)
 
 
 def test_tree_of_ragged_clouds() -> None:
-    x = _random(3 * MANY, 3)
+    x = random(3 * MANY, 3)
     starts = _ptr(0, 17, 2 * MANY, 3 * MANY)
     index, distance = forward(x, x, starts, starts, 9, 1, False, False)
     bounds = starts.tolist()
@@ -199,7 +200,7 @@ def test_tree_of_ragged_clouds() -> None:
 @pytest.mark.parametrize("channels", [3, 8])
 def test_starts_out_of_order_touch_no_other_memory(channels: int) -> None:
     """The host does not read them: which neighbours there are is undefined, but every index is a row or -1."""
-    x = _random(500, channels)
+    x = random(500, channels)
     for starts in ((0, 700, 500), (-5, 100, 500), (0, 400, 100, 500), (2**62, -(2**62)), (0, 0), (300, 0)):
         index, _ = forward(x, x, _ptr(*starts), _ptr(*starts), 9, 1, False, True)
         assert -1 <= int(index.min()) <= int(index.max()) < 500
@@ -207,17 +208,9 @@ def test_starts_out_of_order_touch_no_other_memory(channels: int) -> None:
     assert bool((index[400:] == -1).all() and distance[400:].isinf().all() and (index[:400] >= 0).all())
 
 
-def test_results_do_not_vary() -> None:
-    x = _random(2, 3000, 24)
-    first, second = (forward(x, x, *_dense(20)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    first, second = (backward(first[1], x, x, first[0], False) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 @pytest.mark.parametrize("metric", op.METRICS)
 def test_gradients(metric: str) -> None:
-    query, points = (_random(2, n, 4, dtype=torch.float64, seed=n).requires_grad_() for n in (7, 9))
+    query, points = (random(2, n, 4, dtype=torch.float64, seed=n).requires_grad_() for n in (7, 9))
 
     def distances(query: Tensor, points: Tensor) -> Tensor:
         return paper_layers.knn(query, points, 3, metric=metric)[1]
@@ -226,111 +219,65 @@ def test_gradients(metric: str) -> None:
     assert torch.autograd.gradgradcheck(distances, (query, points))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype: torch.dtype) -> None:
-    tests = ("test_schema", "test_faketensor")
-    x, y = _random(2, 9, 4, dtype=dtype), _random(2, 11, 4, dtype=dtype, seed=1)
-    index, distance = forward(x, y, *_dense(3, 2))
-    torch.library.opcheck(forward.default, (x, y, *_dense(3, 2)), test_utils=tests)
-    torch.library.opcheck(backward.default, (distance, x, y, index, False), test_utils=tests)
-    ragged = (_ptr(0, 4, 9), _ptr(0, 5, 11), 3, 2, False, True)
-    torch.library.opcheck(forward.default, (x[0], y[0], *ragged), test_utils=tests)
-
-
-def test_bad_arguments_are_refused_before_memory_is_touched() -> None:
-    x, starts = _random(2, 9, 4), _ptr(0, 9)
-    index, distance = forward(x, x, *_dense(3))
-    for name, call in {
-        "query: expected shape": lambda: forward(x[0, 0], x[0, 0], *_dense(3)),
-        "points: expected the channels": lambda: forward(x, x[..., :2], *_dense(3)),
-        "points: expected the dtype": lambda: forward(x, x.half(), *_dense(3)),
-        "points: expected the device": lambda: forward(x, x.cpu(), *_dense(3)),
-        "query_ptr and points_ptr": lambda: forward(x[0], x[0], *_dense(3)),
-        "query_ptr: expected int64": lambda: forward(x[0], x[0], starts.int(), starts, 3, 1, False, True),
-        "points_ptr: expected the device": lambda: forward(x[0], x[0], starts, starts.cpu(), 3, 1, False, True),
-        "points_ptr: expected as many": lambda: forward(x[0], x[0], starts, _ptr(0, 4, 9), 3, 1, False, True),
-        "ranks: expected int64 of shape": lambda: forward(x, x, *_dense(3, ranks=starts)),
-        "ranks: expected the device": lambda: forward(x, x, *_dense(len(starts), ranks=starts.cpu())),
-        "k and dilation": lambda: forward(x, x, *_dense(0)),
-        "include_self": lambda: forward(x, x[:, :5], *_dense(3, include_self=False)),
-        "index: expected int64": lambda: backward(distance, x, x, index.int(), False),
-        "index: expected the device": lambda: backward(distance, x, x, index.cpu(), False),
-        "grad: expected shape": lambda: backward(distance[:1], x, x, index, False),
-        "grad: expected the device": lambda: backward(distance.cpu(), x, x, index, False),
-    }.items():
-        with pytest.raises(RuntimeError, match=name):
-            call()
-
-
-def test_rows_out_of_range_are_an_assertion() -> None:
-    """In a process of its own, since the device is of no more use to one that failed an assertion."""
-    code = """
-import torch, paper_layers
-x, i = torch.zeros(8, 4, device="cuda"), torch.full((8, 3), 8, device="cuda")
-torch.ops.paper_layers.knn_backward(torch.zeros(8, 3, device="cuda"), x, x, i, False)
-torch.cuda.synchronize()
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode != 0
-    assert "device-side assert" in result.stderr
-
-
-@pytest.mark.parametrize("channels", [3, 16])
-def test_runs_on_the_current_stream(channels: int) -> None:
-    source = _random(1, MANY, channels)
-    x = torch.zeros_like(source)
-    expected = forward(source, source, *_dense(4))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # the search must wait for what comes before it on its own stream
-        x.copy_(source)
-        index, distance = forward(x, x, *_dense(4))
-        grads = backward(distance, x, x, index, False)
-    stream.synchronize()
-    assert torch.equal(index, expected[0])
-    assert torch.equal(grads[0], backward(expected[1], source, source, expected[0], False)[0])
-
-
-@pytest.mark.parametrize("form", ["dense", "ragged", "tree"])
-def test_graph_capture(form: str) -> None:
-    shape = {"dense": (2, 500, 8), "ragged": (500, 8), "tree": (1, MANY, 3)}[form]
-    x, starts = _random(*shape), _ptr(0, 100, 100, 500)
-    options = (starts, starts, 9, 1, False, True) if form == "ragged" else _dense(9)
-
-    def step() -> tuple[Tensor, ...]:
-        index, distance = forward(x, x, *options)
-        return index, distance, *backward(distance, x, x, index, False)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    x.copy_(_random(*shape, seed=3))
-    starts.copy_(_ptr(0, 7, 300, 500))
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_runs_on_the_device_of_its_input() -> None:
-    x = _random(1, 300, 8).to("cuda:1")
-    with torch.cuda.device(0):
-        index, _ = forward(x, x, *_dense(5))
-    assert index.device == x.device
-    assert torch.equal(index.cpu(), forward(x.to("cuda:0"), x.to("cuda:0"), *_dense(5))[0].cpu())
-
-
+@pytest.mark.needs_gpu
 def test_more_elements_than_32_bits_count() -> None:
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("needs 40 GiB of free device memory")
+    needs_memory(40)
     points = torch.empty(1, 2**20 + 5, 2**11, device=DEVICE, dtype=torch.float16).normal_()
     assert points.numel() > 2**31
     index, distance = forward(points[:, -40:], points, *_dense(2))
     assert torch.equal(index[0, :, 0], torch.arange(points.shape[1] - 40, points.shape[1], device=DEVICE))
     assert not distance[..., 0].any()
+
+
+class TestKNNOnDevice(CudaBattery, on_cpu.TestKNN):
+    op_dtypes = tuple(DTYPES)
+    out_of_range = {  # noqa: RUF012
+        "index": """
+x, i = torch.zeros(8, 4), torch.full((8, 3), 8)
+torch.ops.paper_layers.knn_backward(torch.zeros(8, 3), x, x, i, False)
+"""
+    }
+
+    def steps(self) -> dict[str, Step]:
+        def dense(x: Tensor) -> tuple[Tensor, ...]:
+            index, distance = forward(x, x, *_dense(20))
+            return index, distance, *backward(distance, x, x, index, False)
+
+        def ragged(x: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+            index, distance = forward(x, x, starts, starts, 9, 1, False, True, None)
+            return index, distance, *backward(distance, x, x, index, False)
+
+        return {
+            "dense": Step(lambda seed: (random(2, 3000, 24, seed=seed),), dense),
+            "ragged": Step(lambda seed: (random(500, 8, seed=seed), _ptr(0, 100 + seed, 100 + seed, 500)), ragged),
+            "tree": Step(lambda seed: (random(1, MANY, 3, seed=seed),), dense),
+            "many": Step(lambda seed: (random(1, MANY, 16, seed=seed),), dense),
+        }
+
+    def refused(self) -> dict[str, Callable[[], Any]]:
+        x, starts = random(2, 9, 4), _ptr(0, 9)
+        index, distance = forward(x, x, *_dense(3))
+        return {
+            "query: expected shape": lambda: forward(x[0, 0], x[0, 0], *_dense(3)),
+            "points: expected the channels": lambda: forward(x, x[..., :2], *_dense(3)),
+            "points: expected the dtype": lambda: forward(x, x.half(), *_dense(3)),
+            "query_ptr and points_ptr": lambda: forward(x[0], x[0], *_dense(3)),
+            "query_ptr: expected int64": lambda: forward(x[0], x[0], starts.int(), starts, 3, 1, False, True),
+            "points_ptr: expected as many": lambda: forward(x[0], x[0], starts, _ptr(0, 4, 9), 3, 1, False, True),
+            "ranks: expected int64 of shape": lambda: forward(x, x, *_dense(3, ranks=starts)),
+            "k and dilation": lambda: forward(x, x, *_dense(0)),
+            "include_self": lambda: forward(x, x[:, :5], *_dense(3, include_self=False)),
+            "index: expected int64": lambda: backward(distance, x, x, index.int(), False),
+            "grad: expected shape": lambda: backward(distance[:1], x, x, index, False),
+        }
+
+    def refused_devices(self) -> dict[str, Callable[[], Any]]:
+        x, starts = random(2, 9, 4), _ptr(0, 9)
+        index, distance = forward(x, x, *_dense(3))
+        return {
+            "points: expected the device": lambda: forward(x, x.cpu(), *_dense(3)),
+            "points_ptr: expected the device": lambda: forward(x[0], x[0], starts, starts.cpu(), 3, 1, False, True),
+            "ranks: expected the device": lambda: forward(x, x, *_dense(len(starts), ranks=starts.cpu())),
+            "index: expected the device": lambda: backward(distance, x, x, index.cpu(), False),
+            "grad: expected the device": lambda: backward(distance.cpu(), x, x, index, False),
+        }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paper_layers import knn
 from paper_layers.ops.knn import METRICS, _reference
-from tests.ops.battery import by_dtype
+from testing.cases import by_dtype
 from tests.ops.test_knn import cloud, number_of_threads, ptr
 
 INF = torch.inf
@@ -68,6 +68,7 @@ def seconds(query: Tensor, points: Tensor | None = None) -> float:
     return time.process_time() - start
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("channels", [3, 32])
 def test_time_of_unusual_large_clouds(channels: int) -> None:
     """Little more than that of other clouds, where exact distances of all pairs take 20 to 300 times as long."""
@@ -81,6 +82,7 @@ def test_time_of_unusual_large_clouds(channels: int) -> None:
         assert seconds(x, 0 * x) < 10 * usual + 0.05
 
 
+@pytest.mark.cpu_only
 def test_time_of_unusual_large_clouds_in_float64() -> None:
     """Most squares are infinite or zero."""
     x = cloud(20000, 3).double()
@@ -165,6 +167,7 @@ def gradients(x: Tensor, y: Tensor | None = None, **options: Any) -> tuple[Tenso
     return index, distance, *torch.autograd.grad((distance.where(index >= 0, 0) * weights).sum(), leaves)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("channels", [3, 10])
 @by_dtype
 def test_same_bits_for_any_number_of_threads(channels: int, dtype: torch.dtype) -> None:
@@ -177,6 +180,7 @@ def test_same_bits_for_any_number_of_threads(channels: int, dtype: torch.dtype) 
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("channels", [3, 10])
 @by_dtype
 def test_same_bits_alone_and_in_a_batch(channels: int, dtype: torch.dtype) -> None:
@@ -222,6 +226,7 @@ def test_nothing(query: tuple[int, ...], points: tuple[int, ...], metric: str) -
     assert not any(t.any() for t in (*first, *second) if t is not None)
 
 
+@pytest.mark.slow_emulated
 def test_no_channels_in_many_points() -> None:
     index, distance = knn(torch.zeros(30000, 0), k=3, include_self=False)
     assert index[:4].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
@@ -229,6 +234,7 @@ def test_no_channels_in_many_points() -> None:
     assert not distance.any()
 
 
+@pytest.mark.tracing
 def test_one_tensor_in_two_places_compiles() -> None:
     starts = ptr(0, 4, 30)
 

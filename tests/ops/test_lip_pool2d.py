@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import lip_pool2d
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype, drawn
 
 
 def geometry(kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False) -> tuple[Any, ...]:
@@ -140,6 +141,7 @@ class TestLIPPool2d(OpBattery):
                 (images(1, 4, 6, 5).to(memory_format=last), images(1, 4, 5, 6).mT.to(memory_format=last)),
                 {"kernel_size": 3, "stride": 2, "padding": 1},
             ),
+            Case((images(2, 2, 6, 5).to(memory_format=last), images(2, 1, 6, 5)), {"kernel_size": 3, "stride": 2}),
             Case((images(3, 6, 5), images(1, 6, 5)), {"kernel_size": 2}),
         ]
 
@@ -275,6 +277,7 @@ def test_memory_saved_for_backward() -> None:
     assert set(saved) == {t.untyped_storage().data_ptr() for t in (input, logit)}
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 @by_dtype

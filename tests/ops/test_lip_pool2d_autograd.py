@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from paper_layers import lip_pool2d
 from paper_layers.ops.lip_pool2d import _backward_reference
-from tests.ops.battery import Case
+from testing.cases import Case
 from tests.ops.test_lip_pool2d import images
 
 WRITES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -76,7 +76,9 @@ WAYS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 @pytest.mark.parametrize("shape", [(2, 3, 7, 9), (17, 9, 7)], ids=["batch", "image"])
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.tracing if way == "compile" else ()) for way in WAYS]
+)
 def test_layers_that_follow_may_write_over_the_output(way: str, write: str, shape: tuple[int, ...]) -> None:
     """As over the output of torch's pools: gradients are those of a layer that writes elsewhere."""
     if way == "compile" and (write != "relu" or len(shape) == 3):
@@ -154,6 +156,7 @@ def test_vmap_over_nothing() -> None:
     assert torch.func.vmap(lambda x: lip_pool2d(x, x, 2), in_dims=2)(torch.zeros(3, 8, 0, 7)).shape == (0, 3, 4, 3)
 
 
+@pytest.mark.tracing
 def test_one_tensor_as_input_and_logit_compiles() -> None:
     def step(x: Tensor) -> Tensor:
         return lip_pool2d(x, logit=x, kernel_size=3, stride=2, padding=1)

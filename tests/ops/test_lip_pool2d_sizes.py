@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from paper_layers import lip_pool2d
-from tests.ops.battery import Case
+from testing.cases import Case
 from tests.ops.test_lip_pool2d import formula, geometry, images
 
 module = importlib.import_module("paper_layers.ops.lip_pool2d")  # The package has a function of this name.

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import knn, neighbor_reduce
-from tests.ops.battery import Case, OpBattery, by_dtype
+from testing.battery import OpBattery
+from testing.cases import Case, by_dtype
 
 REDUCTIONS = ("max", "min", "sum", "mean")
 
@@ -142,6 +143,7 @@ def test_differences_to_the_centre(channels: int, dtype: torch.dtype) -> None:
     assert torch.equal(neighbor_reduce(x, index, relative=True), expected)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_same_for_any_number_of_threads(reduce: str, relative: bool) -> None:

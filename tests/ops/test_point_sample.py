@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import point_sample
-from tests.ops.battery import TOLERANCE, Case, OpBattery, assert_close, by_dtype
+from testing.battery import OpBattery
+from testing.cases import TOLERANCE, Case, assert_close, by_dtype
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 by_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -198,18 +199,19 @@ class TestPointSample(OpBattery):
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast(self, dtype: torch.dtype) -> None:
         """The result has the maps' dtype, promoted; gradients come back in each tensor's dtype."""
-        leaves = Case((smooth_points(2, 6), images(2, 3, 8, 4).to(dtype), images(2, 3, 4, 4).to(dtype))).leaves()
-        with torch.autocast("cpu", dtype=dtype):
+        case = Case((smooth_points(2, 6), images(2, 3, 8, 4).to(dtype), images(2, 3, 4, 4).to(dtype)))
+        leaves = case.on(self.device).leaves()
+        with torch.autocast(self.device, dtype=dtype):
             actual = sample(*leaves)
             mixed = sample(*leaves[:2], leaves[2].float())
         assert (actual.dtype, mixed.dtype) == (dtype, torch.float32)
         (actual.float() + mixed).sum().backward()
         assert [t.grad.dtype for t in leaves] == [t.dtype for t in leaves]
-        assert_close(actual, formula(*(t.double() for t in leaves)), dtype)
+        assert_close(actual.cpu(), formula(*(t.cpu().double() for t in leaves)), dtype)
 
     @by_dtype
     def test_meta(self, dtype: torch.dtype) -> None:
-        for case in self.fixed_cases():
+        for case in self.placed_cases():
             options = dict(case.options)
             if "boxes" in options:
                 options["boxes"] = [b.to("meta") for b in options["boxes"]]
@@ -324,6 +326,7 @@ def test_longer_pyramid() -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.cpu_only
 @by_layout
 @pytest.mark.parametrize("boxed", [False, True])
 def test_same_for_any_number_of_threads(layout: torch.memory_format, boxed: bool) -> None:
@@ -361,6 +364,7 @@ def test_only_what_is_wanted_is_computed() -> None:
     assert not point_sample(map, points).requires_grad
 
 
+@pytest.mark.cpu_only
 def test_op_refuses_what_does_not_fit() -> None:
     op, backward = torch.ops.paper_layers.point_sample, torch.ops.paper_layers.point_sample_backward_maps
     points, maps, options = torch.rand(2, 5, 2), [images(2, 4, 8, 8)], (None, "bilinear", "zeros")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import point_sample, sample_uncertain_points
-from tests.ops.battery import Battery, Case, by_dtype, drawn
+from testing.battery import Battery
+from testing.cases import Case, by_dtype, drawn
 from tests.ops.test_uncertain_points import LAYOUTS, maps, order
 
 op = torch.ops.paper_layers.sample_uncertain_points.default
@@ -127,15 +128,18 @@ class TestSampleUncertainPoints(Battery):
         @given(case=cases())
         def check(case: Case) -> None:
             case = case.to(dtype)
-            assert torch.equal(self.function(*case.tensors, **case.options), formula(*case.tensors, **case.options))
+            placed = case.on(self.device)
+            index = self.function(*placed.tensors, **placed.options)
+            assert torch.equal(index.cpu(), formula(*case.tensors, **case.options))
 
         check()
 
+    @pytest.mark.tracing
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_compile(self, backend: str) -> None:
         """The same points from the same seed."""
         torch._dynamo.reset()
-        logits = maps(2, 3, 9, 11).requires_grad_()
+        logits = maps(2, 3, 9, 11).to(self.device).requires_grad_()
 
         def step(logits: Tensor) -> Tensor:
             return sample_uncertain_points(1.5 * logits, 20)
@@ -240,6 +244,7 @@ def test_vmap() -> None:
     assert not torch.equal(drawn_apart[0], drawn_apart[1])
 
 
+@pytest.mark.tracing
 def test_export_of_any_size() -> None:
     class Module(torch.nn.Module):
         def forward(self, logits: Tensor) -> Tensor:
@@ -254,6 +259,7 @@ def test_export_of_any_size() -> None:
     assert torch.equal(actual, sample_uncertain_points(other, 6))
 
 
+@pytest.mark.cpu_only
 def test_same_for_any_number_of_threads() -> None:
     threads, results = torch.get_num_threads(), []
     one, many = maps(1, 4, 30, 50), maps(70, 2, 7, 7)
@@ -267,6 +273,7 @@ def test_same_for_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow_emulated
 def test_more_elements_than_32_bits_count() -> None:
     """Only what is sampled of fresh memory takes room."""
     logits = torch.empty(1, 9, 2**14, 2**14, dtype=torch.bfloat16)

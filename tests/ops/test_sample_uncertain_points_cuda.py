@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given, settings
+from torch import Tensor
 
-import paper_layers
 from paper_layers import sample_uncertain_points
-from tests.ops.battery import Case, by_dtype
-from tests.ops.test_sample_uncertain_points import between_centres, cases, formula
+from testing.cases import DTYPES, Case, by_dtype, on_device
+from testing.cuda_battery import DEVICE, CudaBattery, Step, needs_cuda
+from tests.ops import test_sample_uncertain_points as on_cpu
+from tests.ops.test_sample_uncertain_points import between_centres, formula
 from tests.ops.test_uncertain_points import maps
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is available")
+pytestmark = needs_cuda
 
-DEVICE = "cuda"
 op = torch.ops.paper_layers.sample_uncertain_points.default
 
 
 def _check(case: Case) -> None:
     """The same points in the same order."""
-    (logits,), options = case.tensors, case.options
-    labels = options.get("labels")
-    index = op(
-        logits.to(DEVICE), None if labels is None else labels.to(DEVICE), options["points"].to(DEVICE), options["count"]
-    )
-    assert torch.equal(index.cpu(), formula(logits, **options))
-
-
-def test_kernels_are_loaded() -> None:
-    registered = torch._C._dispatch_has_kernel_for_dispatch_key("paper_layers::sample_uncertain_points", "CUDA")
-    assert registered, paper_layers.show_config()
-
-
-@by_dtype
-def test_matches_formula(dtype: torch.dtype) -> None:
-    @settings(max_examples=100, deadline=None, derandomize=True)
-    @given(case=cases())
-    def check(case: Case) -> None:
-        _check(case.to(dtype))
-
-    check()
+    options = on_device(case.options, DEVICE)
+    index = op(case.tensors[0].to(DEVICE), options.get("labels"), options["points"], options["count"])
+    assert torch.equal(index.cpu(), formula(*case.tensors, **case.options))
 
 
 @by_dtype
@@ -67,35 +52,32 @@ def test_generator() -> None:
     assert not torch.equal(first, other)
 
 
-@by_dtype
-def test_opcheck(dtype: torch.dtype) -> None:
-    torch.library.opcheck(op, (maps(2, 3, 5, 7).to(DEVICE, dtype), None, torch.rand(2, 9, 2, device=DEVICE), 4))
+class TestSampleUncertainPointsOnDevice(CudaBattery, on_cpu.TestSampleUncertainPoints):
+    op_dtypes = tuple(DTYPES)
+    out_of_range = {  # noqa: RUF012
+        f"label {label}": f"""
+x, labels = torch.zeros(1, 3, 4, 4), torch.tensor([{label}])
+torch.ops.paper_layers.sample_uncertain_points(x, labels, torch.rand(1, 9, 2), 2)
+"""
+        for label in (3, -1)
+    }
 
+    def steps(self) -> dict[str, Step]:
+        def inputs(seed: int) -> tuple[Tensor, ...]:
+            generator = torch.Generator().manual_seed(seed)
+            return maps(2, 4, 90, 100, seed=seed).to(DEVICE), torch.rand(2, 3000, 2, generator=generator).to(DEVICE)
 
-def test_bad_arguments_are_refused_before_memory_is_touched() -> None:
-    x, points = maps(2, 3, 5, 7).to(DEVICE), torch.rand(2, 9, 2, device=DEVICE)
-    for message, call in {
-        "logits: expected shape": lambda: op(x[0], None, points, 4),
-        "points: expected float32": lambda: op(x, None, points.double(), 4),
-        "points: expected the device": lambda: op(x, None, points.cpu(), 4),
-        "count: expected from 0": lambda: op(x, None, points, 10),
-        "logits: expected float32": lambda: op(x.int(), None, points, 4),
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            call()
+        return {"700 of 3000": Step(inputs, lambda logits, points: (op(logits, None, points, 700),))}
 
+    def refused(self) -> dict[str, Callable[[], Any]]:
+        x, points = maps(2, 3, 5, 7).to(DEVICE), torch.rand(2, 9, 2, device=DEVICE)
+        return {
+            "logits: expected shape": lambda: op(x[0], None, points, 4),
+            "points: expected float32": lambda: op(x, None, points.double(), 4),
+            "count: expected from 0": lambda: op(x, None, points, 10),
+            "logits: expected float32": lambda: op(x.int(), None, points, 4),
+        }
 
-def test_graph_capture() -> None:
-    x = maps(2, 4, 90, 100).to(DEVICE)
-    points = torch.rand(2, 3000, 2, device=DEVICE)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        op(x, None, points, 700)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = op(x, None, points, 700)
-    x.copy_(maps(2, 4, 90, 100, seed=3))
-    graph.replay()
-    assert torch.equal(captured, op(x, None, points, 700))
+    def refused_devices(self) -> dict[str, Callable[[], Any]]:
+        x, points = maps(2, 3, 5, 7).to(DEVICE), torch.rand(2, 9, 2)
+        return {"points: expected the device": lambda: op(x, None, points, 4)}

@@ -19,8 +19,9 @@ from paper_layers.ops.soft_triple import logits as logits_module
 from paper_layers.ops.soft_triple import loss as soft_triple_module
 from paper_layers.ops.soft_triple.logits import soft_triple_logits
 from paper_layers.ops.soft_triple.loss import cross_entropy, soft_triple
-from tests.ops import raw_ops
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
+from testing import raw_ops
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype, drawn
 
 library = torch.ops.paper_layers
 
@@ -183,7 +184,7 @@ class TestSoftTriple(OpBattery):
         """And the ops on all classes, which have kernels on the CPU alone."""
         yield from super().raw_calls()
         for name, arguments in whole_arguments().items():
-            if raw_ops.has_kernel(name):
+            if raw_ops.has_kernel(name, self.device):
                 yield name, getattr(library, name).default, arguments
 
 
@@ -271,6 +272,7 @@ def test_logits(dtype: torch.dtype, count: int) -> None:
         assert_close(got, want, dtype, scale=1000)
 
 
+@pytest.mark.tracing
 def test_logits_to_second_order_compiled_and_mapped() -> None:
     leaves = Case((vectors(3, 4), vectors(5, 2, 4))).to(torch.float64).leaves()
     assert torch.autograd.gradcheck(lambda x, w: soft_triple_logits(x, w, chunk_size=2), leaves)
@@ -432,6 +434,7 @@ def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:
     assert 50 * rows * count * 4 <= beside < 0.1 * (4 * rows * classes * count)
 
 
+@pytest.mark.cpu_only
 def test_same_for_any_number_of_threads() -> None:
     leaves, y = Case((vectors(50, 24), vectors(300, 3, 24))).leaves(), torch.arange(50)
     runs: list[tuple[Tensor, ...]] = []
@@ -444,6 +447,7 @@ def test_same_for_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.cpu_only
 def test_kernels_check_what_they_are_handed() -> None:
     scores, inverse, labels = chunk()
     rows, factors = scores[0], (20.0, 0.1, 0.01)

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers.ops.spectral_linear import linear_backward, linear_forward, power_iteration, spectral_linear
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype, drawn
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype, drawn
+
+pytestmark = pytest.mark.cpu_only
 
 
 def vector(size: int, like: Tensor) -> Tensor:

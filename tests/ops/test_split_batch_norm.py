@@ -11,7 +11,8 @@ from torch import Tensor
 
 from paper_layers import split_batch_norm
 from paper_layers.ops.split_batch_norm import op as module
-from tests.ops.battery import Case, OpBattery, assert_close, by_dtype
+from testing.battery import OpBattery
+from testing.cases import Case, assert_close, by_dtype
 
 NAMES = ("", "_backward", "_statistics", "_normalize", "_backward_sums", "_backward_input")
 OPS: dict[str, Any] = {
@@ -147,14 +148,14 @@ class TestSplitBatchNorm(OpBattery):
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast(self, dtype: torch.dtype) -> None:
         """Half tensors beside float32 parameters stay half; gradients come back in each tensor's dtype."""
-        case = self.fixed_cases()[0]
+        case = self.placed_cases()[0]
         tensors = Case((case.tensors[0].to(dtype), *case.tensors[1:])).leaves()
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(self.device, dtype=dtype):
             actual = self.function(*tensors, **case.options)
         actual.float().square().sum().backward()
         assert actual.dtype == dtype
         assert [t.grad.dtype for t in tensors] == [t.dtype for t in tensors]
-        assert_close(actual, formula(*(t.double() for t in tensors), **case.options), dtype)
+        assert_close(actual.cpu(), formula(*(t.cpu().double() for t in tensors), **case.options), dtype)
 
 
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -281,6 +282,7 @@ def test_output_may_be_changed_in_place(rank: int) -> None:
             assert output.stride() == grad.stride() == x.stride()
 
 
+@pytest.mark.cpu_only
 def test_same_for_any_number_of_threads() -> None:
     before = torch.get_num_threads()
     results = []

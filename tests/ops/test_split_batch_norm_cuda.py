@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,35 +14,29 @@ from torch import Tensor
 
 import paper_layers
 from paper_layers.ops.split_batch_norm import formulas
-from tests.ops.test_split_batch_norm import LAYOUTS, OPS
+from testing import cuda_battery
+from testing.cases import DTYPES
+from testing.cuda_battery import DEVICE, CudaBattery, Step, assert_near, dtypes, needs_cuda, needs_memory, offset
+from tests.ops import test_split_batch_norm as on_cpu
+from tests.ops.test_split_batch_norm import LAYOUTS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is available")
+pytestmark = needs_cuda
 
-DEVICE = "cuda"
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-DTYPES = list(TOLERANCE)
 ops = torch.ops.paper_layers
 
 
-def _offset(x: Tensor) -> Tensor:
-    """The same strides, one element into the storage: not aligned for loads of several elements."""
-    return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
-
-
-def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return cuda_battery.random(*shape, dtype=dtype, seed=seed)
 
 
 def _check(x: Tensor, grad: Tensor, sizes: list[int], affine: bool = True, scale: float = 1.0) -> None:
     """All six ops, values and strides; `scale` is that of the tolerance of what sums of the elements make."""
     dtype, sums = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    weight, bias = _random((2, len(sizes), x.shape[1]), sums, 9) if affine else (None, None)
+    weight, bias = random((2, len(sizes), x.shape[1]), sums, 9) if affine else (None, None)
     eps = 1e-3
 
     def close(got: Tensor, want: Tensor, scale: float) -> None:
-        assert got.device.type == DEVICE
-        tolerance = TOLERANCE[got.dtype] * scale
-        torch.testing.assert_close(got.cpu().double(), want, rtol=tolerance, atol=tolerance, equal_nan=True)
+        assert_near(got, want, got.dtype, rtol=scale, atol=scale)
 
     def exact(*tensors: Tensor | None) -> list[Any]:
         return [None if t is None else t.cpu().double() for t in tensors]
@@ -76,16 +72,10 @@ def _check(x: Tensor, grad: Tensor, sizes: list[int], affine: bool = True, scale
     close(got, want_input, 10 * scale)
 
 
-@pytest.mark.parametrize("name", list(OPS))
-def test_kernels_are_loaded(name: str) -> None:
-    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"paper_layers::{name}", DEVICE.upper())
-    assert registered, paper_layers.show_config()
-
-
 LAYOUTS_3D = {
     **{name: LAYOUTS[name] for name in ("contiguous", "channels_last", "reversed", "expanded")},
-    "offset": lambda x: _offset(x.contiguous()),
-    "offset_channels_last": lambda x: _offset(LAYOUTS["channels_last"](x)),
+    "offset": lambda x: offset(x.contiguous()),
+    "offset_channels_last": lambda x: offset(LAYOUTS["channels_last"](x)),
 }
 
 
@@ -103,22 +93,22 @@ def test_matches_formulas(
     sizes: list[int], channels: int, pixels: int, dtype: torch.dtype, layouts: Any, affine: bool, seed: int
 ) -> None:
     shape = (sum(sizes), channels, pixels)
-    x, grad = (LAYOUTS_3D[name](_random(shape, dtype, seed + i)) for i, name in enumerate(layouts))
+    x, grad = (LAYOUTS_3D[name](random(shape, dtype, seed + i)) for i, name in enumerate(layouts))
     _check(x, grad, sizes, affine)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(20, 64, 3136), (9, 7, 50001), (64, 1030, 49), (5000, 12, 1)])
 def test_many_blocks(dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
-    x = LAYOUTS[layout](_random(shape, dtype, 0) + 3)
-    _check(x, LAYOUTS[layout](_random(shape, dtype, 1)), [shape[0] // 3, shape[0] - shape[0] // 3])
+    x = LAYOUTS[layout](random(shape, dtype, 0) + 3)
+    _check(x, LAYOUTS[layout](random(shape, dtype, 1)), [shape[0] // 3, shape[0] - shape[0] // 3])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_more_splits_than_a_launch_takes(layout: str) -> None:
     sizes = [1 + i % 3 for i in range(35)]
-    x = LAYOUTS[layout](_random((sum(sizes), 12, 8), torch.float32, 0))
+    x = LAYOUTS[layout](random((sum(sizes), 12, 8), torch.float32, 0))
     _check(x, x.cos(), sizes)
 
 
@@ -126,7 +116,7 @@ def test_more_splits_than_a_launch_takes(layout: str) -> None:
 @pytest.mark.parametrize("shape", [(6, 8, 3600), (6, 3, 101), (300, 20, 1)])
 def test_large_offset(shape: tuple[int, ...], layout: str) -> None:
     """Means of 1e4 and variances of 1 in float32, where a sum of squares would leave no digit."""
-    x = LAYOUTS[layout](_random(shape, torch.float32, 0) + 1e4)
+    x = LAYOUTS[layout](random(shape, torch.float32, 0) + 1e4)
     sizes = [shape[0] // 3, shape[0] - shape[0] // 3]
     output, mean, var = ops.split_batch_norm(x, None, None, sizes, 1e-5)
     exact = x.cpu().double()
@@ -140,7 +130,7 @@ def test_large_offset(shape: tuple[int, ...], layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_extremes_stay_in_their_channel_and_split(layout: str, value: float) -> None:
-    x = LAYOUTS[layout](_random((6, 20, 63), torch.float32, 0))
+    x = LAYOUTS[layout](random((6, 20, 63), torch.float32, 0))
     expected = ops.split_batch_norm(x, None, None, [2, 2, 2], 1e-5)[0]
     x[3, 17, 4] = value
     output = ops.split_batch_norm(x, None, None, [2, 2, 2], 1e-5)[0]
@@ -160,35 +150,11 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_same_from_run_to_run(layout: str) -> None:
-    x = LAYOUTS[layout](_random((32, 48, 400), torch.float32, 0))
-    output, mean, var = ops.split_batch_norm(x, None, None, [16, 16], 1e-5)
-    first = (output, mean, var, *ops.split_batch_norm_backward(x.cos(), x, None, mean, var, [16, 16], 1e-5))
-    second = (
-        *ops.split_batch_norm(x, None, None, [16, 16], 1e-5),
-        *ops.split_batch_norm_backward(x.cos(), x, None, mean, var, [16, 16], 1e-5),
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradients(layout: str) -> None:
-    x = LAYOUTS[layout](_random((5, 4, 2, 3), torch.float64, 0)).requires_grad_()
-    weight, bias = (t.clone().requires_grad_() for t in _random((2, 2, 4), torch.float64, 1))
-
-    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return paper_layers.split_batch_norm(x, [2, 3], weight=weight, bias=bias)
-
-    assert torch.autograd.gradcheck(norm, (x, weight, bias))
-    assert torch.autograd.gradgradcheck(norm, (x, weight, bias), fast_mode=True)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_layer_equals_torch(layout: str) -> None:
     """As two batch norms of torch, under autocast, with an activation in place behind."""
     norm = paper_layers.SplitBatchNorm2d(16, device=DEVICE)
     plain = [torch.nn.BatchNorm2d(16, device=DEVICE) for _ in range(2)]
-    x = LAYOUTS[layout](_random((8, 16, 9, 7), torch.float16, 0)).requires_grad_()
+    x = LAYOUTS[layout](random((8, 16, 9, 7), torch.float16, 0)).requires_grad_()
     with torch.autocast(DEVICE):
         output = torch.nn.functional.relu_(norm(x))
     want = torch.cat([one(part) for one, part in zip(plain, x.split(4), strict=True)]).relu()
@@ -201,59 +167,10 @@ def test_layer_equals_torch(layout: str) -> None:
         torch.testing.assert_close(one.running_var, other.running_var)
 
 
-def test_bad_arguments_are_refused_before_memory_is_touched() -> None:
-    x = _random((4, 3, 6), torch.float32, 0)
-    _, mean, var = ops.split_batch_norm(x, None, None, [1, 3], 1e-5)
-    for name, call in {
-        "input: expected shape": lambda: ops.split_batch_norm(x[0], None, None, [1, 2], 1e-5),
-        "split_sizes": lambda: ops.split_batch_norm(x, None, None, [1, 2], 1e-5),
-        "weight": lambda: ops.split_batch_norm(x, mean[:1], None, [1, 3], 1e-5),
-        "bias: expected the device": lambda: ops.split_batch_norm(x, None, mean.cpu(), [1, 3], 1e-5),
-        "grad": lambda: ops.split_batch_norm_backward(x[:1], x, None, mean, var, [1, 3], 1e-5),
-        "var": lambda: ops.split_batch_norm_backward(x, x, None, mean, var[:, :2], [1, 3], 1e-5),
-    }.items():
-        with pytest.raises(RuntimeError, match=name):
-            call()
-
-
-def test_runs_on_the_current_stream() -> None:
-    x = torch.zeros(8, 64, 3136, device=DEVICE)
-    bias = torch.ones(2, 64, device=DEVICE)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # The norm must wait for what comes before it on its own stream.
-        x.fill_(7.0)
-        output = ops.split_batch_norm(x, None, bias, [4, 4], 1e-5)[0]
-    stream.synchronize()
-    assert torch.equal(output, torch.ones_like(output))
-
-
-def test_graph_capture() -> None:
-    x, grad = _random((8, 16, 100), torch.float32, 0), _random((8, 16, 100), torch.float32, 1)
-
-    def step() -> tuple[Tensor, ...]:
-        output, mean, var = ops.split_batch_norm(x, None, None, [4, 4], 1e-5)
-        return output, *ops.split_batch_norm_backward(grad, x, None, mean, var, [4, 4], 1e-5)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    x.copy_(_random((8, 16, 100), torch.float32, 3))
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
-
-
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_more_elements_than_32_bits_count(layout: str) -> None:
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("needs 40 GiB of free device memory")
+    needs_memory(40)
     x = torch.empty((5, 2**16, 2**13) if layout == "contiguous" else (5, 2**13, 2**16), device=DEVICE, dtype=torch.half)
     x = (x if layout == "contiguous" else x.mT).normal_()
     assert x.numel() > 2**31
@@ -265,3 +182,33 @@ def test_more_elements_than_32_bits_count(layout: str) -> None:
     want = ops.split_batch_norm_backward(last, x[4:], None, *moments, [1], 1e-5)
     for got, of_last in zip(grads, want, strict=True):
         torch.testing.assert_close(got[-1:], of_last, rtol=1e-3, atol=1e-2)
+
+
+class TestSplitBatchNormOnDevice(CudaBattery, on_cpu.TestSplitBatchNorm):
+    test_number_out_of_range_is_an_assertion = None  # The op takes no indices.
+
+    def steps(self) -> dict[str, Step]:
+        def inputs(seed: int, layout: str) -> tuple[Tensor, ...]:
+            x, grad = (LAYOUTS[layout](random((32, 48, 400), torch.float32, seed + i)) for i in range(2))
+            return x, grad, random((2, 48), torch.float32, seed)
+
+        def function(x: Tensor, grad: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+            output, mean, var = ops.split_batch_norm(x, None, bias, [16, 16], 1e-5)
+            return output, mean, var, *ops.split_batch_norm_backward(grad, x, None, mean, var, [16, 16], 1e-5)
+
+        return {a: Step(partial(inputs, layout=a), function) for a in ("contiguous", "channels_last")}
+
+    def refused(self) -> dict[str, Callable[[], Any]]:
+        x = random((4, 3, 6), torch.float32, 0)
+        _, mean, var = ops.split_batch_norm(x, None, None, [1, 3], 1e-5)
+        return {
+            "input: expected shape": lambda: ops.split_batch_norm(x[0], None, None, [1, 2], 1e-5),
+            "split_sizes": lambda: ops.split_batch_norm(x, None, None, [1, 2], 1e-5),
+            "weight": lambda: ops.split_batch_norm(x, mean[:1], None, [1, 3], 1e-5),
+            "grad": lambda: ops.split_batch_norm_backward(x[:1], x, None, mean, var, [1, 3], 1e-5),
+            "var": lambda: ops.split_batch_norm_backward(x, x, None, mean, var[:, :2], [1, 3], 1e-5),
+        }
+
+    def refused_devices(self) -> dict[str, Callable[[], Any]]:
+        x, bias = random((4, 3, 6), torch.float32, 0), torch.zeros(2, 3)
+        return {"bias: expected the device": lambda: ops.split_batch_norm(x, None, bias, [1, 3], 1e-5)}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paper_layers import uncertain_points
-from tests.ops.battery import Battery, Case, by_dtype, drawn
+from testing.battery import Battery
+from testing.cases import Case, by_dtype, drawn, on_device
 
 op = torch.ops.paper_layers.uncertain_points.default
 
@@ -116,7 +117,8 @@ class TestUncertainPoints(Battery):
         @given(case=cases())
         def check(case: Case) -> None:
             case = case.to(dtype)
-            index, points = uncertain_points(*case.tensors, **case.options)
+            placed = case.on(self.device)
+            index, points = (t.cpu() for t in uncertain_points(*placed.tensors, **placed.options))
             assert torch.equal(index, formula(*case.tensors, **case.options))
             height, width = case.tensors[0].shape[2:]
             y, x = index.div(width, rounding_mode="floor"), index.remainder(width)
@@ -132,13 +134,14 @@ class TestUncertainPoints(Battery):
     def test_large_map_equals_formula(self, dtype: torch.dtype, change: str, num_points: int) -> None:
         """More pixels than one block has, few and many of which are wanted."""
         logits = CHANGES[change](maps(1, 3, 300, 500)).to(dtype)
-        assert torch.equal(op(logits, None, num_points), formula(logits, num_points))
-        label = torch.tensor([1])
-        assert torch.equal(op(logits, label, num_points), formula(logits, num_points, label))
+        for label in (None, torch.tensor([1])):
+            index = op(*on_device((logits, label), self.device), num_points)
+            assert torch.equal(index.cpu(), formula(logits, num_points, label))
 
+    @pytest.mark.tracing
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_compile(self, backend: str) -> None:
-        for case in self.fixed_cases() if backend == "aot_eager" else self.fixed_cases()[:1]:
+        for case in self.placed_cases() if backend == "aot_eager" else self.placed_cases()[:1]:
             torch._dynamo.reset()
 
             def step(logits: Tensor, case: Case = case) -> tuple[Tensor, ...]:
@@ -210,6 +213,7 @@ def test_vmap() -> None:
     assert torch.equal(gradients, torch.stack([torch.func.grad(loss)(x) for x in logits]))
 
 
+@pytest.mark.tracing
 def test_export_of_any_size() -> None:
     class Module(torch.nn.Module):
         def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,6 +244,7 @@ def test_onnx() -> None:
         torch.testing.assert_close(torch.from_numpy(got), want)
 
 
+@pytest.mark.cpu_only
 def test_same_for_any_number_of_threads() -> None:
     threads, results = torch.get_num_threads(), []
     one, many = maps(1, 4, 300, 500).round(decimals=1), maps(7, 1, 100, 120)
@@ -252,6 +257,7 @@ def test_same_for_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow_emulated
 def test_more_elements_than_32_bits_count() -> None:
     """Fresh memory is zeros that take no room until they are written; only the last class is read."""
     logits = torch.empty(1, 9, 2**14, 2**14, dtype=torch.bfloat16)

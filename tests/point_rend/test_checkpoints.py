@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paper_layers.point_rend import CoarseMaskHead, PointRendHead, PointRendMask, PointRendSemantic, load_official
-from tests.point_rend import official
+from testing.official import point_rend as official
 
 POINT = official.randomize(official.PointHead(6, 4, 8)).state_dict()
 COARSE = official.randomize(official.CoarseHead(6, 4, 4, 8), seed=1).state_dict()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from paper_layers.point_rend import CoarseMaskHead, PointRendHead, load_official
-from tests.point_rend import official
+from testing.official import point_rend as official
 
 LAYOUTS = ("NCP", "NPC")
 

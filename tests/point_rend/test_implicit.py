@@ -24,7 +24,7 @@ from paper_layers.point_rend import (
 )
 from paper_layers.point_rend import boxes as boxes_module
 from paper_layers.point_rend.targets import rows
-from tests.point_rend import official
+from testing.official import point_rend as official
 from tests.point_rend.test_heads import LAYOUTS, arranged, numbers
 from tests.point_rend.test_mask import CLASSES, Fixed, inputs, true_masks
 from tests.point_rend.test_semantic import CLOSE, F64

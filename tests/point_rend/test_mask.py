@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from paper_layers.point_rend import PointRendMask, cells, load_official
 from paper_layers.point_rend import boxes as boxes_module
 from paper_layers.point_rend.targets import cell_labels, mask_loss, sample_masks
-from tests.point_rend import official
+from testing.official import point_rend as official
+from testing.torchvision_stub import _roi_align as roi_align
 from tests.point_rend.test_heads import numbers
 from tests.point_rend.test_semantic import CLOSE, F64
-from tests.torchvision_stub import _roi_align as roi_align
 
 CLASSES, COUNT = 4, 30
 

@@ -18,7 +18,7 @@ from paper_layers import point_sample, uncertain_points
 from paper_layers.point_rend import PointRendSemantic, load_official
 from paper_layers.point_rend.semantic import segmentation_loss
 from paper_layers.point_rend.subdivision import grid_sizes, halvings, regular_grid
-from tests.point_rend import official
+from testing.official import point_rend as official
 from tests.point_rend.test_heads import numbers
 
 F64 = torch.float64

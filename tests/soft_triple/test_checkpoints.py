@@ -11,7 +11,7 @@ from pytorch_metric_learning.regularizers import SparseCentersRegularizer
 from torch import Tensor
 
 from paper_layers.soft_triple import SoftTripleLoss, load_official
-from tests.soft_triple import official
+from testing.official import soft_triple as official
 
 CLASSES, K, DIM = 5, 3, 4
 NETWORK = {"backbone.fc.weight": torch.ones(2, 2), "backbone.fc.bias": torch.ones(2), "weight_decay.x": torch.ones(1)}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers.soft_triple import SoftTripleLoss, param_groups
-from tests.soft_triple import official
+from testing.official import soft_triple as official
 
 CLASSES, DIM, K = 7, 6, 3
 HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # Relative error of one rounding.

@@ -7,36 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from tests.ops import raw_ops
-
-# Relative and absolute tolerance by dtype, for values of about one. Half types round once at the end.
-TOLERANCE = {
-    torch.float64: (1e-11, 1e-12),
-    torch.float32: (1e-5, 1e-5),
-    torch.bfloat16: (2e-2, 2e-2),
-    torch.float16: (2e-3, 2e-3),
-}
-DTYPES = list(TOLERANCE)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-drawn = settings(
-    max_examples=int(os.environ.get("PAPER_LAYERS_EXAMPLES", "40")),
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
-)
-
+import paper_layers
+from testing import raw_ops
+from testing.cases import Case, assert_close, by_dtype, drawn, on_device
 
 # Changes of an output, in place and out of place.
 WRITES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -45,31 +29,10 @@ WRITES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 }
 
 
-@dataclass
-class Case:
-    """Differentiable tensors and the other arguments of one call."""
-
-    tensors: tuple[Tensor, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def to(self, dtype: torch.dtype) -> Case:
-        return Case(tuple(t.to(dtype) for t in self.tensors), self.options)
-
-    def leaves(self) -> tuple[Tensor, ...]:
-        return tuple(t.detach().requires_grad_() for t in self.tensors)
-
-
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
-    """Equal to a float64 result within the dtype's tolerance; NaN and infinities in the same places."""
-    rtol, atol = TOLERANCE[dtype]
-    torch.testing.assert_close(
-        actual.double(), expected, rtol=rtol, atol=atol * scale, equal_nan=True, check_stride=False
-    )
-
-
 class Battery:
-    """What every op passes, with gradients or without. Subclasses set these three and write `fixed_cases`, small."""
+    """Tests of every op, with gradients or without. Subclasses set these three and write `fixed_cases`, small."""
 
+    device = "cpu"
     function: Callable[..., Tensor]
     ops: dict[str, Any]  # the op and its backward, by name
     bad_inputs: dict[str, tuple[Callable[[], Any], type[Exception], str]]
@@ -80,6 +43,10 @@ class Battery:
     def fixed_cases() -> list[Case]:
         raise NotImplementedError
 
+    def placed_cases(self) -> list[Case]:
+        """The fixed cases on the device that is tested."""
+        return [case.on(self.device) for case in self.fixed_cases()]
+
     @staticmethod
     def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
         """The arguments of each of `ops`."""
@@ -89,20 +56,21 @@ class Battery:
         """Each op that has a kernel on the device that is tested, with arguments on the CPU."""
         for case in self.fixed_cases():
             for name, arguments in self.op_arguments(case).items():
-                if raw_ops.has_kernel(name):
+                if raw_ops.has_kernel(name, self.device):
                     yield name, self.ops[name], arguments
 
     def test_kernels_are_loaded(self) -> None:
         for name in self.ops:
-            assert raw_ops.has_kernel(name, "cpu")
+            assert raw_ops.has_kernel(name, self.device), paper_layers.show_config()
 
     def test_opcheck(self) -> None:
         for case in self.fixed_cases():
             for name, arguments in self.op_arguments(case).items():
-                torch.library.opcheck(self.ops[name], arguments)
+                torch.library.opcheck(self.ops[name], on_device(arguments, self.device))
 
+    @pytest.mark.tracing
     def test_export(self) -> None:
-        function, case = self.function, self.fixed_cases()[0]
+        function, case = self.function, self.placed_cases()[0]
 
         class Module(torch.nn.Module):
             def forward(self, *tensors: Tensor) -> Tensor:
@@ -112,7 +80,7 @@ class Battery:
         torch.testing.assert_close(program.module()(*case.tensors), function(*case.tensors, **case.options))
 
     def test_meta(self) -> None:
-        for case in self.fixed_cases():
+        for case in self.placed_cases():
             options = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in case.options.items()}
             on_meta = self.function(*(t.to("meta") for t in case.tensors), **options)
             real = self.function(*case.tensors, **case.options)
@@ -123,7 +91,7 @@ class Battery:
         return [lambda *tensors: self.function(*tensors, **case.options)]
 
     def test_vmap_over_nothing(self) -> None:
-        for case, dim in itertools.product(self.fixed_cases(), (0, -1)):
+        for case, dim in itertools.product(self.placed_cases(), (0, -1)):
             two = tuple(torch.stack([t, t], dim) for t in case.tensors)
             for function in self.maps(case):
                 mapped = torch.func.vmap(function, dim)
@@ -139,12 +107,14 @@ class Battery:
                     continue
                 for layout in (torch.contiguous_format, torch.channels_last):
                     actual, expected = (
-                        f(*raw_ops.in_layout(arguments, layout)) for f in (decomposition, self.ops[name])
+                        f(*raw_ops.in_layout(on_device(arguments, self.device), layout))
+                        for f in (decomposition, self.ops[name])
                     )
                     if self.any_of_equals:
                         actual, expected = torch.zeros_like(actual), torch.zeros_like(expected)
                     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, check_stride=True)
 
+    @pytest.mark.cpu_only
     def test_bad_inputs(self, subtests: Any) -> None:
         for name, (call, error, message) in self.bad_inputs.items():
             with subtests.test(name), pytest.raises(error, match=message):
@@ -152,17 +122,17 @@ class Battery:
 
     def test_raw_op_with_bad_arguments(self, subtests: Any) -> None:
         for name, op, arguments in self.raw_calls():
-            for what, wrong in raw_ops.wrong_arguments(raw_ops.to_device(arguments, raw_ops.DEVICE)):
+            for what, wrong in raw_ops.wrong_arguments(on_device(arguments, self.device), self.device):
                 if (name, what) not in self.taken:
                     with subtests.test(f"{name}: {what}"):
-                        assert raw_ops.attempt(op, wrong) is not None
+                        assert raw_ops.attempt(op, wrong, self.device) is not None
 
     def test_raw_op_with_odd_arguments(self) -> None:
         """Sizes and numbers that do not fit. Where they happen to, a result is as well."""
         for _, op, arguments in self.raw_calls():
             for odd in raw_ops.odd_arguments(arguments):
                 raw_ops.attempt(op, odd, "cpu")
-                raw_ops.attempt_on_gpu(op, odd)
+                raw_ops.attempt_on_gpu(op, odd, self.device)
 
     def test_sizes_without_elements(self) -> None:
         for name, op, arguments in self.raw_calls():
@@ -177,7 +147,7 @@ class Battery:
                 shapes = [a.shape if isinstance(a, Tensor) else a for a in some]
                 call = partial(raw_ops.attempt, op, some, "cpu")
                 assert survived or raw_ops.survives(call, 10), (name, shapes)
-                raw_ops.attempt_on_gpu(op, some)
+                raw_ops.attempt_on_gpu(op, some, self.device)
 
     def test_lesser_instruction_set(self) -> None:
         """The baseline kernels, in a process of their own: the set is chosen when the library is loaded."""
@@ -191,7 +161,7 @@ class Battery:
 
 
 class OpBattery(Battery):
-    """Of an op with gradients. Subclasses set these too and write `cases`, a strategy; `fixed_cases` are smooth."""
+    """Tests of an op with gradients. Subclasses also set these and a strategy, `cases`; `fixed_cases` are smooth."""
 
     formula: Callable[..., Tensor]  # differentiable to any order, the oracle in float64
     grad_scale = 4.0  # absolute tolerance of gradients, in those of values
@@ -211,12 +181,14 @@ class OpBattery(Battery):
         @given(case=self.cases())
         def check(case: Case) -> None:
             case = case.to(dtype)
-            tensors, exact = case.leaves(), case.to(torch.float64).leaves()
-            actual, expected = self.function(*tensors, **case.options), self.formula(*exact, **case.options)
+            placed, exact = case.on(self.device), case.to(torch.float64).leaves()
+            tensors = placed.leaves()
+            actual, expected = self.function(*tensors, **placed.options), self.formula(*exact, **case.options)
             assert actual.dtype == self.output_dtype(dtype)
-            assert_close(actual, expected, dtype)
+            assert actual.device.type == self.device
+            assert_close(actual.cpu(), expected, dtype)
             grad = torch.linspace(-1, 1, expected.numel(), dtype=actual.dtype).reshape(expected.shape)
-            grads = torch.autograd.grad(actual, tensors, grad)
+            grads = torch.autograd.grad(actual, tensors, grad.to(self.device))
             for got, want, tensor in zip(
                 grads, torch.autograd.grad(expected, exact, grad.double()), tensors, strict=True
             ):
@@ -224,13 +196,16 @@ class OpBattery(Battery):
                 assert got.shape == tensor.shape
                 # Gradients of a shared tensor are sums over what shares it.
                 assert_close(
-                    got, want, dtype, scale=self.grad_scale * max(1.0, (case.tensors[0].numel() / max(1, got.numel())))
+                    got.cpu(),
+                    want,
+                    dtype,
+                    scale=self.grad_scale * max(1.0, (case.tensors[0].numel() / max(1, got.numel()))),
                 )
 
         check()
 
     def test_gradcheck(self) -> None:
-        for case in self.fixed_cases():
+        for case in self.placed_cases():
             leaves = case.to(torch.float64).leaves()
             assert torch.autograd.gradcheck(lambda *t, o=case.options: self.function(*t, **o), leaves)
             assert torch.autograd.gradgradcheck(
@@ -239,8 +214,11 @@ class OpBattery(Battery):
 
     def test_func_grad_and_vmap(self) -> None:
         def check(case: Case) -> None:
+            placed = case.on(self.device)
+
             def loss(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
-                return function(*tensors, **case.options).square().sum()
+                options = case.options if function is self.formula else placed.options
+                return function(*tensors, **options).square().sum()
 
             stacked = tuple(torch.stack([t, t.flip(-1), 2 * t]) for t in case.tensors)
             every = tuple(range(len(stacked)))
@@ -250,11 +228,12 @@ class OpBattery(Battery):
                 leaves = Case(tensors).leaves()
                 expected.append(torch.autograd.grad(loss(self.formula, leaves), leaves))
             want = tuple(torch.stack(parts) for parts in zip(*expected, strict=True))
-            torch.testing.assert_close(torch.func.vmap(gradients)(*stacked), want)
+            got = torch.func.vmap(gradients)(*on_device(stacked, self.device))
+            torch.testing.assert_close(got, on_device(want, self.device))
             # Only the first tensor batched, in its last dimension.
-            moved = stacked[0].movedim(0, -1)
-            one = torch.func.vmap(lambda t: self.function(t, *case.tensors[1:], **case.options), in_dims=-1)(moved)
-            torch.testing.assert_close(one[1], self.formula(stacked[0][1], *case.tensors[1:], **case.options))
+            moved = on_device(stacked[0].movedim(0, -1), self.device)
+            one = torch.func.vmap(lambda t: self.function(t, *placed.tensors[1:], **placed.options), in_dims=-1)(moved)
+            torch.testing.assert_close(one[1].cpu(), self.formula(stacked[0][1], *case.tensors[1:], **case.options))
 
         for case in self.fixed_cases():
             check(case.to(torch.float64))
@@ -265,7 +244,7 @@ class OpBattery(Battery):
         return [function, gradients]
 
     def test_jvp_is_refused(self) -> None:
-        case = self.fixed_cases()[0]
+        case = self.placed_cases()[0]
         with pytest.raises(NotImplementedError):
             torch.func.jvp(lambda *t: self.function(*t, **case.options), case.tensors, case.tensors)
 
@@ -285,7 +264,7 @@ class OpBattery(Battery):
             value.backward()
             return [leaf.grad for leaf in leaves]
 
-        for fixed in self.fixed_cases():
+        for fixed in self.placed_cases():
             case = fixed.to(torch.float64)
             leaves = case.leaves()
             want = gradients(loss(out_of_place, case, leaves), leaves)
@@ -306,8 +285,9 @@ class OpBattery(Battery):
                 seconds.append(gradients(torch.stack([g.square().sum() for g in first]).sum(), leaves))
             torch.testing.assert_close(*seconds)
 
+    @pytest.mark.tracing
     def test_compiled_writes_on_outputs(self) -> None:
-        for fixed in self.fixed_cases()[:2]:
+        for fixed in self.placed_cases()[:2]:
             case = fixed.to(torch.float64)
 
             def loss(*tensors: Tensor, in_place: bool, case: Case = case) -> Tensor:
@@ -326,7 +306,7 @@ class OpBattery(Battery):
 
     def test_writes_on_inputs(self) -> None:
         """They are torch's error, unless the backward does not need what was written to."""
-        for fixed in self.fixed_cases():
+        for fixed in self.placed_cases():
             case = fixed.to(torch.float64)
             leaves = case.leaves()
             want = torch.autograd.grad(self.function(*leaves, **case.options).square().sum(), leaves)
@@ -346,7 +326,7 @@ class OpBattery(Battery):
 
     def test_one_tensor_as_two_arguments(self) -> None:
         """Every pair of arguments of one shape and dtype, compiled as a whole."""
-        for fixed in self.alias_cases():
+        for fixed in (case.on(self.device) for case in self.alias_cases()):
             options = {n: v for n, v in fixed.options.items() if isinstance(v, Tensor)}
             named = {**dict(enumerate(fixed.tensors)), **options}
             for first, second in itertools.combinations(named, 2):
@@ -374,9 +354,10 @@ class OpBattery(Battery):
         """Cases whose arguments have equal shapes where they can."""
         return self.fixed_cases()
 
+    @pytest.mark.tracing
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_compile(self, backend: str) -> None:
-        cases = self.fixed_cases() if backend == "aot_eager" else self.fixed_cases()[:1]
+        cases = self.placed_cases() if backend == "aot_eager" else self.placed_cases()[:1]
         for case in cases:
             torch._dynamo.reset()
 
@@ -397,10 +378,11 @@ class OpBattery(Battery):
     def test_autocast(self, dtype: torch.dtype) -> None:
         """Half tensors beside float32 ones are promoted; gradients come back in each tensor's dtype."""
         case = self.fixed_cases()[0].to(torch.float32)
-        tensors = Case((case.tensors[0].to(dtype), *case.tensors[1:])).leaves()
-        with torch.autocast("cpu", dtype=dtype):
-            actual = self.function(*tensors, **case.options)
+        placed = Case((case.tensors[0].to(dtype), *case.tensors[1:]), case.options).on(self.device)
+        tensors = placed.leaves()
+        with torch.autocast(self.device, dtype=dtype):
+            actual = self.function(*tensors, **placed.options)
         assert actual.dtype == (dtype if len(tensors) == 1 else torch.float32)
         actual.float().sum().backward()
         assert [t.grad.dtype for t in tensors] == [t.dtype for t in tensors]
-        assert_close(actual, self.formula(*(t.double() for t in tensors), **case.options), dtype)
+        assert_close(actual.cpu(), self.formula(*(t.cpu().double() for t in tensors), **case.options), dtype)

@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The device whose kernels are called, and another one, whose tensors they must refuse. The dispatcher would not show
-# them tensors of "meta": `attempt` goes past it.
-DEVICE = os.environ.get("PAPER_LAYERS_TEST_DEVICE", "cpu")
-ELSEWHERE = "meta" if DEVICE == "cpu" else "cpu"
+from testing.cases import on_device
 
 # Products of two of these wrap to -1, 0 or a small number. The first of each is more than any memory holds.
 HUGE = [(281479271743489, 65535), (6148914691236517205, 3), (2**56, 2**8), (2**62, 2)]
@@ -34,12 +31,14 @@ def _shorter(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.narrow(dim, 0, min(size, tensor.shape[dim])) if tensor.dim() > dim else tensor
 
 
-def wrong_arguments(arguments: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def wrong_arguments(arguments: tuple[Any, ...], device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Arguments to refuse: one tensor at a time of another dtype, with a dimension more, or on another device."""
+    # The dispatcher would not show the kernels a tensor of "meta": `attempt` goes past it.
+    elsewhere = "meta" if device == "cpu" else "cpu"
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "dtype": lambda t: t.long() if t.is_floating_point() or t.dtype == torch.bool else t.double(),
         "a dimension more": lambda t: t[None],
-        "device": lambda t: t.to(ELSEWHERE),
+        "device": lambda t: t.to(elsewhere),
     }
     for name, change in changes.items():
         every = list(_changed(arguments, change))
@@ -109,18 +108,11 @@ def in_layout(argument: Any, layout: torch.memory_format) -> Any:
     return argument
 
 
-def to_device(argument: Any, device: str) -> Any:
-    """The same argument, or arguments, on a device."""
-    if isinstance(argument, (list, tuple)):
-        return type(argument)(to_device(a, device) for a in argument)
-    return argument.to(device) if isinstance(argument, Tensor) else argument
-
-
-def has_kernel(name: str, device: str = DEVICE) -> bool:
+def has_kernel(name: str, device: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"paper_layers::{name}", device.upper())
 
 
-def attempt(op: Any, arguments: tuple[Any, ...], device: str = DEVICE) -> Exception | None:
+def attempt(op: Any, arguments: tuple[Any, ...], device: str) -> Exception | None:
     """The error of the device's kernel, wherever the arguments are, on copies of what it may write to."""
     copies = [a.clone() if isinstance(a, Tensor) and a.numel() else a for a in arguments]
     try:
@@ -130,8 +122,8 @@ def attempt(op: Any, arguments: tuple[Any, ...], device: str = DEVICE) -> Except
     return None
 
 
-def attempt_on_gpu(op: Any, arguments: tuple[Any, ...]) -> None:
+def attempt_on_gpu(op: Any, arguments: tuple[Any, ...], device: str) -> None:
     """Call a GPU's kernel, if one is tested, with what the CPU's takes: a number out of range would end its work."""
-    if DEVICE != "cpu" and attempt(op, arguments, "cpu") is None:
-        attempt(op, to_device(arguments, DEVICE))
+    if device != "cpu" and attempt(op, arguments, "cpu") is None:
+        attempt(op, on_device(arguments, device), device)
         torch.accelerator.synchronize()
