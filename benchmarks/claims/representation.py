@@ -31,7 +31,7 @@ def linear_probe(train_data: Data, test_data: Data) -> float:
 
 def knn_accuracy(train_data: Data, test_data: Data) -> float:
     """Percent right of the majority among the nearest training features."""
-    index, _ = knn(test_data[0], train_data[0], NEIGHBORS)
+    index, _ = knn(test_data[0], train_data[0], k=NEIGHBORS)
     votes = torch.nn.functional.one_hot(train_data[1][index]).sum(1)
     return 100 * (votes.argmax(1) == test_data[1]).float().mean().item()
 

@@ -21,8 +21,8 @@ namespace {
 
 std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::optional<Tensor> query_ptr,
                                std::optional<Tensor> points_ptr, int64_t k, int64_t dilation, bool inner,
-                               bool include_self, std::optional<Tensor> ranks) {
-  check_knn(query, points, query_ptr, points_ptr, k, dilation, ranks);
+                               bool include_self, std::optional<Tensor> positions) {
+  check_knn(query, points, query_ptr, points_ptr, k, dilation, positions);
   const ScalarType dtype = accumulation_dtype(query.scalar_type());
   const Tensor q = torch::stable::contiguous(torch::stable::to(query, dtype));
   const Tensor p = same_data(points, query) ? q : torch::stable::contiguous(torch::stable::to(points, dtype));
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& query, const Tensor& points, std::o
   Tensor distance = torch::stable::new_empty(q, shape, dtype);
   // After the results, which are refused where there is no memory for one of each cloud.
   const KnnProblem problem =
-      knn_problem(query, points, query_ptr, points_ptr, k, dilation, inner, include_self, ranks);
+      knn_problem(query, points, query_ptr, points_ptr, k, dilation, inner, include_self, positions);
   if (index.numel() == 0) return {index, distance};
   use_huge_pages(index);
   use_huge_pages(distance);

@@ -317,8 +317,8 @@ class Selection {
     for (int64_t s = 0; s < segments; ++s) {
       const Range segment = segments_[s];
       if (segment.size() > 1) std::sort(found, found + segment.size());
-      for (; r < problem.k && problem.rank(r) < segment.end; ++r) {
-        written.write(r, found[problem.rank(r) - segment.begin]);
+      for (; r < problem.k && problem.position(r) < segment.end; ++r) {
+        written.write(r, found[problem.position(r) - segment.begin]);
       }
       found += segment.size();
     }
@@ -378,8 +378,8 @@ class Selection {
     const T uncertainty = exact_.uncertainty(q, scores[count - 1], scores, indices, count);
     const auto near = [&](int64_t i) { return scores[i] >= scores[i - 1] - uncertainty; };
     int64_t segments = 0, chosen = 0, end = 0;
-    for (int64_t r = 0; r < problem.k && problem.rank(r) < count; ++r) {
-      const int64_t rank = problem.rank(r);
+    for (int64_t r = 0; r < problem.k && problem.position(r) < count; ++r) {
+      const int64_t rank = problem.position(r);
       if (rank < end) continue;
       int64_t begin = rank;
       while (begin > end && near(begin)) --begin;

@@ -53,7 +53,7 @@ struct Search {
     return {index + i * problem.k, distance + i * problem.k, offset, streaming};
   }
   // Nearest points to look for: one more where the point itself is then left out.
-  int64_t wanted() const { return std::min(points, problem.ranks() + (problem.include_self ? 0 : 1)); }
+  int64_t wanted() const { return std::min(points, problem.positions() + (problem.include_self ? 0 : 1)); }
   bool searches_itself() const { return query == point && queries == points; }
 };
 
@@ -155,12 +155,12 @@ void write_nearest(const Search<T>& search, int64_t query, Found* found, Found* 
   Found* const last = std::remove_if(found, end, [&](const Found& f) {
     return std::isnan(f.distance) || (!problem.include_self && f.index == query);
   });
-  const int64_t count = std::min<int64_t>(last - found, problem.ranks());
+  const int64_t count = std::min<int64_t>(last - found, problem.positions());
   if (found + count < last) std::nth_element(found, found + count, last);
   std::sort(found, found + count);
   const Row<T> row = search.row(query);
   for (int64_t r = 0; r < problem.k; ++r) {
-    if (problem.rank(r) < count) row.write(r, found[problem.rank(r)]);
+    if (problem.position(r) < count) row.write(r, found[problem.position(r)]);
     else row.write_none(r);
   }
 }

@@ -125,7 +125,7 @@ void search_cloud(const Search<T>& search) {
 template <typename T>
 void knn(const KnnProblem& problem, const T* query, const T* points, int64_t* index, T* distance) {
   for (const Cloud& cloud : problem.clouds) {
-    const int64_t q = cloud.queries.begin, p = cloud.points.begin, most = problem.ranks() + !problem.include_self;
+    const int64_t q = cloud.queries.begin, p = cloud.points.begin, most = problem.positions() + !problem.include_self;
     search_cloud(Search<T>{problem,
                            cloud.queries.size(),
                            // Points without channels are equally far: the first ones are the nearest.

@@ -27,13 +27,13 @@ void search_rows(const Search<T>& search, const Rows& queries, const Rows& point
   const std::vector<S> query_rows = same ? std::vector<S>() : copy_rows<S>(search.query, queries, channels);
   // As many at a time as memory for their neighbours is little.
   const int64_t step = same ? std::max<int64_t>(1, count) : 1 + (int64_t{1} << 22) / (1 + wanted);
-  const KnnProblem all_ranks{{}, channels, wanted, 1, problem.inner, true};
+  const KnnProblem all_positions{{}, channels, wanted, 1, problem.inner, true};
   std::vector<int64_t> index(std::min(step, count) * wanted);
   std::vector<S> distance(index.size());
   for (int64_t first = 0; first < count; first += step) {
     const int64_t here = std::min(step, count - first);
     const S* const q = same ? point_rows.data() : query_rows.data() + first * channels;
-    if (wanted > 0) run(Search<S>{all_ranks, here, others, q, point_rows.data(), index.data(), distance.data(), 0});
+    if (wanted > 0) run(Search<S>{all_positions, here, others, q, point_rows.data(), index.data(), distance.data(), 0});
     parallel_for(0, here, 1024, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t query = queries[first + i], *const found = index.data() + i * wanted;
@@ -44,7 +44,7 @@ void search_rows(const Search<T>& search, const Rows& queries, const Rows& point
         }
         const Row<T> row = search.row(query);
         for (int64_t r = 0; r < problem.k; ++r) {
-          const int64_t rank = problem.rank(r), place = rank + (rank >= own);
+          const int64_t rank = problem.position(r), place = rank + (rank >= own);
           if (place < near) row.write(r, {distance[i * wanted + place], points[found[place]]});
           else if (place < all) row.write(r, {std::numeric_limits<double>::infinity(), far[place - near]});
           else row.write_none(r);
@@ -116,7 +116,7 @@ void search_infinite(const Search<T>& search, const Rows& queries) {
       last = query;
       const Row<T> row = search.row(queries[i]);
       for (int64_t r = 0; r < problem.k; ++r) {
-        const int64_t rank = problem.rank(r);  // None is the query itself, whose distance is NaN.
+        const int64_t rank = problem.position(r);  // None is the query itself, whose distance is NaN.
         if (rank < static_cast<int64_t>(found.size())) {
           row.write(r, {std::numeric_limits<double>::infinity(), found[rank]});
         } else {

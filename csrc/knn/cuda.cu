@@ -94,7 +94,7 @@ void search_panels(const Search<T>& search) {
 
   const int64_t most = search.most_points(), panels = (most + kPanel - 1) / kPanel;
   const int64_t capacity = std::min(2 * search.wanted.among(most) + 2 * kPanel, panels * kPanel);
-  STD_TORCH_CHECK(capacity <= std::numeric_limits<int32_t>::max(), "k and dilation: expected fewer than 2^30 ranks");
+  STD_TORCH_CHECK(capacity <= std::numeric_limits<int32_t>::max(), "k and dilation: expected fewer than 2^30 positions");
   // As many blocks as run at once take the queries in turn, each with lists of its own.
   const int64_t block_bytes = std::max<int64_t>(1, capacity) * (8 * kQueries + 12 * kSearchWarps);
   const int64_t blocks = std::min({query_rows.blocks(kPanel) * (kPanel / kQueries), kSearchBlocks * search.processors(),
@@ -212,8 +212,8 @@ CloudRows cloud_rows(const char* name, const Tensor& rows, const std::optional<T
 
 std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points, std::optional<Tensor> query_ptr,
                                std::optional<Tensor> points_ptr, int64_t k, int64_t dilation, bool inner,
-                               bool include_self, std::optional<Tensor> ranks) {
-  check_knn(any_query, any_points, query_ptr, points_ptr, k, dilation, ranks);
+                               bool include_self, std::optional<Tensor> positions) {
+  check_knn(any_query, any_points, query_ptr, points_ptr, k, dilation, positions);
   const int32_t device = any_query.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const ScalarType dtype = accumulation_dtype(any_query.scalar_type());
@@ -222,7 +222,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points
   const Tensor points = same_rows ? query : torch::stable::contiguous(torch::stable::to(any_points, dtype));
   if (query_ptr.has_value()) query_ptr = torch::stable::contiguous(*query_ptr);
   if (points_ptr.has_value()) points_ptr = torch::stable::contiguous(*points_ptr);
-  if (ranks.has_value()) ranks = torch::stable::contiguous(*ranks);
+  if (positions.has_value()) positions = torch::stable::contiguous(*positions);
   const CloudRows query_rows = cloud_rows("query_ptr", query, query_ptr);
   const CloudRows point_rows = cloud_rows("points_ptr", points, points_ptr);
   STD_TORCH_CHECK(query_rows.clouds == point_rows.clouds, "points_ptr: expected as many clouds as query_ptr has, ",
@@ -242,7 +242,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points
     using T = decltype(element);
     const Wanted<T> wanted{k,
                            dilation,
-                           ranks.has_value() ? ranks->const_data_ptr<int64_t>() : nullptr,
+                           positions.has_value() ? positions->const_data_ptr<int64_t>() : nullptr,
                            inner,
                            include_self,
                            index.mutable_data_ptr<int64_t>(),

@@ -111,15 +111,15 @@ struct WarpLists {
 template <typename A>
 struct Wanted {
   int64_t k, dilation;
-  const int64_t* listed;  // The wanted ranks, or null for every one of `dilation`. Their contents are not known here.
+  const int64_t* listed;  // The wanted positions, or null for every one of `dilation`. Their contents are not known here.
   bool inner, include_self;
   int64_t* index;
   A* distance;
 
-  // Nearest points that hold all the wanted ranks, and one more where the point itself is then left out.
+  // Nearest points that hold all the wanted positions, and one more where the point itself is then left out.
   C10_HOST_DEVICE int64_t among(int64_t points) const {
-    const int64_t ranks = (listed ? k * dilation : (k - 1) * dilation + 1) + (include_self ? 0 : 1);
-    return ranks < points ? ranks : points;
+    const int64_t needed = (listed ? k * dilation : (k - 1) * dilation + 1) + (include_self ? 0 : 1);
+    return needed < points ? needed : points;
   }
 
   // The neighbours of a query, given the nearest points in order, a superset of those among which it looks. Indices

@@ -29,11 +29,11 @@ struct KnnProblem {
   int64_t k, dilation;
   bool inner;         // the negative inner product in place of the squared distance
   bool include_self;
-  std::vector<int64_t> listed = {};  // The wanted ranks, or nothing for every one of so many.
+  std::vector<int64_t> listed = {};  // The wanted positions, or nothing for every one of so many.
 
-  int64_t rank(int64_t r) const { return listed.empty() ? r * dilation : listed[r]; }
-  // How many nearest points hold all the wanted ranks.
-  int64_t ranks() const { return rank(k - 1) + 1; }
+  int64_t position(int64_t r) const { return listed.empty() ? r * dilation : listed[r]; }
+  // How many nearest points hold all the wanted positions.
+  int64_t positions() const { return position(k - 1) + 1; }
 };
 
 // The starts of the clouds: from 0 to the number of rows, never descending.
@@ -65,7 +65,7 @@ inline void check_points(const char* name, const Tensor& points, const Tensor& q
 // What is known of the arguments without the clouds' starts.
 inline void check_knn(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
                       const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation,
-                      const std::optional<Tensor>& ranks) {
+                      const std::optional<Tensor>& positions) {
   STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
                   to_string(query.sizes()));
   const int64_t last = query.dim() - 1;
@@ -77,27 +77,27 @@ inline void check_knn(const Tensor& query, const Tensor& points, const std::opti
   STD_TORCH_CHECK(1 <= k && 1 <= dilation && k <= limit / dilation,
                   "k and dilation: expected numbers from 1 with a product of at most ", limit, ", got ", k, " and ",
                   dilation);
-  if (!ranks.has_value()) return;
-  STD_TORCH_CHECK(ranks->scalar_type() == ScalarType::Long && ranks->dim() == 1 && ranks->size(0) == k,
-                  "ranks: expected int64 of shape (", k, ",), got ", ranks->scalar_type(), " of shape ",
-                  to_string(ranks->sizes()));
-  check_same_device("ranks", *ranks, "query", query);
+  if (!positions.has_value()) return;
+  STD_TORCH_CHECK(positions->scalar_type() == ScalarType::Long && positions->dim() == 1 && positions->size(0) == k,
+                  "positions: expected int64 of shape (", k, ",), got ", positions->scalar_type(), " of shape ",
+                  to_string(positions->sizes()));
+  check_same_device("positions", *positions, "query", query);
 }
 
 inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
                               const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation, bool inner,
-                              bool include_self, const std::optional<Tensor>& ranks) {
-  check_knn(query, points, query_ptr, points_ptr, k, dilation, ranks);
+                              bool include_self, const std::optional<Tensor>& positions) {
+  check_knn(query, points, query_ptr, points_ptr, k, dilation, positions);
   const int64_t last = query.dim() - 1;
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
   KnnProblem problem{{}, query.size(last), k, dilation, inner, include_self};
-  if (ranks.has_value()) {
-    const Tensor dense = torch::stable::contiguous(*ranks);
+  if (positions.has_value()) {
+    const Tensor dense = torch::stable::contiguous(*positions);
     problem.listed.assign(dense.const_data_ptr<int64_t>(), dense.const_data_ptr<int64_t>() + k);
     STD_TORCH_CHECK(std::adjacent_find(problem.listed.begin(), problem.listed.end(), std::greater_equal<>()) ==
                             problem.listed.end() &&
                         problem.listed.front() >= 0 && problem.listed.back() < k * dilation,
-                    "ranks: expected ascending numbers from 0 to ", k * dilation - 1, ", got ",
+                    "positions: expected ascending numbers from 0 to ", k * dilation - 1, ", got ",
                     to_string(problem.listed));
   }
   if (last == 2) {

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from paper_layers._core import dtypes
+from paper_layers._core import checks, dtypes
 from paper_layers._core._torch_private import BatchNorm
 from paper_layers.adv_prop.norm import AuxiliaryNorm2d, SplitBatchNorm, affine_of
-from paper_layers.ops.split_batch_norm.op import parameters
+from paper_layers.ops.split_batch_norm.op import per_split_parameters
 from paper_layers.ops.split_batch_norm.steps import (
     split_backward_input,
     split_backward_sums,
@@ -75,7 +75,7 @@ class SplitSyncBatchNorm(SplitBatchNorm, nn.BatchNorm2d):
         if not self._is_synchronised():
             return super()._normalize(input, norms, sizes)
         splits, affine = len(sizes), zip(("weight", "bias"), affine_of(norms), strict=True)
-        stacked = [parameters(name, values, splits, input) for name, values in affine]
+        stacked = [per_split_parameters(name, values, splits, input) for name, values in affine]
         flat = input.flatten(2) if input.dim() > 2 else input[..., None]
         first = 0 if splits > 1 else self._branch or 0
         options = sizes, slice(first, first + splits), self.num_splits, self.eps, self.process_group

@@ -69,7 +69,7 @@ class Score(Leaf):
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """Scores (N,) of features (N, in_features), with labels, int64 of shape (N,), if there are classes."""
-        checks.features("features", features, self.in_features, "in_features")
+        checks.features("features", features, self.in_features)
         if labels is not None and self.num_classes is None:
             raise ValueError("labels: expected None without num_classes, got labels")
         if labels is None and self.num_classes is not None:
@@ -202,8 +202,8 @@ class JointHead(Leaf):
 
     def forward(self, features: Tensor, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Scores (N,) of features (N, feature_dim) and (N, hidden_dim), with labels if there are classes."""
-        checks.features("features", features, self.feature_dim, "feature_dim")
-        checks.features("hidden", hidden, self.hidden_dim, "hidden_dim")
+        checks.features("features", features, self.feature_dim)
+        checks.features("hidden", hidden, self.hidden_dim)
         if features.shape[0] != hidden.shape[0]:
             raise ValueError(f"hidden: expected {features.shape[0]} rows, as features has, got {hidden.shape[0]}")
         return self.score(self.mlp(torch.cat([features, hidden], 1)), labels)

@@ -128,6 +128,6 @@ class ResidualMLP(Leaf):
 
     def forward(self, input: Tensor) -> Tensor:
         """From (N, in_features) to (N, out_features)."""
-        checks.features("input", input, self.in_features, "in_features")
+        checks.features("input", input, self.in_features)
         output = self.blocks(input)
         return F.relu(output) if self.activation == "pre" and self.depth else output

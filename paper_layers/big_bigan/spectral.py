@@ -28,7 +28,7 @@ class SpectralLinear(nn.Linear):
         if norm is None:
             return super().forward(input)
         weight: Any = self.parametrizations.weight  # type: ignore[union-attr]
-        return spectral_linear(input, weight.original, self.bias, norm._u, norm._v, norm.training)
+        return spectral_linear(input, weight.original, self.bias, u=norm._u, v=norm._v, training=norm.training)
 
     def _norm(self) -> Any:
         """The spectral norm, where it is the weight's only parametrisation and does what the op does."""

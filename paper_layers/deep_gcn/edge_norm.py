@@ -80,7 +80,9 @@ def _one_set(
     count = (index >= 0).sum() if wanted else None
     if count is not None and _is_one(count) and _ranks(batch_norm) == 1:
         raise ValueError("input: expected more than one value to normalise each channel with, got 1")
-    kept, mean, var = edge_conv(center, neighbor, index, negative_slope=slope, smallest=smallest, statistics=wanted)
+    kept, mean, var = edge_conv(
+        center, neighbor, index, negative_slope=slope, minimum_where=smallest, return_statistics=wanted
+    )
     if norm is None:
         return kept
     if batch_norm is None:
@@ -95,7 +97,9 @@ def _one_set(
     if isinstance(act, nn.PReLU) or (isinstance(act, nn.LeakyReLU) and act.negative_slope < 0):
         # With a negative slope the activation falls below zero: then either end may become the largest.
         opposite = torch.ones_like(scale, dtype=torch.bool) if smallest is None else ~smallest
-        other, _, _ = edge_conv(center, neighbor, index, negative_slope=1.0, smallest=opposite, statistics=False)
+        other, _, _ = edge_conv(
+            center, neighbor, index, negative_slope=1.0, minimum_where=opposite, return_statistics=False
+        )
         output = torch.maximum(output, act(_affine(other, scale, shift)))
     return output
 

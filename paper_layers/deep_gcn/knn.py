@@ -79,5 +79,5 @@ class DilatedKNN(Leaf):
             columns = random
         else:
             return knn(x, k=self.k, dilation=self.dilation, **clouds)[0]
-        ranks = columns.sort().values.to(x.device)
-        return knn(x, k=self.k, dilation=self.dilation, ranks=ranks, **clouds)[0]
+        positions = columns.sort().values.to(x.device)
+        return knn(x, k=self.k, dilation=self.dilation, positions=positions, **clouds)[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from paper_layers._core import checks
 from paper_layers.lip.pool import LIPPool2d, Logit
 
 

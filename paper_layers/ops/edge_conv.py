@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,20 @@ from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
 from paper_layers._core.vmap import one_by_one
 from paper_layers.ops.flat_index import check_rows, flat_index
+
+
+class EdgeMax(NamedTuple):
+    """The kept edge of each node, and the statistics of all edges.
+
+    Attributes:
+        output: Of the shape and dtype of `center`.
+        mean: Shape (C,), or (0,) where not wanted.
+        var: The biased variance, likewise.
+    """
+
+    output: Tensor
+    mean: Tensor
+    var: Tensor
 
 
 def _activate(z: Tensor, slope: Tensor) -> Tensor:
@@ -163,10 +177,10 @@ def edge_conv(
     index: Tensor,
     *,
     negative_slope: float | Tensor = 0.0,
-    smallest: Tensor | None = None,
-    statistics: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Activate all edges of a graph and keep each node's largest, with the statistics of all, and store no edge.
+    minimum_where: Tensor | None = None,
+    return_statistics: bool = True,
+) -> EdgeMax:
+    r"""Maximum over each node's activated edges, and the mean and variance over all edges, without storing any edge.
 
     .. math:: y_{ij} = \sigma(a_i + b_j), \quad o_i = \max_{j \in \mathcal{N}(i)} y_{ij}, \quad
               \mu, v = \operatorname{mean}_{ij} y_{ij}, \operatorname{var}_{ij} y_{ij}
@@ -183,8 +197,8 @@ def edge_conv(
             -1 is no neighbour, and any other number an error.
         negative_slope: The activation is :math:`\sigma(z) = \max(z, 0) + s \min(z, 0)`: 0 is ReLU, 1 none. A Tensor of
             one element is differentiable, as in PReLU.
-        smallest: Bool of shape (C,): where true, the smallest edge is kept in place of the largest.
-        statistics: Whether the mean and variance are wanted; they are empty otherwise.
+        minimum_where: Bool of shape (C,): the channels whose smallest edge is kept in place of the largest.
+        return_statistics: If False, mean and variance are empty.
 
     Returns:
         The kept edges, of the shape and dtype of `center` and 0 where a node has no neighbours; the mean and the biased
@@ -215,12 +229,12 @@ def edge_conv(
     checks.shape("neighbor", neighbor, (*clouds, "N", channels))
     index = checks.neighbors("index", index, *center.shape[:-1])
     checks.same_device("index", index, "center", center)
-    if smallest is not None:
-        if not isinstance(smallest, Tensor) or smallest.dtype != torch.bool:
-            got = smallest.dtype if isinstance(smallest, Tensor) else type(smallest).__name__
-            raise TypeError(f"smallest: expected a bool Tensor, got {got}")
-        checks.shape("smallest", smallest, (channels,))
-        checks.same_device("smallest", smallest, "center", center)
+    if minimum_where is not None:
+        if not isinstance(minimum_where, Tensor) or minimum_where.dtype != torch.bool:
+            got = minimum_where.dtype if isinstance(minimum_where, Tensor) else type(minimum_where).__name__
+            raise TypeError(f"minimum_where: expected a bool Tensor, got {got}")
+        checks.shape("minimum_where", minimum_where, (channels,))
+        checks.same_device("minimum_where", minimum_where, "center", center)
 
     dtype = torch.promote_types(center.dtype, neighbor.dtype)
     center, neighbor = center.to(dtype), neighbor.to(dtype)
@@ -234,9 +248,9 @@ def edge_conv(
         number = checks.number("negative_slope", negative_slope)
         slope = torch.full((), number, dtype=wide, device=center.device)
     if center.dim() == 2:
-        return _edge_conv(center, neighbor, slope, index, smallest, (bool(statistics),))
+        return EdgeMax(*_edge_conv(center, neighbor, slope, index, minimum_where, (bool(return_statistics),)))
     flat = flat_index(index, neighbor.shape[1])
     output, mean, var = _edge_conv(
-        center.flatten(0, 1), neighbor.flatten(0, 1), slope, flat, smallest, (bool(statistics),)
+        center.flatten(0, 1), neighbor.flatten(0, 1), slope, flat, minimum_where, (bool(return_statistics),)
     )
-    return output.view(center.shape), mean, var
+    return EdgeMax(output.view(center.shape), mean, var)

@@ -21,6 +21,18 @@ METRICS = ("sqeuclidean", "cosine", "inner")
 _CHUNK = 1 << 22  # Elements of the reference's largest tensor.
 
 
+class Neighbors(NamedTuple):
+    """Neighbours of each query, ordered by distance.
+
+    Attributes:
+        indices: int64 of shape (B, M, k) or (M, k); -1 for no neighbour.
+        distances: The same shape; infinite for no neighbour.
+    """
+
+    indices: Tensor
+    distances: Tensor
+
+
 class _Cloud(NamedTuple):
     """Rows of queries and of points that belong together, and what their indices start from."""
 
@@ -76,12 +88,12 @@ def _reference(
     dilation: int,
     inner: bool,
     include_self: bool,
-    ranks: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, targets = query.flatten(0, -2), points.flatten(0, -2)
     index = torch.full((rows.shape[0], k), -1, device=query.device)
     distance = torch.full((rows.shape[0], k), torch.inf, dtype=torch.float64, device=query.device)
-    wanted = torch.arange(0, k * dilation, dilation, device=query.device) if ranks is None else ranks
+    wanted = torch.arange(0, k * dilation, dilation, device=query.device) if positions is None else positions
     for cloud in _clouds(query, points, query_ptr, points_ptr):
         mine, others = rows[cloud.query], targets[cloud.points]
         step = max(1, _CHUNK // max(1, others.numel()))
@@ -155,7 +167,7 @@ def _backward_of_grad(
 
 _knn_op = define(
     "knn(Tensor query, Tensor points, Tensor? query_ptr, Tensor? points_ptr, int k, int dilation, bool inner, "
-    "bool include_self, Tensor? ranks=None) -> (Tensor, Tensor)",
+    "bool include_self, Tensor? positions=None) -> (Tensor, Tensor)",
     _reference,
     _fake,
 )
@@ -166,9 +178,9 @@ _backward_op = define(
 )
 
 
-def _forward(query: Tensor, points: Tensor, query_ptr: Any, points_ptr: Any, ranks: Any, *settings: Any) -> Any:
+def _forward(query: Tensor, points: Tensor, query_ptr: Any, points_ptr: Any, positions: Any, *settings: Any) -> Any:
     try:
-        return _knn_op(query, points, query_ptr, points_ptr, *settings, ranks)
+        return _knn_op(query, points, query_ptr, points_ptr, *settings, positions)
     except RuntimeError:  # The kernel reads starts anyway, so they are checked here only after it refuses them.
         if query_ptr is not None and points_ptr is not None and query_ptr.is_cpu:
             _check_ptr(query, points, query_ptr, points_ptr)
@@ -206,23 +218,23 @@ _knn = differentiable(
 def knn(
     query: Tensor,
     points: Tensor | None = None,
-    k: int = 16,
     *,
+    k: int,
     dilation: int = 1,
-    ranks: Tensor | None = None,
+    positions: Tensor | None = None,
     batch: Tensor | None = None,
     points_batch: Tensor | None = None,
     ptr: Tensor | None = None,
     points_ptr: Tensor | None = None,
     metric: str = "sqeuclidean",
     include_self: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Neighbors:
     r"""Find the k nearest points of each query, or every `dilation`-th of the ``k * dilation`` nearest.
 
     .. math:: d(x, y) = \lVert x - y \rVert^2
 
     The dilated k-NN of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019, section 3.3:
-    ranks 0, dilation, 2 dilation, ... of the neighbours, ordered by distance, then by index. Exact, whatever the
+    positions 0, dilation, 2 dilation, ... of the neighbours, ordered by distance, then by index. Exact, whatever the
     distance of the cloud from the origin: candidates are compared by differences in float64. The distances are
     differentiable, the indices are not.
 
@@ -236,8 +248,8 @@ def knn(
         points: The points to search, of shape (B, N, C) or (N, C); default the queries themselves.
         k: Neighbours of each query.
         dilation: Keep every `dilation`-th neighbour.
-        ranks: Which of the ``k * dilation`` nearest to keep in place of every `dilation`-th: ascending numbers from 0,
-            int64 of shape (k,).
+        positions: Which of the ``k * dilation`` nearest to keep in place of every `dilation`-th: ascending numbers
+            from 0, int64 of shape (k,).
         batch: The cloud of each query, int64 of shape (M,) in ascending order, as in PyG. Reads the number of clouds
             from the data; under `torch.compile` use `ptr`.
         points_batch: The same for `points`.
@@ -271,9 +283,9 @@ def knn(
     checks.shape("points", targets, (*query.shape[:-2], "N", query.shape[-1]))
     k = checks.integer("k", k, 1)
     dilation = checks.integer("dilation", dilation, 1)
-    if ranks is not None:
-        ranks = checks.int64("ranks", ranks, k)
-        checks.same_device("ranks", ranks, "query", query)
+    if positions is not None:
+        positions = checks.int64("positions", positions, k)
+        checks.same_device("positions", positions, "query", query)
     checks.choice("metric", metric, METRICS)
     if not include_self and points is not None:
         raise ValueError("include_self: expected True where points are given, got False")
@@ -290,10 +302,10 @@ def knn(
     if single:
         query, targets = query[None], targets[None]
     settings = (k, dilation, metric == "inner", bool(include_self))
-    index, distance = _knn(query, targets, *starts, ranks, settings)
+    index, distance = _knn(query, targets, *starts, positions, settings)
     if metric == "cosine":
         distance = distance / 2  # |x - y|^2 / 2 = 1 - x.y for vectors of length one
-    return (index[0], distance[0]) if single else (index, distance)
+    return Neighbors(index[0], distance[0]) if single else Neighbors(index, distance)
 
 
 def _unit(rows: Tensor) -> Tensor:

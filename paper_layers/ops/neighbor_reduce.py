@@ -130,7 +130,7 @@ _reduced = differentiable(
 
 
 @leaf
-def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relative: bool = False) -> Tensor:
+def neighbor_reduce(input: Tensor, index: Tensor, reduction: str = "max", *, relative: bool = False) -> Tensor:
     r"""Reduce the rows of each node's neighbours, or their differences to its own, without storing them.
 
     .. math:: y_i = \max_{j \in \mathcal{N}(i)} x_j \quad \text{or} \quad
@@ -143,7 +143,7 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relati
         input: Features of shape (N, C) or (B, N, C); float32, float64, bfloat16 or float16.
         index: Neighbours, int64 of shape (M, k) or (B, M, k), the rows of `input` (in (B, N, C), of its own cloud);
             -1 is no neighbour, and any other number an error.
-        reduce: "max", "min", "sum" or "mean". Of equal values the first takes the gradient; half types are summed in
+        reduction: "max", "min", "sum" or "mean". Of equal values the first takes the gradient; half types are summed in
             float32.
         relative: Reduce the differences to the node's own row; M is N.
 
@@ -152,7 +152,7 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relati
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes, devices or `reduce` do not fit.
+        ValueError: Shapes, devices or `reduction` do not fit.
         RuntimeError: An index is out of range (on CUDA, as in torch's own indexing, that stops the device's work with
             an assertion).
 
@@ -167,11 +167,11 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduce: str = "max", *, relati
     checks.shape("input", input, ("N", "C"), ("B", "N", "C"))
     index = checks.neighbors("index", index, *input.shape[:-2], "M")
     checks.same_device("index", index, "input", input)
-    checks.choice("reduce", reduce, REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     if relative and index.shape[-2] != input.shape[-2]:
         raise ValueError(f"index: expected {input.shape[-2]} rows with relative, got {index.shape[-2]}")
     if input.dim() == 2:
-        return _reduced(input, index, (input.shape[0], reduce, relative))[0]
+        return _reduced(input, index, (input.shape[0], reduction, relative))[0]
     rows = flat_index(index, input.shape[1])
     flat = input.flatten(0, 1)
-    return _reduced(flat, rows, (flat.shape[0], reduce, relative))[0].unflatten(0, index.shape[:2])
+    return _reduced(flat, rows, (flat.shape[0], reduction, relative))[0].unflatten(0, index.shape[:2])

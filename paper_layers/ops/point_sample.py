@@ -264,7 +264,7 @@ def point_sample(
     boxes: Tensor | Sequence[Tensor] | None = None,
     spatial_scale: float | Sequence[float] = 1.0,
     mode: str = "bilinear",
-    padding: str = "zeros",
+    padding_mode: str = "zeros",
 ) -> Tensor:
     r"""Sample images, or the levels of a feature pyramid, at points: all levels' channels in one tensor.
 
@@ -288,7 +288,7 @@ def point_sample(
             image's number first, as in torchvision's ``roi_align``. Those without area are points.
         spatial_scale: With `boxes`, pixels of a map for each pixel of the image: one number or one for each map.
         mode: "bilinear", or "nearest": the pixel whose centre is nearest, of two the even one.
-        padding: What is outside: "zeros", or "border", the nearest pixel.
+        padding_mode: The values outside: "zeros", or "border", the nearest pixel.
 
     Returns:
         Tensor of shape (N, channels of all maps, P) or (N, channels of all maps, H_g, W_g), or (R, ...) with `boxes`.
@@ -311,7 +311,7 @@ def point_sample(
     checks.floating("points", points)
     checks.same_device("points", points, "input", maps[0])
     checks.choice("mode", mode, MODES)
-    checks.choice("padding", padding, PADDINGS)
+    checks.choice("padding_mode", padding_mode, PADDINGS)
     scales = _check_scales(spatial_scale, len(maps))
     count = maps[0].shape[0]
     points = points.to(dtypes.accumulation(points))
@@ -326,6 +326,6 @@ def point_sample(
     if image is not None:
         corners = corners.to(points.dtype)[:, None]
         points = corners[..., :2] + points * (corners[..., 2:] - corners[..., :2])
-    options = (None if image is None else scales, mode, padding)
+    options = (None if image is None else scales, mode, padding_mode)
     output = _sampled(points, *maps, image, options)
     return output if len(grid) == 1 else output.unflatten(2, grid)

@@ -120,7 +120,9 @@ _spectral_linear = differentiable(
 )
 
 
-def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, training: bool) -> Tensor:
+def spectral_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, u: Tensor, v: Tensor, training: bool = False
+) -> Tensor:
     r"""Apply a linear layer whose weight is divided by its spectral norm.
 
     .. math:: y = x W^T / \sigma + b, \quad \sigma = u^T W v
@@ -145,9 +147,9 @@ def spectral_linear(input: Tensor, weight: Tensor, bias: Tensor | None, u: Tenso
 
     Example:
         >>> import torch
-        >>> from paper_layers.ops.spectral_linear import spectral_linear
+        >>> from paper_layers.ops import spectral_linear
         >>> weight, u, v = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.ones(2), torch.tensor([1.0, 0.0])
-        >>> spectral_linear(torch.tensor([6.0, 6.0]), weight, None, u, v, training=True)
+        >>> spectral_linear(torch.tensor([6.0, 6.0]), weight, u=u, v=v, training=True)
         tensor([6., 4.])
     """
     checks.floating("input", input)

@@ -66,7 +66,7 @@ def recall_at_k(
     index, _ = knn(
         embeddings.detach(),
         None if gallery is None else gallery.detach(),
-        max(1, min(max(wanted), len(searched))),
+        k=max(1, min(max(wanted), len(searched))),
         metric="cosine",
         include_self=not alone,
     )

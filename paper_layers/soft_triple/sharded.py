@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from paper_layers._core import checks, dtypes, values
 from paper_layers.ops.soft_triple.chunk_ops import known_labels
 from paper_layers.ops.soft_triple.chunks import check
-from paper_layers.ops.soft_triple.loss import REDUCTIONS, reduced, soft_triple
+from paper_layers.ops.soft_triple.loss import REDUCTIONS, reduce_losses, soft_triple
 from paper_layers.soft_triple._collectives import Gather, Join, gather_rows
 from paper_layers.soft_triple._metric_learning import check_references, counts_of_tuples, weights_of_counts
 from paper_layers.soft_triple.loss import SoftTripleLoss
@@ -181,7 +181,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
             distance = self.tau / (self.num_classes * count * (count - 1)) * distance
         if counts is not None:
             losses = losses * weights_of_counts(gather_rows(counts, sizes, group))
-        loss = reduced(losses, labels >= 0, distance, self.reduction)
+        loss = reduce_losses(losses, labels >= 0, distance, self.reduction)
         return loss.split(sizes)[dist.get_rank(group)] if self.reduction == "none" else loss
 
     def _agreed(

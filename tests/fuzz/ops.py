@@ -191,22 +191,22 @@ def _graph(draw: Draw) -> tuple[tuple[int, ...], int, int, Tensor]:
 
 def draw_neighbor_reduce(draw: Draw) -> Call:
     clouds, rows, channels, index = _graph(draw)
-    reduce, relative = draw.pick("max", "min", "sum", "mean"), draw.pick(False, True)
+    reduction, relative = draw.pick("max", "min", "sum", "mean"), draw.pick(False, True)
     kinds = ORDINARY if relative else tuple(VALUES)  # The difference of infinities is not in their order.
     input = draw.floats(*clouds, rows, channels, kind=draw.kind(*kinds))
-    cancels = relative and reduce in ("sum", "mean") and input.numel()
+    cancels = relative and reduction in ("sum", "mean") and input.numel()
     return Call(
         neighbor_reduce,
         reductions.formula,
         {"input": input},
-        {"index": index, "reduce": reduce, "relative": relative},
+        {"index": index, "reduction": reduction, "relative": relative},
         rows=("input", "index") if clouds else (),
         terms=index.shape[-1] * float(input.double().abs().mean()) if cancels else 0.0,
     )
 
 
-def _edge_conv(center: Tensor, neighbor: Tensor, slope: Tensor, index: Tensor, smallest: Any) -> Any:
-    return edge_conv(center, neighbor, index, negative_slope=slope, smallest=smallest)
+def _edge_conv(center: Tensor, neighbor: Tensor, slope: Tensor, index: Tensor, minimum_where: Any) -> Any:
+    return edge_conv(center, neighbor, index, negative_slope=slope, minimum_where=minimum_where)
 
 
 def draw_edge_conv(draw: Draw) -> Call:
@@ -214,13 +214,13 @@ def draw_edge_conv(draw: Draw) -> Call:
     kind = draw.kind(*ORDINARY, "zeros")
     wide = torch.promote_types(draw.dtype, torch.float32)
     slope = torch.tensor(draw.pick(0.0, 0.25, 1.0, -0.5), dtype=wide)
-    smallest = draw.pick(None, draw.integers(0, 2, channels).bool())
+    minimum_where = draw.pick(None, draw.integers(0, 2, channels).bool())
     terms = {name: draw.floats(*clouds, rows, channels, kind=kind) for name in ("center", "neighbor")}
     return Call(
         _edge_conv,
         edges.parts,
         terms | {"slope": slope},
-        {"index": index, "smallest": smallest},
+        {"index": index, "minimum_where": minimum_where},
         rows=("center", "neighbor", "index") if clouds else (),
         gradients=draw.dtype not in HALF or kind == "integers",
         # They cancel in the mean, of up to 100,000 numbers.
@@ -229,12 +229,12 @@ def draw_edge_conv(draw: Draw) -> Call:
 
 
 def _point_sample(points: Tensor, boxes: Any = None, **maps: Any) -> Tensor:
-    options = {name: maps.pop(name) for name in ("mode", "padding", "spatial_scale") if name in maps}
+    options = {name: maps.pop(name) for name in ("mode", "padding_mode", "spatial_scale") if name in maps}
     return point_sample(list(maps.values()), points, boxes=boxes, **options)
 
 
 def _sampled(points_: Any = None, **arguments: Any) -> Tensor:
-    names = ("boxes", "mode", "padding", "spatial_scale")
+    names = ("boxes", "mode", "padding_mode", "spatial_scale")
     options = {name: arguments.pop(name) for name in names if name in arguments}
     where = arguments.pop("points")
     wide = torch.promote_types(where.dtype, torch.float32)
@@ -249,7 +249,7 @@ def draw_point_sample(draw: Draw) -> Call:
         for name in levels
         for kind in [draw.kind(*ORDINARY)]
     }
-    fixed: dict[str, Any] = {"mode": draw.pick("bilinear", "nearest"), "padding": draw.pick("zeros", "border")}
+    fixed: dict[str, Any] = {"mode": draw.pick("bilinear", "nearest"), "padding_mode": draw.pick("zeros", "border")}
     rows: tuple[str, ...] = ("points", *levels)
     if draw.pick(False, True):
         fixed |= {
@@ -373,7 +373,7 @@ def draw_split_batch_norm(draw: Draw) -> Call:
 
 
 def _spectral_linear(input: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    return spectral_linear(input, weight, bias, u.to(weight.dtype), v.to(weight.dtype), training=False)
+    return spectral_linear(input, weight, bias, u=u.to(weight.dtype), v=v.to(weight.dtype))
 
 
 def _divided(input: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor) -> Tensor:

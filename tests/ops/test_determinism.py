@@ -66,11 +66,13 @@ def mean_loss(x: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
 
 def normalized(x: Tensor, weight: Tensor, bias: Tensor, split_sizes: list[int]) -> tuple[Tensor, ...]:
     running = torch.zeros(2, *weight.shape, dtype=weight.dtype)
-    return split_batch_norm(x, split_sizes, *running, weight, bias), *running
+    return split_batch_norm(
+        x, split_sizes, running_mean=running[0], running_var=running[1], weight=weight, bias=bias
+    ), *running
 
 
 def spectral(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    return spectral_linear(x, weight, bias, u.detach().clone(), v.detach().clone(), training=True)
+    return spectral_linear(x, weight, bias, u=u.detach().clone(), v=v.detach().clone(), training=True)
 
 
 def drawn_points(logits: Tensor, num_points: int) -> Tensor:

@@ -20,13 +20,13 @@ def activated(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor) ->
 
 
 def parts(
-    center: Tensor, neighbor: Tensor, slope: Tensor, index: Tensor, smallest: Tensor | None = None
+    center: Tensor, neighbor: Tensor, slope: Tensor, index: Tensor, minimum_where: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kept edges, the mean and the variance, by the formula."""
     if center.dim() == 3:
         start = torch.arange(len(index))[:, None, None] * neighbor.shape[1]
         flat = torch.where(index < 0, -1, index + start).flatten(0, 1)
-        output, mean, var = parts(center.flatten(0, 1), neighbor.flatten(0, 1), slope, flat, smallest)
+        output, mean, var = parts(center.flatten(0, 1), neighbor.flatten(0, 1), slope, flat, minimum_where)
         return output.view(center.shape), mean, var
     if index.numel() == 0 or len(neighbor) == 0:
         zero = 0 * (slope + center.nan_to_num(0, 0, 0).sum() + neighbor.nan_to_num(0, 0, 0).sum())
@@ -34,8 +34,8 @@ def parts(
     y = activated(center, neighbor, index, slope)
     there = index[..., None] >= 0
     sign = torch.ones(center.shape[1], dtype=y.dtype)
-    if smallest is not None:
-        sign = torch.where(smallest, -sign, sign)
+    if minimum_where is not None:
+        sign = torch.where(minimum_where, -sign, sign)
     key = (sign * y).where(there, -torch.inf).detach()
     best = key.amax(1, keepdim=True)
     found = there & ((key == best) | (key.isnan() & best.isnan()))
@@ -81,8 +81,8 @@ def cases(draw: st.DrawFn) -> Case:
         center, neighbor = torch.stack([center, center.flip(0)]), torch.stack([neighbor, neighbor.flip(0)])
         index = torch.stack([index, table(nodes, k, rows=rows, seed=seed + 1)])
     slope = torch.tensor(draw(st.sampled_from([0.0, 0.25, 1.0, 2.0, -0.5])))
-    smallest = draw(st.sampled_from([None, torch.arange(channels) % 3 == 0]))
-    return Case((center, neighbor, slope), {"index": index, "smallest": smallest})
+    minimum_where = draw(st.sampled_from([None, torch.arange(channels) % 3 == 0]))
+    return Case((center, neighbor, slope), {"index": index, "minimum_where": minimum_where})
 
 
 def call(**change: Any) -> Any:
@@ -113,11 +113,11 @@ class TestEdgeConv(OpBattery):
         "index rows": (call(index=table(7, 4, rows=10)), ValueError, r"index: expected shape \(8, k\), got \(7, 4\)"),
         "device": (call(index=table(8, 4, rows=10).to("meta")), ValueError, "index: .*cpu, got meta"),
         "slopes": (call(negative_slope=torch.ones(3)), ValueError, r"negative_slope: .*one element, got shape \(3,\)"),
-        "smallest type": (call(smallest=torch.ones(3)), TypeError, "smallest: expected a bool Tensor"),
-        "smallest shape": (
-            call(smallest=torch.ones(4, dtype=torch.bool)),
+        "minimum_where type": (call(minimum_where=torch.ones(3)), TypeError, "minimum_where: expected a bool Tensor"),
+        "minimum_where shape": (
+            call(minimum_where=torch.ones(4, dtype=torch.bool)),
             ValueError,
-            r"smallest: expected shape \(3,\), got \(4,\)",
+            r"minimum_where: expected shape \(3,\), got \(4,\)",
         ),
         "out of bounds": (
             call(index=torch.full((8, 4), 10)),
@@ -132,12 +132,12 @@ class TestEdgeConv(OpBattery):
 
     @staticmethod
     def fixed_cases() -> list[Case]:
-        slope, smallest = torch.tensor(0.3), torch.tensor([True, False, True, False, False])
+        slope, minimum_where = torch.tensor(0.3), torch.tensor([True, False, True, False, False])
         return [
             Case((features(7, 5), features(9, 5, seed=1), slope), {"index": table(7, 4, rows=9)}),
             Case(
                 (features(2, 6, 5), features(2, 8, 5, seed=1), slope),
-                {"index": table(2, 6, 3, rows=8), "smallest": smallest},
+                {"index": table(2, 6, 3, rows=8), "minimum_where": minimum_where},
             ),
         ]
 
@@ -152,11 +152,11 @@ class TestEdgeConv(OpBattery):
         (center, neighbor, slope), index = case.tensors, case.options["index"]
         if center.dim() == 3:
             center, neighbor, index = center[0], neighbor[0], index[0]
-        smallest = case.options.get("smallest")
-        output, mean, var = torch.ops.paper_layers.edge_conv(center, neighbor, index, slope, smallest, True)
+        minimum_where = case.options.get("minimum_where")
+        output, mean, var = torch.ops.paper_layers.edge_conv(center, neighbor, index, slope, minimum_where, True)
         grads = (torch.ones_like(output), torch.ones_like(mean), torch.ones_like(var))
         return {
-            "edge_conv": (center, neighbor, index, slope, smallest, True),
+            "edge_conv": (center, neighbor, index, slope, minimum_where, True),
             "edge_conv_backward": (*grads, center, neighbor, index, slope, output, mean),
         }
 
@@ -166,7 +166,7 @@ class TestEdgeConv(OpBattery):
 def test_without_statistics(channels: int, dtype: torch.dtype) -> None:
     center, neighbor = features(300, channels).to(dtype), features(300, channels, seed=1).to(dtype)
     index = table(300, 9, rows=300)
-    kept, mean, var = edge_conv(center.requires_grad_(), neighbor, index, negative_slope=0.25, statistics=False)
+    kept, mean, var = edge_conv(center.requires_grad_(), neighbor, index, negative_slope=0.25, return_statistics=False)
     assert (mean.numel(), var.numel()) == (0, 0)
     assert torch.equal(kept, edge_conv(center, neighbor, index, negative_slope=0.25)[0])
     (grad,) = torch.autograd.grad(kept.sum(), center)

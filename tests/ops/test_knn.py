@@ -19,7 +19,7 @@ from testing.cases import Case, assert_close, by_dtype, drawn
 def neighbours(query: Tensor, points: Tensor | None = None, k: int = 16, **options: Any) -> tuple[Tensor, Tensor]:
     """What knn promises, cloud by cloud and query by query, from float64 and Python's own sorting."""
     dilation, metric = options.get("dilation", 1), options.get("metric", "sqeuclidean")
-    ranks = options.get("ranks", torch.arange(0, k * dilation, dilation)).tolist()
+    positions = options.get("positions", torch.arange(0, k * dilation, dilation)).tolist()
     targets = query if points is None else points
     if query.dim() == 3:
         parts = [
@@ -42,7 +42,7 @@ def neighbours(query: Tensor, points: Tensor | None = None, k: int = 16, **optio
             distance = -(cloud * q).sum(1)
         order = [(d, j) for j, d in enumerate(distance.tolist(), int(start)) if d == d]
         order = sorted(pair for pair in order if options.get("include_self", True) or pair[1] != i)
-        found = [order[rank][1] for rank in ranks if rank < len(order)]
+        found = [order[rank][1] for rank in positions if rank < len(order)]
         index[i, : len(found)] = torch.tensor(found, dtype=torch.int64)
     return index, distances(query, targets, index, metric)
 
@@ -80,7 +80,7 @@ def cases(draw: st.DrawFn) -> Case:
     options: dict[str, Any] = {"k": draw(st.integers(1, 40)), "dilation": draw(st.integers(1, 5))}
     if draw(st.booleans()):
         generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-        options["ranks"] = torch.randperm(options["k"] * options["dilation"], generator=generator)[
+        options["positions"] = torch.randperm(options["k"] * options["dilation"], generator=generator)[
             : options["k"]
         ].sort()[0]
     options["metric"] = draw(st.sampled_from(["sqeuclidean", "sqeuclidean", "inner"]))
@@ -116,7 +116,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def call(**change: Any) -> Any:
-    arguments = {"query": cloud(2, 10, 3), **change}
+    arguments = {"query": cloud(2, 10, 3), "k": 3, **change}
     return lambda: knn(**arguments)
 
 
@@ -140,10 +140,22 @@ class TestKNN(OpBattery):
         "k zero": (call(k=0), ValueError, "k: expected at least 1, got 0"),
         "k type": (call(k=2.0), TypeError, "k: expected an int, got 2.0"),
         "dilation": (call(dilation=0), ValueError, "dilation: expected at least 1, got 0"),
-        "ranks type": (call(k=2, ranks=[0, 1]), TypeError, "ranks: expected an int64 Tensor, got list"),
-        "ranks shape": (call(k=2, ranks=ptr(0, 1, 2)), ValueError, r"ranks: expected shape \(2,\), got \(3,\)"),
-        "ranks order": (call(k=2, dilation=2, ranks=ptr(1, 1)), RuntimeError, r"ranks: .*from 0 to 3, got \(1, 1\)"),
-        "ranks range": (call(k=2, dilation=2, ranks=ptr(1, 4)), RuntimeError, r"ranks: .*from 0 to 3, got \(1, 4\)"),
+        "positions type": (call(k=2, positions=[0, 1]), TypeError, "positions: expected an int64 Tensor, got list"),
+        "positions shape": (
+            call(k=2, positions=ptr(0, 1, 2)),
+            ValueError,
+            r"positions: expected shape \(2,\), got \(3,\)",
+        ),
+        "positions order": (
+            call(k=2, dilation=2, positions=ptr(1, 1)),
+            RuntimeError,
+            r"positions: .*from 0 to 3, got \(1, 1\)",
+        ),
+        "positions range": (
+            call(k=2, dilation=2, positions=ptr(1, 4)),
+            RuntimeError,
+            r"positions: .*from 0 to 3, got \(1, 4\)",
+        ),
         "metric": (call(metric="l1"), ValueError, "metric: expected one of sqeuclidean, cosine, inner, got 'l1'"),
         "self": (call(points=cloud(2, 9, 3), include_self=False), ValueError, "include_self: expected True"),
         "dense with ptr": (call(ptr=ptr(0, 10)), ValueError, "ptr: expected None"),
@@ -185,7 +197,7 @@ class TestKNN(OpBattery):
     @staticmethod
     def fixed_cases() -> list[Case]:
         return [
-            Case((cloud(2, 12, 3), cloud(2, 9, 3)), {"k": 3, "dilation": 2, "ranks": ptr(0, 2, 5)}),
+            Case((cloud(2, 12, 3), cloud(2, 9, 3)), {"k": 3, "dilation": 2, "positions": ptr(0, 2, 5)}),
             Case((cloud(2, 8, 5),), {"k": 4, "include_self": False}),
             Case(
                 (cloud(9, 4), cloud(8, 4)), {"k": 3, "metric": "inner", "ptr": ptr(0, 4, 9), "points_ptr": ptr(0, 3, 8)}
@@ -202,7 +214,7 @@ class TestKNN(OpBattery):
         inner = case.options.get("metric") == "inner"
         starts = (case.options.get("ptr"), case.options.get("points_ptr", case.options.get("ptr")))
         options = (case.options["k"], case.options.get("dilation", 1), inner, case.options.get("include_self", True))
-        options += (case.options.get("ranks"),)
+        options += (case.options.get("positions"),)
         index, distance = torch.ops.paper_layers.knn(query, points, *starts, *options)
         return {
             "knn": (query, points, *starts, *options),
@@ -316,7 +328,7 @@ def test_batch_is_ptr() -> None:
     x, y = cloud(40, 3), cloud(30, 3)
     batch, other = torch.tensor([0] * 10 + [3] * 30), torch.tensor([0] * 12 + [1] * 3 + [3] * 15)
     expected = neighbours(x, y, 5, ptr=ptr(0, 10, 10, 10, 40), points_ptr=ptr(0, 12, 15, 15, 30))[0]
-    assert torch.equal(knn(x, y, 5, batch=batch, points_batch=other)[0], expected)
+    assert torch.equal(knn(x, y, k=5, batch=batch, points_batch=other)[0], expected)
     assert torch.equal(knn(x, k=50, batch=batch)[0], neighbours(x, k=50, ptr=ptr(0, 10, 10, 10, 40))[0])
 
 

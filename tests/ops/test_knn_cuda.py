@@ -69,9 +69,9 @@ def _ptr(*starts: int) -> Tensor:
 
 
 def _dense(
-    k: int, dilation: int = 1, inner: bool = False, include_self: bool = True, ranks: Tensor | None = None
+    k: int, dilation: int = 1, inner: bool = False, include_self: bool = True, positions: Tensor | None = None
 ) -> Options:
-    return None, None, k, dilation, inner, include_self, ranks
+    return None, None, k, dilation, inner, include_self, positions
 
 
 def _clusters(x: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ def test_matches_reference(dtype: torch.dtype) -> None:
         starts = [options.get("ptr"), options.get("points_ptr", options.get("ptr"))]
         if query.dim() == 2 and starts[0] is None:
             query, points = query[None], points[None]
-        *starts, ranks = (None if t is None else t.to(DEVICE) for t in (*starts, options.get("ranks")))
+        *starts, positions = (None if t is None else t.to(DEVICE) for t in (*starts, options.get("positions")))
         settings = (options["k"], options["dilation"], options["metric"] == "inner", options.get("include_self", True))
-        _check(query, points, (starts[0], starts[1], *settings, ranks))
+        _check(query, points, (starts[0], starts[1], *settings, positions))
 
     check()
 
@@ -213,7 +213,7 @@ def test_gradients(metric: str) -> None:
     query, points = (random(2, n, 4, dtype=torch.float64, seed=n).requires_grad_() for n in (7, 9))
 
     def distances(query: Tensor, points: Tensor) -> Tensor:
-        return paper_layers.knn(query, points, 3, metric=metric)[1]
+        return paper_layers.knn(query, points, k=3, metric=metric)[1]
 
     assert torch.autograd.gradcheck(distances, (query, points))
     assert torch.autograd.gradgradcheck(distances, (query, points))
@@ -264,7 +264,7 @@ torch.ops.paper_layers.knn_backward(torch.zeros(8, 3), x, x, i, False)
             "query_ptr and points_ptr": lambda: forward(x[0], x[0], *_dense(3)),
             "query_ptr: expected int64": lambda: forward(x[0], x[0], starts.int(), starts, 3, 1, False, True),
             "points_ptr: expected as many": lambda: forward(x[0], x[0], starts, _ptr(0, 4, 9), 3, 1, False, True),
-            "ranks: expected int64 of shape": lambda: forward(x, x, *_dense(3, ranks=starts)),
+            "positions: expected int64 of shape": lambda: forward(x, x, *_dense(3, positions=starts)),
             "k and dilation": lambda: forward(x, x, *_dense(0)),
             "include_self": lambda: forward(x, x[:, :5], *_dense(3, include_self=False)),
             "index: expected int64": lambda: backward(distance, x, x, index.int(), False),
@@ -277,7 +277,7 @@ torch.ops.paper_layers.knn_backward(torch.zeros(8, 3), x, x, i, False)
         return {
             "points: expected the device": lambda: forward(x, x.cpu(), *_dense(3)),
             "points_ptr: expected the device": lambda: forward(x[0], x[0], starts, starts.cpu(), 3, 1, False, True),
-            "ranks: expected the device": lambda: forward(x, x, *_dense(len(starts), ranks=starts.cpu())),
+            "positions: expected the device": lambda: forward(x, x, *_dense(len(starts), positions=starts.cpu())),
             "index: expected the device": lambda: backward(distance, x, x, index.cpu(), False),
             "grad: expected the device": lambda: backward(distance.cpu(), x, x, index, False),
         }

@@ -20,7 +20,7 @@ INF = torch.inf
 
 def assert_equals_reference(x: Tensor, y: Tensor | None = None, k: int = 16, inner: bool = False) -> None:
     """The same bits from the kernels, and without the points themselves."""
-    index, distance = knn(x, y, k, metric="inner" if inner else "sqeuclidean")
+    index, distance = knn(x, y, k=k, metric="inner" if inner else "sqeuclidean")
     points = x if y is None else y
     expected = _reference(x[None], points[None], None, None, k, 1, inner, True)
     assert torch.equal(index, expected[0][0])
@@ -64,7 +64,7 @@ def test_unusual_clouds(name: str, channels: int) -> None:
 
 def seconds(query: Tensor, points: Tensor | None = None) -> float:
     start = time.process_time()
-    knn(query, points)
+    knn(query, points, k=16)
     return time.process_time() - start
 
 
@@ -130,7 +130,7 @@ def test_equal_distances_in_all_searches(channels: int, dtype: torch.dtype) -> N
     for metric in ("sqeuclidean", "inner"):
         index, distance = knn(x, k=40, metric=metric)
         for row in range(0, 2000, 97):
-            few = knn(x[row : row + 2], x, 40, metric=metric)
+            few = knn(x[row : row + 2], x, k=40, metric=metric)
             assert torch.equal(index[row : row + 2], few[0])
             assert torch.equal(distance[row : row + 2], few[1])
         some = _reference(x[None, :200], x[None], None, None, 40, 1, metric == "inner", True)
@@ -155,7 +155,7 @@ def test_gradient_of_cosine_of_any_length(length: float) -> None:
     results = []
     for scale in (1.0, length):
         leaf = (x * scale).requires_grad_()
-        results.append(torch.autograd.grad(knn(leaf, y, 3, metric="cosine")[1].sum() * scale, leaf)[0])
+        results.append(torch.autograd.grad(knn(leaf, y, k=3, metric="cosine")[1].sum() * scale, leaf)[0])
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
 
 
@@ -241,10 +241,10 @@ def test_one_tensor_in_two_places_compiles() -> None:
     def distances(c: Tensor) -> Tensor:
         return torch.cat(
             [
-                knn(c, c, 3)[1],
-                knn(c[None], c[None], 3, metric="cosine")[1][0],
+                knn(c, c, k=3)[1],
+                knn(c[None], c[None], k=3, metric="cosine")[1][0],
                 knn(c, k=3, ptr=starts)[1],
-                knn(c, c, 3, dilation=12, ranks=starts, metric="inner", ptr=starts, points_ptr=starts)[1],
+                knn(c, c, k=3, dilation=12, positions=starts, metric="inner", ptr=starts, points_ptr=starts)[1],
             ]
         )
 

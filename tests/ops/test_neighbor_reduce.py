@@ -14,20 +14,20 @@ from testing.cases import Case, by_dtype
 REDUCTIONS = ("max", "min", "sum", "mean")
 
 
-def formula(input: Tensor, index: Tensor, reduce: str = "max", relative: bool = False) -> Tensor:
+def formula(input: Tensor, index: Tensor, reduction: str = "max", relative: bool = False) -> Tensor:
     """All neighbours' rows side by side, then the reduction."""
     if input.dim() == 3:
-        return torch.stack([formula(x, i, reduce, relative) for x, i in zip(input, index, strict=True)])
+        return torch.stack([formula(x, i, reduction, relative) for x, i in zip(input, index, strict=True)])
     there = index[..., None] >= 0
     if len(input) == 0 or index.shape[1] == 0:
         return input.new_zeros(len(index), input.shape[1]) + 0 * input.nan_to_num(0, 0, 0).sum()
     rows = input[index.clamp(min=0)]
     values = rows - input[:, None] if relative else rows
-    if reduce in ("sum", "mean"):
+    if reduction in ("sum", "mean"):
         total = values.where(there, 0).sum(1)
-        return total / there.sum(1).clamp(min=1) if reduce == "mean" else total
-    key = rows.where(there, -torch.inf if reduce == "max" else torch.inf).detach()
-    best = key.amax(1, keepdim=True) if reduce == "max" else key.amin(1, keepdim=True)
+        return total / there.sum(1).clamp(min=1) if reduction == "mean" else total
+    key = rows.where(there, -torch.inf if reduction == "max" else torch.inf).detach()
+    best = key.amax(1, keepdim=True) if reduction == "max" else key.amin(1, keepdim=True)
     found = there & ((key == best) | (key.isnan() & best.isnan()))
     first = found & (found.cumsum(1) == 1)
     return values.where(first, 0).sum(1)
@@ -66,7 +66,7 @@ def cases(draw: st.DrawFn) -> Case:
     elif layout == "batch":
         input = torch.stack([input, input.flip(0)])
         index = torch.stack([index, table(nodes, k, rows=rows, seed=seed + 1)])
-    return Case((input,), {"index": index, "reduce": draw(st.sampled_from(REDUCTIONS)), "relative": relative})
+    return Case((input,), {"index": index, "reduction": draw(st.sampled_from(REDUCTIONS)), "relative": relative})
 
 
 def call(**change: Any) -> Any:
@@ -100,7 +100,11 @@ class TestNeighborReduce(OpBattery):
             r"index: expected shape \(2, M, k\), got \(3, 8, 4\)",
         ),
         "device": (call(index=table(8, 4, rows=10).to("meta")), ValueError, "index: .*cpu, got meta"),
-        "reduce": (call(reduce="median"), ValueError, "reduce: expected one of max, min, sum, mean, got 'median'"),
+        "reduction": (
+            call(reduction="median"),
+            ValueError,
+            "reduction: expected one of max, min, sum, mean, got 'median'",
+        ),
         "centres": (call(relative=True), ValueError, "index: expected 10 rows with relative, got 8"),
         "out of bounds": (
             call(index=torch.full((8, 4), 10)),
@@ -112,24 +116,24 @@ class TestNeighborReduce(OpBattery):
     @staticmethod
     def fixed_cases() -> list[Case]:
         return [
-            Case((features(9, 5),), {"index": table(7, 4, rows=9), "reduce": "max"}),
-            Case((features(2, 6, 3),), {"index": table(2, 8, 3, rows=6), "reduce": "min"}),
-            Case((features(9, 4),), {"index": table(7, 4, rows=9), "reduce": "sum"}),
-            Case((features(9, 4),), {"index": table(7, 4, rows=9), "reduce": "mean"}),
-            Case((features(8, 5),), {"index": table(8, 4, rows=8), "reduce": "max", "relative": True}),
-            Case((features(2, 6, 3),), {"index": table(2, 6, 2, rows=6), "reduce": "sum", "relative": True}),
+            Case((features(9, 5),), {"index": table(7, 4, rows=9), "reduction": "max"}),
+            Case((features(2, 6, 3),), {"index": table(2, 8, 3, rows=6), "reduction": "min"}),
+            Case((features(9, 4),), {"index": table(7, 4, rows=9), "reduction": "sum"}),
+            Case((features(9, 4),), {"index": table(7, 4, rows=9), "reduction": "mean"}),
+            Case((features(8, 5),), {"index": table(8, 4, rows=8), "reduction": "max", "relative": True}),
+            Case((features(2, 6, 3),), {"index": table(2, 6, 2, rows=6), "reduction": "sum", "relative": True}),
         ]
 
     @staticmethod
     def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
-        input, index, reduce = case.tensors[0], case.options["index"], case.options["reduce"]
+        input, index, reduction = case.tensors[0], case.options["index"], case.options["reduction"]
         relative = case.options.get("relative", False)
         if input.dim() == 3:
             input, index = input[0], index[0]
-        output, arg = torch.ops.paper_layers.neighbor_reduce(input, index, reduce, relative)
+        output, arg = torch.ops.paper_layers.neighbor_reduce(input, index, reduction, relative)
         return {
-            "neighbor_reduce": (input, index, reduce, relative),
-            "neighbor_reduce_backward": (torch.ones_like(output), index, arg, len(input), reduce, relative),
+            "neighbor_reduce": (input, index, reduction, relative),
+            "neighbor_reduce_backward": (torch.ones_like(output), index, arg, len(input), reduction, relative),
         }
 
 
@@ -145,15 +149,15 @@ def test_differences_to_the_centre(channels: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_same_for_any_number_of_threads(reduce: str, relative: bool) -> None:
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_same_for_any_number_of_threads(reduction: str, relative: bool) -> None:
     threads = torch.get_num_threads()
     x, index = features(3000, 70).requires_grad_(), table(3000, 20, rows=40)  # many edges into few nodes
     results = []
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            output = neighbor_reduce(x, index, reduce, relative=relative)
+            output = neighbor_reduce(x, index, reduction, relative=relative)
             results.append((output, *torch.autograd.grad(output.square().sum(), x)))
     finally:
         torch.set_num_threads(threads)

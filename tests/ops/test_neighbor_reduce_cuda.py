@@ -36,17 +36,17 @@ forward = torch.ops.paper_layers.neighbor_reduce
 backward = torch.ops.paper_layers.neighbor_reduce_backward
 
 
-def _check(input: Tensor, index: Tensor, grad: Tensor, reduce: str, relative: bool = False) -> None:
+def _check(input: Tensor, index: Tensor, grad: Tensor, reduction: str, relative: bool = False) -> None:
     """Forward, chosen columns and backward."""
-    output, arg = forward(input, index, reduce, relative)
-    gradient = backward(grad, index, arg, len(input), reduce, relative)
+    output, arg = forward(input, index, reduction, relative)
+    gradient = backward(grad, index, arg, len(input), reduction, relative)
     x, i, g = input.cpu().double(), index.cpu(), grad.cpu().double()
-    expected, chosen = op._reference(x, i, reduce, relative)
+    expected, chosen = op._reference(x, i, reduction, relative)
     assert torch.equal(arg.cpu(), chosen)
     degree = int(i[i >= 0].bincount().max()) if bool((i >= 0).any()) else 1
     pairs = {
         "output": (output, expected, max(1, index.shape[1])),
-        "gradient": (gradient, op._backward_reference(g, i, chosen, len(input), reduce, relative), degree),
+        "gradient": (gradient, op._backward_reference(g, i, chosen, len(input), reduction, relative), degree),
     }
     for name, (got, want, terms) in pairs.items():
         assert (got.dtype, got.device) == (input.dtype, input.device)
@@ -85,37 +85,37 @@ def test_matches_reference(problem: tuple[Tensor, Tensor, Tensor, str]) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("reduce", op.REDUCTIONS)
+@pytest.mark.parametrize("reduction", op.REDUCTIONS)
 @pytest.mark.parametrize("channels", [3, 64, 513])
-def test_many_blocks(dtype: torch.dtype, reduce: str, channels: int) -> None:
+def test_many_blocks(dtype: torch.dtype, reduction: str, channels: int) -> None:
     index = table(900, 19, rows=1100)
-    _check(random(1100, channels, dtype=dtype), index, random(900, channels, dtype=dtype, seed=1), reduce)
+    _check(random(1100, channels, dtype=dtype), index, random(900, channels, dtype=dtype, seed=1), reduction)
 
 
-@pytest.mark.parametrize("reduce", op.REDUCTIONS)
+@pytest.mark.parametrize("reduction", op.REDUCTIONS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_extremes(reduce: str, value: float) -> None:
+def test_extremes(reduction: str, value: float) -> None:
     input, grad = random(50, 8), random(40, 8, seed=1)
     index = table(40, 9, rows=50)
     index[3] = -1
     input[:5, 2] = value
-    _check(input, index, grad, reduce)
-    _check(torch.full_like(input, value), index, grad, reduce)
+    _check(input, index, grad, reduction)
+    _check(torch.full_like(input, value), index, grad, reduction)
     grad[2, 3] = value
-    _check(random(50, 8), index, grad, reduce)
+    _check(random(50, 8), index, grad, reduction)
 
 
-@pytest.mark.parametrize("reduce", op.REDUCTIONS)
+@pytest.mark.parametrize("reduction", op.REDUCTIONS)
 @pytest.mark.parametrize(("rows", "nodes", "k", "channels"), [(0, 5, 3, 4), (5, 0, 3, 4), (5, 4, 0, 4), (5, 4, 3, 0)])
-def test_empty(reduce: str, rows: int, nodes: int, k: int, channels: int) -> None:
-    _check(random(rows, channels), table(nodes, k, rows=rows), random(nodes, channels, seed=1), reduce)
+def test_empty(reduction: str, rows: int, nodes: int, k: int, channels: int) -> None:
+    _check(random(rows, channels), table(nodes, k, rows=rows), random(nodes, channels, seed=1), reduction)
 
 
-@pytest.mark.parametrize("reduce", op.REDUCTIONS)
-def test_many_edges_into_one_row(reduce: str) -> None:
+@pytest.mark.parametrize("reduction", op.REDUCTIONS)
+def test_many_edges_into_one_row(reduction: str) -> None:
     index = torch.zeros(5000, 16, dtype=torch.int64, device=DEVICE)
     index[:, 3] = -1
-    _check(random(3, 8, dtype=torch.float64), index, random(5000, 8, dtype=torch.float64, seed=1), reduce)
+    _check(random(3, 8, dtype=torch.float64), index, random(5000, 8, dtype=torch.float64, seed=1), reduction)
 
 
 def test_backward_ignores_columns_that_do_not_exist() -> None:
@@ -126,20 +126,20 @@ def test_backward_ignores_columns_that_do_not_exist() -> None:
 
 
 @pytest.mark.needs_gpu
-@pytest.mark.parametrize("reduce", ["max", "mean"])
-def test_more_elements_than_32_bits_count(reduce: str) -> None:
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+def test_more_elements_than_32_bits_count(reduction: str) -> None:
     needs_memory(30)
     rows, channels = 2**20 + 5, 2**11
     x = torch.empty(rows, channels, device=DEVICE, dtype=torch.float16).normal_()
     assert x.numel() > 2**31
     index = table(rows, 2, rows=rows)
-    output, arg = forward(x, index, reduce, False)
-    gradient = backward(output, index, arg, rows, reduce, False)
+    output, arg = forward(x, index, reduction, False)
+    gradient = backward(output, index, arg, rows, reduction, False)
     # The last channels by themselves go the way of 32 bits.
     part = x[:, -8:].contiguous()
-    last, last_arg = forward(part, index, reduce, False)
+    last, last_arg = forward(part, index, reduction, False)
     assert torch.equal(output[:, -8:], last)
-    torch.testing.assert_close(gradient[:, -8:], backward(last, index, last_arg, rows, reduce, False))
+    torch.testing.assert_close(gradient[:, -8:], backward(last, index, last_arg, rows, reduction, False))
 
 
 class TestNeighborReduceOnDevice(CudaBattery, on_cpu.TestNeighborReduce):
@@ -159,11 +159,11 @@ torch.ops.paper_layers.neighbor_reduce_backward(x[:8], i, i.int()[:, :0], 10, "s
         def inputs(seed: int) -> tuple[Tensor, ...]:
             return random(500, 33, seed=seed), table(4000, 20, rows=500, seed=seed)
 
-        def function(input: Tensor, index: Tensor, reduce: str) -> tuple[Tensor, ...]:
-            output, arg = forward(input, index, reduce, False)
-            return output, arg, backward(output, index, arg, len(input), reduce, False)
+        def function(input: Tensor, index: Tensor, reduction: str) -> tuple[Tensor, ...]:
+            output, arg = forward(input, index, reduction, False)
+            return output, arg, backward(output, index, arg, len(input), reduction, False)
 
-        return {reduce: Step(inputs, partial(function, reduce=reduce)) for reduce in op.REDUCTIONS}
+        return {reduction: Step(inputs, partial(function, reduction=reduction)) for reduction in op.REDUCTIONS}
 
     def refused(self) -> dict[str, Callable[[], Any]]:
         x, i = random(9, 4), table(7, 3, rows=9)
@@ -171,7 +171,7 @@ torch.ops.paper_layers.neighbor_reduce_backward(x[:8], i, i.int()[:, :0], 10, "s
         return {
             "input: expected two dimensions": lambda: forward(x[0], i, "max", False),
             "index: expected int64": lambda: forward(x, i.int(), "max", False),
-            "reduce: expected": lambda: forward(x, i, "median", False),
+            "reduction: expected": lambda: forward(x, i, "median", False),
             "input: expected float32": lambda: forward(x.int(), i, "max", False),
             "grad: expected the rows": lambda: backward(out[:3], i, arg, 9, "max", False),
             "arg: expected int32": lambda: backward(out, i, arg[:, :2], 9, "max", False),

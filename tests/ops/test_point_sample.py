@@ -16,13 +16,13 @@ from testing.cases import TOLERANCE, Case, assert_close, by_dtype
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 by_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 by_options = pytest.mark.parametrize(
-    "options", [{"mode": m, "padding": p} for m in ("bilinear", "nearest") for p in ("zeros", "border")], ids=str
+    "options", [{"mode": m, "padding_mode": p} for m in ("bilinear", "nearest") for p in ("zeros", "border")], ids=str
 )
 
 
 def formula(points: Tensor, *maps: Tensor, boxes: Any = None, spatial_scale: Any = 1.0, **options: str) -> Tensor:
     """Every pixel of every map, with its weight for every point."""
-    mode, padding = options.get("mode", "bilinear"), options.get("padding", "zeros")
+    mode, padding = options.get("mode", "bilinear"), options.get("padding_mode", "zeros")
     image = torch.arange(len(points))
     grid, p = points.shape[1:-1], points.flatten(1, -2)
     if boxes is not None:
@@ -95,7 +95,7 @@ def cases(draw: st.DrawFn) -> Case:
         maps.append(laid_out(map, draw(layouts)))
     options: dict[str, Any] = {
         "mode": draw(st.sampled_from(["bilinear", "nearest"])),
-        "padding": draw(st.sampled_from(["zeros", "border"])),
+        "padding_mode": draw(st.sampled_from(["zeros", "border"])),
     }
     rows = number
     if draw(st.booleans()) and number:
@@ -143,11 +143,11 @@ class TestPointSample(OpBattery):
         ),
         "points type": (call(points=[0.5, 0.5]), TypeError, "points: expected a Tensor, got list"),
         "points dtype": (call(points=torch.ones(2, 5, 2).int()), TypeError, "points: .*torch.int32"),
-        "points rank": (call(points=torch.rand(2, 2)), ValueError, r"points: expected shape \(N, P, 2\).*got \(2, 2\)"),
-        "points rows": (call(points=torch.rand(3, 5, 2)), ValueError, r"points: .*N = 2, got \(3, 5, 2\)"),
+        "points rank": (call(points=torch.rand(2, 2)), ValueError, r"points: expected shape \(2, P, 2\).*got \(2, 2\)"),
+        "points rows": (call(points=torch.rand(3, 5, 2)), ValueError, r"points: .*\(2, P, 2\).*got \(3, 5, 2\)"),
         "points last": (call(points=torch.rand(2, 5, 3)), ValueError, r"points: .*got \(2, 5, 3\)"),
         "points device": (call(points=torch.rand(2, 5, 2, device="meta")), ValueError, "points: .*cpu, got meta"),
-        "box rows": (call(boxes=BOXES), ValueError, r"points: .*R = 3, got \(2, 5, 2\)"),
+        "box rows": (call(boxes=BOXES), ValueError, r"points: .*\(3, P, 2\).*got \(2, 5, 2\)"),
         "box images": (call(boxes=BOXES[:1]), ValueError, "boxes: expected a tensor for each of 2 images, got 1"),
         "box shape": (call(boxes=[torch.ones(1, 5)] * 2), ValueError, r"boxes\[0\]: expected shape \(R, 4\), got \(1"),
         "boxes shape": (call(boxes=torch.ones(2, 4)), ValueError, r"boxes: expected shape \(R, 5\), got \(2, 4\)"),
@@ -165,7 +165,7 @@ class TestPointSample(OpBattery):
         "scale count": (call(boxes=BOXES, spatial_scale=[1.0, 0.5]), ValueError, "spatial_scale: .*one or 1, got"),
         "scale zero": (call(boxes=BOXES, spatial_scale=0.0), ValueError, "spatial_scale: expected positive"),
         "mode": (call(mode="bicubic"), ValueError, "mode: expected one of bilinear, nearest, got 'bicubic'"),
-        "padding": (call(padding="wrap"), ValueError, "padding: expected one of zeros, border, got 'wrap'"),
+        "padding": (call(padding_mode="wrap"), ValueError, "padding_mode: expected one of zeros, border, got 'wrap'"),
     }
 
     @staticmethod
@@ -173,7 +173,7 @@ class TestPointSample(OpBattery):
         last = torch.channels_last
         return [
             Case((smooth_points(2, 6), images(2, 3, 8, 4))),
-            Case((smooth_points(2, 2, 3), images(2, 3, 8, 8), images(2, 2, 4, 2)), {"padding": "border"}),
+            Case((smooth_points(2, 2, 3), images(2, 3, 8, 8), images(2, 2, 4, 2)), {"padding_mode": "border"}),
             Case(
                 (smooth_points(3, 5), images(2, 3, 8, 16).to(memory_format=last), images(2, 4, 4, 8)),
                 {"boxes": BOXES, "spatial_scale": [1.0, 0.5]},
@@ -187,7 +187,7 @@ class TestPointSample(OpBattery):
         points, image, scale = points.flatten(1, -2), None, None
         if "boxes" in case.options:
             image, scale = torch.tensor([0, 0, 1]), case.options["spatial_scale"]
-        options = (case.options.get("mode", "bilinear"), case.options.get("padding", "zeros"))
+        options = (case.options.get("mode", "bilinear"), case.options.get("padding_mode", "zeros"))
         arguments = (points, image, maps, scale, *options)
         grad = torch.ones_like(torch.ops.paper_layers.point_sample(*arguments))
         return {
@@ -230,7 +230,7 @@ def test_equals_grid_sample(dtype: torch.dtype, options: dict[str, str], layout:
     actual = point_sample(map, points, **options)
     grid = 2 * exact[1][:, :, None] - 1
     expected = F.grid_sample(
-        exact[0], grid, mode=options["mode"], padding_mode=options["padding"], align_corners=False
+        exact[0], grid, mode=options["mode"], padding_mode=options["padding_mode"], align_corners=False
     )[..., 0]
     rtol, atol = TOLERANCE[dtype if dtype != torch.float64 else torch.float32]  # coordinates are float32
     torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=4 * atol)
@@ -285,7 +285,7 @@ def test_any_coordinate(value: float, mode: str, padding: str, dtype: torch.dtyp
     map[:, :, :2] = math.nan  # y = 0.5 takes rows 1 and 2 ...
     map[:, :, 1:3] = 2.0
     leaves = (map.requires_grad_(), points.requires_grad_())
-    output = point_sample(*leaves, mode=mode, padding=padding)
+    output = point_sample(*leaves, mode=mode, padding_mode=padding)
     far = output[0, :, ::2]
     expected = 2.0 if padding == "border" and not math.isnan(value) else 0.0
     assert torch.equal(far, torch.full_like(far, expected))
@@ -299,7 +299,7 @@ def test_one_pixel(layout: torch.memory_format) -> None:
     map = torch.full((1, 17, 1, 1), 3.0).contiguous(memory_format=layout)
     points = torch.tensor([[[0.5, 0.5], [0.0, 0.5], [0.25, 0.75], [-0.5, 0.5], [1.0, 1.0]]])
     assert point_sample(map, points)[0, 5].tolist() == [3.0, 1.5, 1.6875, 0.0, 0.75]
-    assert point_sample(map, points, padding="border")[0, 16].tolist() == [3.0] * 5
+    assert point_sample(map, points, padding_mode="border")[0, 16].tolist() == [3.0] * 5
     assert point_sample(map, points, mode="nearest")[0, 0].tolist() == [3.0, 3.0, 3.0, 0.0, 3.0]
 
 

@@ -24,7 +24,7 @@ def vector(size: int, like: Tensor) -> Tensor:
 
 def function(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     u, v = (vector(size, weight) for size in weight.shape)
-    return spectral_linear(input, weight, bias, u, v, training=False)
+    return spectral_linear(input, weight, bias, u=u, v=v, training=False)
 
 
 def formula(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -90,17 +90,17 @@ class TestSpectralLinear(OpBattery):
             r"bias: expected shape \(3,\), got \(1,\)",
         ),
         "weight's rank": (
-            lambda: spectral_linear(numbers(5, 4), numbers(4), None, numbers(3), numbers(4), True),
+            lambda: spectral_linear(numbers(5, 4), numbers(4), u=numbers(3), v=numbers(4), training=True),
             ValueError,
             r"weight: expected shape \(M, N\), got \(4,\)",
         ),
         "u": (
-            lambda: spectral_linear(numbers(5, 4), numbers(3, 4), None, numbers(4), numbers(4), True),
+            lambda: spectral_linear(numbers(5, 4), numbers(3, 4), u=numbers(4), v=numbers(4), training=True),
             ValueError,
             r"u: expected shape \(3,\), got \(4,\)",
         ),
         "v's size": (
-            lambda: spectral_linear(numbers(5, 4), numbers(3, 4), None, numbers(3), numbers(3), True),
+            lambda: spectral_linear(numbers(5, 4), numbers(3, 4), u=numbers(3), v=numbers(3), training=True),
             ValueError,
             r"v: expected shape \(4,\), got \(3,\)",
         ),
@@ -197,7 +197,7 @@ def test_power_iteration_equals_formula(dtype: torch.dtype) -> None:
 def test_power_iteration_finds_the_norm() -> None:
     weight, u, v = torch.randn(40, 30, dtype=torch.float64), torch.ones(40).double(), torch.ones(30).double()
     for _ in range(2000):
-        spectral_linear(torch.zeros(1, 30, dtype=torch.float64), weight, None, u, v, training=True)
+        spectral_linear(torch.zeros(1, 30, dtype=torch.float64), weight, u=u, v=v, training=True)
     torch.testing.assert_close(u @ weight @ v, torch.linalg.matrix_norm(weight, 2))
 
 

@@ -205,7 +205,10 @@ def test_large_offset(shape: tuple[int, ...], layout: str) -> None:
     x = LAYOUTS[layout](images(*shape) + 1e4).requires_grad_()
     exact, sizes = x.detach().double().requires_grad_(), [shape[0] // 3, shape[0] - shape[0] // 3]
     mean, var = torch.zeros(2, shape[1]), torch.zeros(2, shape[1])
-    output, want = split_batch_norm(x, sizes, mean, var, momentum=1.0), formula(exact, split_sizes=sizes)
+    output, want = (
+        split_batch_norm(x, sizes, running_mean=mean, running_var=var, momentum=1.0),
+        formula(exact, split_sizes=sizes),
+    )
     torch.testing.assert_close(output.double(), want, rtol=1e-5, atol=1e-5)
     for i, part in enumerate(exact.detach().split(sizes)):
         torch.testing.assert_close(mean[i].double(), moments(part)[0], rtol=1e-7, atol=0)
@@ -252,7 +255,7 @@ def test_running_statistics() -> None:
     rows = [list(t.clone().unbind()) for t in (means, variances)]
     halves = [list(t.clone().float().unbind()) for t in (means, variances)]
     for running in ((means, variances), rows, halves):
-        split_batch_norm(x, [3, 4], *running, momentum=0.3)
+        split_batch_norm(x, [3, 4], running_mean=running[0], running_var=running[1], momentum=0.3)
         for i, expected in enumerate(want):
             for got, value in zip(running, expected, strict=True):
                 torch.testing.assert_close(got[i], value.to(got[i].dtype))
@@ -322,7 +325,8 @@ def test_empty_part(space: tuple[int, ...], layout: str) -> None:
     x = LAYOUTS[layout](images(6, 20, *space)).double().requires_grad_()
     running = torch.full((2, 3, 20), 7.0, dtype=torch.float64)
     weight, bias = images(3, 20).double().requires_grad_(), images(3, 20).double().requires_grad_()
-    output = split_batch_norm(x, [2, 0, 4], *running, weight, bias)
+    options = {"running_mean": running[0], "running_var": running[1], "weight": weight, "bias": bias}
+    output = split_batch_norm(x, [2, 0, 4], **options)
     assert (running[:, 1] == 7).all()
     assert (running[:, ::2] != 7).all()
     kept = (weight[::2], bias[::2])
@@ -334,7 +338,7 @@ def test_empty_part(space: tuple[int, ...], layout: str) -> None:
     second, expected = (torch.autograd.grad(g[0].square().sum(), leaves[:2]) for g in (grads, wanted))
     torch.testing.assert_close(second, expected)
 
-    nothing = split_batch_norm(x[:0], [0, 0, 0], *running, weight, bias)
+    nothing = split_batch_norm(x[:0], [0, 0, 0], **options)
     assert nothing.shape == F.batch_norm(x[:0], running[0, 1], running[1, 1], training=True).shape == x[:0].shape
     assert (running[:, 1] == 7).all()
 

@@ -49,17 +49,17 @@ def _centers(centers: Tensor, regularized: bool) -> tuple[Tensor, Tensor, Tensor
         return inverse[..., 0], centers.new_zeros(()), centers.new_empty(0)
     cosine = (centers @ centers.mT) * inverse * inverse.mT
     distance = ((2 - 2 * cosine).clamp(min=0) + ROOT).sqrt()
-    # With W the centers of a class, the gradient of its distances is pull W.
+    # With W the centers of a class, the gradient of its distances is distance_slope W.
     slope = -distance.reciprocal() * (1 - torch.eye(centers.shape[1], dtype=centers.dtype, device=centers.device))
     own = inverse.square() * (slope * cosine).sum(-1, keepdim=True)
-    pull = slope * inverse * inverse.mT - torch.diag_embed(own[..., 0])
-    return inverse[..., 0], distance.triu(1).sum(), pull
+    distance_slope = slope * inverse * inverse.mT - torch.diag_embed(own[..., 0])
+    return inverse[..., 0], distance.triu(1).sum(), distance_slope
 
 
 def _centers_fake(centers: Tensor, regularized: bool) -> tuple[Tensor, Tensor, Tensor]:
     classes, count, _ = centers.shape
-    pull = (classes, count, count) if regularized else (0,)
-    return centers.new_empty(classes, count), centers.new_empty(()), centers.new_empty(pull)
+    distance_slope = (classes, count, count) if regularized else (0,)
+    return centers.new_empty(classes, count), centers.new_empty(()), centers.new_empty(distance_slope)
 
 
 def _cosines(scores: Tensor, inverse: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,11 +141,11 @@ def _similarity_backward(scores: Tensor, inverse: Tensor, grad: Tensor, gamma: f
 
 
 def _add_centers(
-    grad: Tensor, centers: Tensor, inverse: Tensor, projection: Tensor, pull: Tensor, grad_distance: Tensor
+    grad: Tensor, centers: Tensor, inverse: Tensor, projection: Tensor, distance_slope: Tensor, grad_distance: Tensor
 ) -> None:
     total = -torch.diag_embed(projection * inverse.square())
-    if pull.numel():
-        total = total + grad_distance * pull
+    if distance_slope.numel():
+        total = total + grad_distance * distance_slope
     grad.add_(total @ centers)
 
 
@@ -159,7 +159,7 @@ known_labels = define(
     vmap=lambda op, _, in_dims, arguments: (op(*arguments), in_dims[0]),
 )
 # Of centers (C, K, d): inverse lengths (C, K), the sum of their classes' distances, and what its gradient is made of.
-of_centers = define(
+center_norms_and_distances = define(
     "soft_triple_centers(Tensor centers, bool regularized) -> (Tensor, Tensor, Tensor)", _centers, _centers_fake
 )
 # For the classes from `first` on: the log-sum-exp of the chunk's logits but the row's own; the row's own less margin,
@@ -189,9 +189,9 @@ chunk_similarity_backward = define(
     _backward_fake,
 )
 # Adds to the gradient (C, K, d) of centers that stand for their directions what projection and distances take.
-add_of_centers = define(
-    "soft_triple_add_centers_(Tensor(a!) grad, Tensor centers, Tensor inverse, Tensor projection, Tensor pull, "
-    "Tensor grad_distance) -> ()",
+accumulate_center_grad_ = define(
+    "soft_triple_add_centers_(Tensor(a!) grad, Tensor centers, Tensor inverse, Tensor projection, "
+    "Tensor distance_slope, Tensor grad_distance) -> ()",
     _add_centers,
     lambda *_: None,  # It writes to grad alone.
 )

@@ -36,18 +36,24 @@ class Chunks:
             # Products into memory that is there are also what autocast leaves alone.
             yield classes, centers, torch.mm(rows, self.unit.mT, out=self._buffer[: len(rows)])
 
-    def pull_back(
-        self, weigh: Callable[[slice, Tensor], Tensor], inverse: Tensor, pull: Tensor, grad_distance: Tensor
+    def chunked_backward(
+        self,
+        scores_to_grads_: Callable[[slice, Tensor], Tensor],
+        inverse: Tensor,
+        distance_slope: Tensor,
+        grad_distance: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The gradients, where `weigh` makes scores of classes their gradients and returns the projections' share."""
+        """Return the gradients. `scores_to_grads_` turns scores into their gradients and returns the projections."""
         grad_unit = torch.zeros_like(self.unit)
         grad_centers = torch.empty_like(self.centers, memory_format=torch.contiguous_format)
         for classes, centers, scores in self:
-            projection = weigh(classes, scores)
+            projection = scores_to_grads_(classes, scores)
             grad_unit.addmm_(scores.mT, centers.flatten(0, 1))
             grad = grad_centers[classes].to(self.dtype)
             torch.mm(scores, self.unit, out=grad.flatten(0, 1))
-            chunk_ops.add_of_centers(grad, centers, inverse[classes], projection, pull[classes], grad_distance)
+            chunk_ops.accumulate_center_grad_(
+                grad, centers, inverse[classes], projection, distance_slope[classes], grad_distance
+            )
             if grad.dtype != grad_centers.dtype:
                 grad_centers[classes] = grad
         along = (grad_unit * self.unit).sum(1, keepdim=True)

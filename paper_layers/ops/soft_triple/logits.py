@@ -21,7 +21,7 @@ def _logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_
     logits = chunks.unit.new_empty(len(embeddings), len(centers))
     inverses = [chunks.unit.new_empty(0, centers.shape[1])]
     for classes, chunk, scores in chunks:
-        inverse = chunk_ops.of_centers(chunk, False)[0]
+        inverse = chunk_ops.center_norms_and_distances(chunk, False)[0]
         torch.mul(chunk_ops.chunk_similarity(scores, inverse, gamma).mT, la, out=logits[:, classes])
         inverses.append(inverse)
     return logits, torch.cat(inverses)
@@ -39,12 +39,14 @@ def _logits_fake(embeddings: Tensor, centers: Tensor, *_: Any) -> tuple[Tensor, 
 def _logits_backward(
     grad: Tensor, embeddings: Tensor, centers: Tensor, inverse: Tensor, la: float, gamma: float, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    def weigh(classes: slice, scores: Tensor) -> Tensor:
+    def scores_to_grads_(classes: slice, scores: Tensor) -> Tensor:
         grad_similarity = (la * grad[:, classes]).mT.contiguous()
         return chunk_ops.chunk_similarity_backward(scores, inverse[classes], grad_similarity, gamma)
 
     no_distance = grad.new_zeros(())
-    return Chunks(embeddings, centers, chunk_size).pull_back(weigh, inverse, grad.new_empty(0), no_distance)
+    return Chunks(embeddings, centers, chunk_size).chunked_backward(
+        scores_to_grads_, inverse, grad.new_empty(0), no_distance
+    )
 
 
 def _logits_backward_fake(grad: Tensor, embeddings: Tensor, centers: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -32,16 +32,16 @@ def _forward(
     unit, (_, count, _) = chunks.unit, centers.shape
     target, distance = unit.new_zeros(len(unit)), unit.new_zeros(())
     logsumexps = [torch.full_like(target, -torch.inf)]
-    inverses, pulls = [unit.new_empty(0, count)], [unit.new_empty((0, count, count) if regularized else 0)]
+    inverses, distance_slopes = [unit.new_empty(0, count)], [unit.new_empty((0, count, count) if regularized else 0)]
     for classes, chunk, scores in chunks:
-        inverse, distances, pull = chunk_ops.of_centers(chunk, regularized)
+        inverse, distances, distance_slope = chunk_ops.center_norms_and_distances(chunk, regularized)
         logsumexp, own = chunk_ops.chunk_forward(scores, inverse, labels, classes.start, la, gamma, margin)
         logsumexps.append(logsumexp)
         target += own
         distance += distances
         inverses.append(inverse)
-        pulls.append(pull)
-    return torch.stack(logsumexps).logsumexp(0), target, distance, torch.cat(inverses), torch.cat(pulls)
+        distance_slopes.append(distance_slope)
+    return torch.stack(logsumexps).logsumexp(0), target, distance, torch.cat(inverses), torch.cat(distance_slopes)
 
 
 def _forward_fake(embeddings: Tensor, centers: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -61,7 +61,7 @@ def _backward(
     labels: Tensor,
     logsumexp: Tensor,
     inverse: Tensor,
-    pull: Tensor,
+    distance_slope: Tensor,
     la: float,
     gamma: float,
     margin: float,
@@ -69,10 +69,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     grads = (logsumexp, grad_logsumexp.contiguous(), grad_target.contiguous())
 
-    def weigh(classes: slice, scores: Tensor) -> Tensor:
+    def scores_to_grads_(classes: slice, scores: Tensor) -> Tensor:
         return chunk_ops.chunk_backward(scores, inverse[classes], labels, classes.start, *grads, la, gamma, margin)
 
-    return Chunks(embeddings, centers, chunk_size).pull_back(weigh, inverse, pull, grad_distance)
+    return Chunks(embeddings, centers, chunk_size).chunked_backward(
+        scores_to_grads_, inverse, distance_slope, grad_distance
+    )
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -91,8 +93,8 @@ _forward_op = define(
 )
 _backward_op = define(
     "soft_triple_backward(Tensor grad_logsumexp, Tensor grad_target, Tensor grad_distance, Tensor embeddings, "
-    f"Tensor centers, Tensor labels, Tensor logsumexp, Tensor inverse, Tensor pull, {_FACTORS}, int chunk_size) "
-    "-> (Tensor, Tensor)",
+    f"Tensor centers, Tensor labels, Tensor logsumexp, Tensor inverse, Tensor distance_slope, {_FACTORS}, "
+    "int chunk_size) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -297,10 +299,10 @@ def soft_triple_loss(
 
     regulariser = tau / (classes * count * (count - 1)) * distance if regularized else distance
     losses = cross_entropy(others, target)
-    return reduced(losses if weights is None else losses * weights, labels >= 0, regulariser, reduction)
+    return reduce_losses(losses if weights is None else losses * weights, labels >= 0, regulariser, reduction)
 
 
-def reduced(losses: Tensor, counted: Tensor, regulariser: Tensor, reduction: str) -> Tensor:
+def reduce_losses(losses: Tensor, counted: Tensor, regulariser: Tensor, reduction: str) -> Tensor:
     """The loss of rows of which some count, with the regulariser, as `soft_triple_loss` has it."""
     each, number = torch.where(counted, losses, 0), counted.sum()
     if reduction == "none":

@@ -95,7 +95,9 @@ _normalized = differentiable(
 )
 
 
-def parameters(name: str, values: Tensor | Sequence[Tensor] | None, splits: int, input: Tensor) -> Tensor | None:
+def per_split_parameters(
+    name: str, values: Tensor | Sequence[Tensor] | None, splits: int, input: Tensor
+) -> Tensor | None:
     """The parameters of all splits as one tensor (S, C) in the dtype of statistics."""
     if values is None:
         return None
@@ -144,7 +146,9 @@ def normalize_splits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and the mean and the biased variance of each split, (S, C), which carry no gradient."""
     splits = len(split_sizes)
-    stacked = [parameters(name, values, splits, input) for name, values in (("weight", weight), ("bias", bias))]
+    stacked = [
+        per_split_parameters(name, values, splits, input) for name, values in (("weight", weight), ("bias", bias))
+    ]
     flat = input.flatten(2) if input.dim() > 2 else input[..., None]
     output, mean, var = _normalized(flat, *stacked, (list(split_sizes), float(eps)))
     return output.reshape(input.shape), mean, var
@@ -178,6 +182,7 @@ def update_statistics(
 def split_batch_norm(
     input: Tensor,
     split_sizes: Sequence[int],
+    *,
     running_mean: Tensor | Sequence[Tensor] | None = None,
     running_var: Tensor | Sequence[Tensor] | None = None,
     weight: Tensor | Sequence[Tensor] | None = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,18 @@ from paper_layers.ops.uncertain_points.uncertainty import (
     onnx_most_uncertain,
     uncertainty,
 )
+
+
+class UncertainPoints(NamedTuple):
+    """Pixels, the most uncertain first.
+
+    Attributes:
+        indices: ``y * W + x``, int64 of shape (N, P).
+        points: The pixels' centres (x, y) in [0, 1], float32 of shape (N, P, 2).
+    """
+
+    indices: Tensor
+    points: Tensor
 
 
 def _uncertainties(logits: Tensor, labels: Tensor | None) -> Tensor:
@@ -45,7 +59,7 @@ _op = define(
 
 
 @leaf
-def uncertain_points(logits: Tensor, num_points: int, *, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def uncertain_points(logits: Tensor, num_points: int, *, labels: Tensor | None = None) -> UncertainPoints:
     r"""Find the pixels that a segmentation is least sure of.
 
     .. math:: u_i = \max\nolimits^{(2)}_c l_{ci} - \max_c l_{ci}
@@ -82,4 +96,6 @@ def uncertain_points(logits: Tensor, num_points: int, *, labels: Tensor | None =
     height, width = logits.shape[2:]
     columns = max(width, 1)  # Of no pixels there are no points, but torch refuses to divide them by zero.
     x, y = index % columns, index // columns
-    return index, torch.stack([(x.to(torch.float32) + 0.5) / width, (y.to(torch.float32) + 0.5) / height], -1)
+    return UncertainPoints(
+        index, torch.stack([(x.to(torch.float32) + 0.5) / width, (y.to(torch.float32) + 0.5) / height], -1)
+    )
