@@ -81,7 +81,7 @@ def _blank(ours: Any, host: Any) -> Any:
     return kind.__new__(kind)
 
 
-class Tap:
+class OutputTap:
     """A forward hook that hands a module's output over to the model around it, while that one runs and no longer.
 
     Each thread has its own. Of several calls the last counts.
@@ -108,7 +108,9 @@ class Tap:
         return self.outputs.pop(_thread())
 
 
-def tapped(taps: Sequence[Tap], forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+def tapped(
+    taps: Sequence[OutputTap], forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, list[Any]]:
     """Call a host's forward; return its output, and what the taps have seen within."""
     for tap in taps:
         tap.open()
@@ -153,7 +155,7 @@ def _traced(tracer: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, 
     def show(module: nn.Module, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = call_module(module, run, args, kwargs)
         for hook in module._forward_hooks.values():
-            if isinstance(hook, Tap):
+            if isinstance(hook, OutputTap):
                 hook(module, args, output)
         return output
 

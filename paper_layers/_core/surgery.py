@@ -17,15 +17,15 @@ Filter = Callable[[nn.Module, str], bool]
 _OF_ALL_MODULES = vars(nn.Module()).keys()
 
 
-def select(
+def matching_modules(
     model: nn.Module,
     wanted: str,
     fits: Callable[[Any], bool],
     done: Callable[[Any], bool],
-    filter: Filter | None,
+    filter_fn: Filter | None,
     resembles: Callable[[Any], str | None] = lambda module: None,
 ) -> dict[Any, str]:
-    """The modules that fit and that `filter` accepts, each with the name that it was accepted under.
+    """The modules that fit and that `filter_fn` accepts, each with the name that it was accepted under.
 
     Empty if there is none, but one that is `done`, by an earlier swap. `resembles` says what to call a module in an
     error that could be meant, but does not fit.
@@ -33,9 +33,9 @@ def select(
     check_free(model)
     everything = list(model.named_modules(remove_duplicate=False))
     found = [(name, m) for name, m in everything if fits(m)]
-    chosen = {m: name for name, m in reversed(found) if filter is None or filter(m, name)}
+    chosen = {m: name for name, m in reversed(found) if filter_fn is None or filter_fn(m, name)}
     if not chosen and not any(done(m) for _, m in everything):
-        rejected = f" that filter accepts ({len(found)} without it)" if found else ""
+        rejected = f" that filter_fn accepts ({len(found)} without it)" if found else ""
         raise ValueError(
             f"model: expected at least one {wanted} to swap{rejected}, got none in {type(model).__name__}"
             f"{_passed_over(resembles(m) for m in model.modules() if not fits(m))}"
@@ -44,7 +44,7 @@ def select(
     check_sizes((name, module) for module, name in chosen.items())
     for module, name in chosen.items():
         if "forward" in vars(module):
-            raise ValueError(f"{called(name)}: expected the forward of its class, got one set on the object")
+            raise ValueError(f"{format_path(name)}: expected the forward of its class, got one set on the object")
     return dict(reversed(chosen.items()))
 
 
@@ -53,8 +53,8 @@ def check_sizes(modules: Iterable[tuple[str, nn.Module]]) -> None:
     for name, module in modules:
         if _waits(module):
             raise ValueError(
-                f"{called(name)}: expected a module that knows its sizes, got {type(module).__name__}, which takes "
-                "them from its first input; run it once first"
+                f"{format_path(name)}: expected a module that knows its sizes, got {type(module).__name__}, which "
+                "takes them from its first input; run it once first"
             )
 
 
@@ -72,7 +72,7 @@ def exactly(*kinds: type[nn.Module]) -> Callable[[Any], bool]:
     return lambda module: type(module) in kinds
 
 
-def called(name: str) -> str:
+def format_path(name: str) -> str:
     return f"model.{name}" if name else "model"
 
 
@@ -82,12 +82,12 @@ def check_names(module: nn.Module, name: str, ours: type[nn.Module], added: Iter
     found = {n for n in added if hasattr(module, n)} | own & {*dir(ours)} - {*dir(type(module))}
     for taken in sorted(found - {*getattr(type(module), "__constants__", ()), *_OF_ALL_MODULES}):
         raise ValueError(
-            f"{called(name)}: expected no attribute {taken!r} beside those of {type(module).__name__}, as "
-            f"{ours.__name__} has one, got {getattr(module, taken)!r}; rename it, or let filter leave the module out"
+            f"{format_path(name)}: expected no attribute {taken!r} beside those of {type(module).__name__}, as "
+            f"{ours.__name__} has one, got {getattr(module, taken)!r}; rename it, or let filter_fn leave the module out"
         )
 
 
-def become(old: Any, new: nn.Module) -> None:
+def replace_in_place(old: Any, new: nn.Module) -> None:
     """Turn `old` into `new` where it stands. It keeps its mode, hooks (the very dictionaries) and the user's own state.
 
     The arguments of the old class, its `__constants__`, are dropped.
@@ -103,10 +103,10 @@ def become(old: Any, new: nn.Module) -> None:
     old.__dict__ = state
 
 
-def placement(model: nn.Module, name: str) -> dict[str, Any]:
+def device_and_dtype(model: nn.Module, name: str) -> dict[str, Any]:
     """Device and dtype of the module's parameters, or of the nearest ones around it."""
     module = model.get_submodule(name)
     for tensor in chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
             return {"device": tensor.device, "dtype": tensor.dtype}
-    return placement(model, name.rpartition(".")[0]) if name else {}
+    return device_and_dtype(model, name.rpartition(".")[0]) if name else {}

@@ -24,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 Ready = tuple[nn.Module, Mapping[M, M], torch.device]
 
 
-def trial_run(
+def dry_run(
     model: nn.Module,
     modules: Iterable[M],
     example_input: Any,

@@ -9,7 +9,7 @@ from torch import nn
 
 from paper_layers._core._torch_private import BatchNorm
 from paper_layers._core.checks import integer
-from paper_layers._core.surgery import Filter, called, check_names, select
+from paper_layers._core.surgery import Filter, check_names, format_path, matching_modules
 from paper_layers.adv_prop.norm import (
     TENSORS,
     AuxiliaryNorm,
@@ -34,7 +34,7 @@ def split_batch_norm(
     num_splits: int = 2,
     *,
     split_sizes: Sequence[int] | Sequence[float] | None = None,
-    filter: Filter | None = None,
+    filter_fn: Filter | None = None,
 ) -> nn.Module:
     """Turn every batch norm of a finished model into a split one, for training with AdvProp.
 
@@ -52,10 +52,10 @@ def split_batch_norm(
         model: Any module; changed in place.
         num_splits: Number of branches, at least 2.
         split_sizes: How a training batch is split, as in `SplitBatchNorm2d`; default in equal parts.
-        filter: ``filter(module, name) -> bool``, which norms to split; default all.
+        filter_fn: ``filter_fn(module, name) -> bool``, which norms to split; default all.
 
     Returns:
-        `model`; unchanged if its norms are split so already and `filter` accepts no further one.
+        `model`; unchanged if its norms are split so already and `filter_fn` accepts no further one.
 
     Raises:
         TypeError: `model` is not a module, or an argument has the wrong type.
@@ -84,27 +84,27 @@ def split_batch_norm(
     def fits(module: nn.Module) -> bool:
         return isinstance(module, BatchNorm) and not isinstance(module, SplitBatchNorm | AuxiliaryNorm)
 
-    norms = select(model, "batch norm", fits, lambda module: isinstance(module, SplitBatchNorm), filter)
+    norms = matching_modules(model, "batch norm", fits, lambda module: isinstance(module, SplitBatchNorm), filter_fn)
     for name, module in model.named_modules():
-        if isinstance(module, SplitBatchNorm) and (filter is None or filter(module, name)):
+        if isinstance(module, SplitBatchNorm) and (filter_fn is None or filter_fn(module, name)):
             found = (module.num_splits, module.split_sizes)
             if found != wanted:
                 raise ValueError(
-                    f"{called(name)}: expected num_splits={found[0]} and split_sizes={found[1]}, "
+                    f"{format_path(name)}: expected num_splits={found[0]} and split_sizes={found[1]}, "
                     f"as it is split already, got {wanted[0]} and {wanted[1]}"
                 )
     kinds: list[type[SplitBatchNorm]] = []
     for norm, name in norms.items():
         if isinstance(norm, BatchNorm) and hasattr(norm, "aux_bn"):
             raise ValueError(
-                f"{called(name)}: expected a norm that is not split, got {type(norm).__name__} of another package; "
-                "split the norms of the plain model, and load its state dict, which has the same keys"
+                f"{format_path(name)}: expected a norm that is not split, got {type(norm).__name__} of another "
+                "package; split the norms of the plain model, and load its state dict, which has the same keys"
             )
         kind = _split_class(type(norm))
         if kind is None:
             raise ValueError(
-                f"{called(name)}: expected a batch norm of torch's or timm's own classes, got {type(norm).__name__}, "
-                "which may compute something else; filter can leave it out"
+                f"{format_path(name)}: expected a batch norm of torch's or timm's own classes, got "
+                f"{type(norm).__name__}, which may compute something else; filter_fn can leave it out"
             )
         check_names(norm, name, kind, ["num_splits", "split_sizes"])
         _check_stored(norm, name)
@@ -115,12 +115,12 @@ def split_batch_norm(
             _copy_tensors(norm, auxiliary)
         norm.__class__ = kind
         norm.num_splits, norm.split_sizes, norm.aux_bn = setting.num_splits, setting.split_sizes, auxiliaries
-        norm._name_in_model = called(name)
+        norm._name_in_model = format_path(name)
         auxiliaries.train(norm.training)
     return model
 
 
-def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter: Filter | None = None) -> nn.Module:
+def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter_fn: Filter | None = None) -> nn.Module:
     """Turn every split batch norm into the plain one that one of its branches is: for inference, or an export.
 
     The inverse of `split_batch_norm`, also for norms that were made as split ones. The branch keeps its `Parameter`
@@ -129,7 +129,7 @@ def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter: Filter | None
     Args:
         model: Any module; changed in place.
         branch: Which branch stays: 0 for the main one, 1 for the first auxiliary one, and so on.
-        filter: ``filter(module, name) -> bool``, which norms; default all.
+        filter_fn: ``filter_fn(module, name) -> bool``, which norms; default all.
 
     Returns:
         `model`; unchanged if its norms are plain.
@@ -154,16 +154,18 @@ def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter: Filter | None
     def done(module: nn.Module) -> bool:
         return isinstance(module, plain) and not isinstance(module, SplitBatchNorm)
 
-    norms = select(model, "split batch norm", lambda module: isinstance(module, SplitBatchNorm), done, filter)
+    norms = matching_modules(
+        model, "split batch norm", lambda module: isinstance(module, SplitBatchNorm), done, filter_fn
+    )
     for norm, name in norms.items():
         if branch >= norm.num_splits:
             raise ValueError(
-                f"branch: expected at most {norm.num_splits - 1}, the last of {called(name)}, got {branch}"
+                f"branch: expected at most {norm.num_splits - 1}, the last of {format_path(name)}, got {branch}"
             )
         if _plain_class(type(norm)) is None:
             raise ValueError(
-                f"{called(name)}: expected a split norm of this package's classes, got {type(norm).__name__}; "
-                "filter can leave it out"
+                f"{format_path(name)}: expected a split norm of this package's classes, got {type(norm).__name__}; "
+                "filter_fn can leave it out"
             )
         if branch:
             for part in (norm, norm.branches[branch]):
@@ -200,7 +202,7 @@ def _check_stored(norm: nn.Module, name: str) -> None:
     for tensor in TENSORS:
         if tensor in vars(norm):
             raise ValueError(
-                f"{called(name)}: expected {tensor} to be a parameter or a buffer, got one that hooks compute; "
+                f"{format_path(name)}: expected {tensor} to be a parameter or a buffer, got one that hooks compute; "
                 "make pruning permanent with torch.nn.utils.prune.remove, or prune after the swap"
             )
 

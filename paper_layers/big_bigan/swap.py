@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from paper_layers._core import checks
-from paper_layers._core.graft import Grafted, SequentialGraft, Tap, graft, tapped
-from paper_layers._core.surgery import Filter, check_names, check_sizes, placement
+from paper_layers._core.graft import Grafted, OutputTap, SequentialGraft, graft, tapped
+from paper_layers._core.surgery import Filter, check_names, check_sizes, device_and_dtype
 from paper_layers._core.tracing import leaf
 from paper_layers._core.wrapped import check_free
 from paper_layers.big_bigan import BigBiGANDiscriminator, BigBiGANHeads, Scores
@@ -19,7 +19,7 @@ from paper_layers.big_bigan.pooling import POOLS, pooled
 from paper_layers.big_bigan.scores import TERMS, chosen_terms
 
 
-class Seen(Tap):
+class InputOutputTap(OutputTap):
     """Hands over the last layer's input, and each image's score, before a layer in place writes over it."""
 
     def kept(self, args: Any, output: Any) -> Any:
@@ -32,7 +32,7 @@ class BigBiGANHost(Grafted):
 
     _graft_prefix, _graft_added = "BigBiGAN", "big_bigan"
     big_bigan: BigBiGANHeads
-    _big_bigan_tap: Seen
+    _big_bigan_tap: InputOutputTap
     _big_bigan_pool: str
     _graft_arguments = (Parameter("latents", Parameter.POSITIONAL_OR_KEYWORD, default=None),)
 
@@ -75,7 +75,7 @@ def bigan_discriminator(
     spectral_norm: bool = True,
     projection_bias: bool = True,
     projection_spectral_norm: bool = True,
-    filter: Filter | None = None,
+    filter_fn: Filter | None = None,
 ) -> nn.Module:
     """Turn a finished GAN's discriminator into one of BigBiGAN, which scores images and latents.
 
@@ -97,7 +97,7 @@ def bigan_discriminator(
         spectral_norm: As in `BigBiGANHeads`.
         projection_bias: As in `BigBiGANHeads`.
         projection_spectral_norm: As in `BigBiGANHeads`.
-        filter: ``filter(module, name) -> bool``, which layers may be the last one; default all.
+        filter_fn: ``filter_fn(module, name) -> bool``, which layers may be the last one; default all.
 
     Returns:
         `model`; unchanged if it is a discriminator of BigBiGAN already.
@@ -130,7 +130,7 @@ def bigan_discriminator(
                 f"already, got {latent_dim} and {terms}"
             )
         return model
-    name, last = _last_layer(model, filter)
+    name, last = _last_layer(model, filter_fn)
     check_sizes([(name, last)])
     if "forward" in vars(model):
         raise ValueError("model: expected the forward of its class, got one set on the object")
@@ -138,16 +138,16 @@ def bigan_discriminator(
     check_names(model, "", ours, ["big_bigan", "_big_bigan_tap", "_big_bigan_pool"])
     features = last.in_features if isinstance(last, nn.Linear) else last.in_channels
     options = (width, depth, activation, spectral_norm, None, projection_bias, projection_spectral_norm)
-    heads = BigBiGANHeads(features, latent_dim, terms, *options, **placement(model, name))
+    heads = BigBiGANHeads(features, latent_dim, terms, *options, **device_and_dtype(model, name))
     heads.x = None  # The last layer is.
     host = cast(Any, model)
     host.__class__ = graft(ours, host.__class__)
     model.big_bigan = heads.train(model.training)
-    model._big_bigan_tap, model._big_bigan_pool = Seen(last), pool  # type: ignore[assignment]
+    model._big_bigan_tap, model._big_bigan_pool = InputOutputTap(last), pool  # type: ignore[assignment]
     return model
 
 
-def _last_layer(model: nn.Module, filter: Filter | None) -> tuple[str, nn.Linear | nn.Conv2d]:
+def _last_layer(model: nn.Module, filter_fn: Filter | None) -> tuple[str, nn.Linear | nn.Conv2d]:
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -157,9 +157,9 @@ def _last_layer(model: nn.Module, filter: Filter | None) -> tuple[str, nn.Linear
             or (isinstance(module, nn.Conv2d) and module.out_channels == 1)
         )
     ]
-    chosen = [(name, module) for name, module in found if filter is None or filter(module, name)]
+    chosen = [(name, module) for name, module in found if filter_fn is None or filter_fn(module, name)]
     if not chosen:
-        rejected = f" that filter accepts ({len(found)} without it)" if found else ""
+        rejected = f" that filter_fn accepts ({len(found)} without it)" if found else ""
         raise ValueError(
             f"model: expected at least one nn.Linear or nn.Conv2d with one output{rejected}, "
             f"got none in {type(model).__name__}"

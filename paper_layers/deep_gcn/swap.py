@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from paper_layers._core.surgery import Filter, check_names, exactly, select
+from paper_layers._core.surgery import Filter, check_names, exactly, matching_modules
 
 
-def graph_conv(model: nn.Module, *, filter: Filter | None = None) -> nn.Module:
+def graph_conv(model: nn.Module, *, filter_fn: Filter | None = None) -> nn.Module:
     """Turn every PyG `EdgeConv` and `DynamicEdgeConv` of a finished model into one that stores no edge.
 
     For the DGCNN of Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019, and its kin; see
@@ -25,10 +25,10 @@ def graph_conv(model: nn.Module, *, filter: Filter | None = None) -> nn.Module:
 
     Args:
         model: Any module; changed in place.
-        filter: ``filter(module, name) -> bool``, which convolutions to swap; default all.
+        filter_fn: ``filter_fn(module, name) -> bool``, which convolutions to swap; default all.
 
     Returns:
-        `model`; unchanged if it already holds one of ours and `filter` accepts no further convolution.
+        `model`; unchanged if it already holds one of ours and `filter_fn` accepts no further convolution.
 
     Raises:
         ImportError: torch_geometric is not installed.
@@ -52,7 +52,7 @@ def graph_conv(model: nn.Module, *, filter: Filter | None = None) -> nn.Module:
 
     ours = {host.EdgeConv: pyg.EdgeConv, host.DynamicEdgeConv: pyg.DynamicEdgeConv}
     wanted = "PyG EdgeConv or DynamicEdgeConv"
-    convs = select(model, wanted, exactly(*ours), exactly(*ours.values()), filter)
+    convs = matching_modules(model, wanted, exactly(*ours), exactly(*ours.values()), filter_fn)
     for conv, name in convs.items():
         check_names(conv, name, ours[type(conv)])
     for conv in convs:

@@ -10,8 +10,16 @@ from typing import Any, cast
 from torch import nn
 
 from paper_layers._core._torch_private import AvgPool, Conv, MaxPool
-from paper_layers._core.surgery import Filter, become, called, check_names, exactly, placement, select
-from paper_layers._core.trial import M, trial_run
+from paper_layers._core.surgery import (
+    Filter,
+    check_names,
+    device_and_dtype,
+    exactly,
+    format_path,
+    matching_modules,
+    replace_in_place,
+)
+from paper_layers._core.trial import M, dry_run
 from paper_layers.lip.conv import FOLDS, LIPConv2d, Refusal, own_logit, stride_pool
 from paper_layers.lip.pool import LIPPool2d, Logit
 
@@ -36,17 +44,19 @@ def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: A
         copied._forward_pre_hooks_with_kwargs.update(module._forward_pre_hooks_with_kwargs)
         copied.register_forward_pre_hook(hook, with_kwargs=True)
 
-    _, failure = trial_run(model, modules, example_input, watch, lambda: all(seen.values()))
+    _, failure = dry_run(model, modules, example_input, watch, lambda: all(seen.values()))
     for module, name in modules.items():
         if not seen[module] and failure is not None:
             raise ValueError(
                 f"example_input: expected an input that runs through the model on the meta device as far as "
-                f"{called(name)}, got {type(failure).__name__}: {failure}. Pass another one, or swap the part of the "
-                "model that holds the pools."
+                f"{format_path(name)}, got {type(failure).__name__}: {failure}. Pass another one, or swap the part of "
+                "the model that holds the pools."
             ) from failure
         if len(seen[module]) != 1:
             counts = " and ".join(map(str, sorted(seen[module]))) or "no input at all in the trial run"
-            raise ValueError(f"{called(name)}: expected one number of channels, got {counts}; filter can leave it out")
+            raise ValueError(
+                f"{format_path(name)}: expected one number of channels, got {counts}; filter_fn can leave it out"
+            )
     return {module: counts.pop() for module, counts in seen.items()}
 
 
@@ -56,7 +66,7 @@ def pooling(
     *,
     bottleneck_width: int = 128,
     example_input: Any = None,
-    filter: Filter | None = None,
+    filter_fn: Filter | None = None,
 ) -> nn.Module:
     """Turn every `nn.MaxPool2d` and `nn.AvgPool2d` of a finished model into LIP pooling of the same geometry.
 
@@ -72,10 +82,10 @@ def pooling(
         bottleneck_width: As in `LIPPool2d`.
         example_input: A tensor, or a tuple of the model's arguments, for the run.
             Default: two images of 224 x 224 with the channels of the first `nn.Conv2d`.
-        filter: ``filter(module, name) -> bool``, which pools to swap; default all.
+        filter_fn: ``filter_fn(module, name) -> bool``, which pools to swap; default all.
 
     Returns:
-        `model`; unchanged if it already holds LIP pools and `filter` accepts no further pool.
+        `model`; unchanged if it already holds LIP pools and `filter_fn` accepts no further pool.
 
     Raises:
         TypeError: `model` is not a module.
@@ -95,20 +105,20 @@ def pooling(
         torch.Size([2, 16, 15, 15])
     """
     kinds = exactly(nn.MaxPool2d, nn.AvgPool2d)
-    pools = select(model, "nn.MaxPool2d or nn.AvgPool2d", kinds, exactly(LIPPool2d), filter, _pool_like)
+    pools = matching_modules(model, "nn.MaxPool2d or nn.AvgPool2d", kinds, exactly(LIPPool2d), filter_fn, _pool_like)
     for pool, name in pools.items():
         for option, neutral in _UNSUPPORTED.items():
             value = getattr(pool, option, neutral[0])
             if value not in neutral:
                 raise ValueError(
-                    f"{called(name)}: expected {option}={neutral[0]}, got {value}; filter can leave it out"
+                    f"{format_path(name)}: expected {option}={neutral[0]}, got {value}; filter_fn can leave it out"
                 )
     if not pools:
         return model
     channels = _input_channels(model, pools, example_input)
     built = []
     for pool, name in pools.items():
-        place = placement(model, name)
+        place = device_and_dtype(model, name)
         geometry: dict[str, Any] = {
             key: getattr(pool, key) for key in ("kernel_size", "stride", "padding", "ceil_mode")
         }
@@ -120,28 +130,28 @@ def pooling(
         check_names(pool, name, LIPPool2d, {*vars(lip), *lip._modules})
         built.append(lip)
     for pool, new in zip(pools, built, strict=True):
-        become(pool, new)
+        replace_in_place(pool, new)
     return model
 
 
 def strided_conv(
-    model: nn.Module, logit: Logit = "bottleneck", *, bottleneck_width: int = 128, filter: Filter | None = None
+    model: nn.Module, logit: Logit = "bottleneck", *, bottleneck_width: int = 128, filter_fn: Filter | None = None
 ) -> nn.Module:
     """Turn every strided `nn.Conv2d` of a finished model into the same one with stride 1, followed by LIP pooling.
 
     The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; see `LIPConv2d`. The convolutions
     keep their `Parameter` objects and state-dict keys, and cost as many times more as their stride has pixels. So patch
-    embeddings, whose kernel is their stride and above 3, are left alone unless there is a `filter` that accepts them.
+    embeddings, whose kernel is their stride and above 3, are left alone unless a `filter_fn` accepts them.
     Fold norms into convolutions and re-parametrise blocks (RepVGG, MobileOne) before: it is an error afterwards.
 
     Args:
         model: Any module; changed in place.
         logit: As in `LIPPool2d`; of a module, each pool gets a copy.
         bottleneck_width: As in `LIPPool2d`.
-        filter: ``filter(module, name) -> bool``, which convolutions to swap; default all but patch embeddings.
+        filter_fn: ``filter_fn(module, name) -> bool``, which convolutions to swap; default all but patch embeddings.
 
     Returns:
-        `model`; unchanged if it already holds a `LIPConv2d` and `filter` accepts no further convolution.
+        `model`; unchanged if it already holds a `LIPConv2d` and `filter_fn` accepts no further convolution.
 
     Raises:
         TypeError: `model` is not a module.
@@ -160,13 +170,13 @@ def strided_conv(
     plain = exactly(nn.Conv2d)
 
     def fits(module: Any) -> bool:
-        wanted = filter is not None or module is model or not _embeds_patches(module)
+        wanted = filter_fn is not None or module is model or not _embeds_patches(module)
         return plain(module) and max(module.stride) > 1 and wanted
 
-    convs = select(model, "strided nn.Conv2d", fits, exactly(LIPConv2d), filter, _conv_like)
+    convs = matching_modules(model, "strided nn.Conv2d", fits, exactly(LIPConv2d), filter_fn, _conv_like)
     for conv, name in convs.items():
         check_names(conv, name, LIPConv2d, ["pool"])
-    pools = [stride_pool(conv, logit, bottleneck_width, placement(conv, "")) for conv in convs]
+    pools = [stride_pool(conv, logit, bottleneck_width, device_and_dtype(conv, "")) for conv in convs]
     for (conv, name), pool in zip(convs.items(), pools, strict=True):
         conv.__class__ = LIPConv2d
         cast(LIPConv2d, conv).take_stride(pool)
@@ -206,7 +216,7 @@ def _refuse_to_fold(model: nn.Module, name: str) -> None:
         block = model.get_submodule(".".join(name.split(".")[:end]))
         for method in FOLDS:
             if _takes_nothing(getattr(type(block), method, None)):
-                vars(block)[method] = Refusal(method, called(name))
+                vars(block)[method] = Refusal(method, format_path(name))
 
 
 def _takes_nothing(method: Any) -> bool:

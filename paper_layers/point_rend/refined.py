@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from paper_layers._core.graft import Grafted, SequentialGraft, Tap, tapped
+from paper_layers._core.graft import Grafted, OutputTap, SequentialGraft, tapped
 from paper_layers._core.tracing import leaf
 from paper_layers.point_rend.mask import PointRendMask
 from paper_layers.point_rend.semantic import PointRendSemantic
@@ -25,7 +25,7 @@ class SemanticHost(Grafted):
 
     _graft_prefix, _graft_added = "PointRend", "point_rend"
     point_rend: PointRendSemantic
-    _point_rend_taps: list[Tap]  # Of the coarse logits, and of the fine features.
+    _point_rend_taps: list[OutputTap]  # Of the coarse logits, and of the fine features.
     _graft_arguments = (Parameter("target", Parameter.KEYWORD_ONLY, default=None),)
 
     def forward(self, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:

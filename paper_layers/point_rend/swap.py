@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paper_layers._core.graft import Tap, graft
-from paper_layers._core.surgery import Filter, check_names, placement, select
-from paper_layers._core.trial import trial_run
+from paper_layers._core.graft import OutputTap, graft
+from paper_layers._core.surgery import Filter, check_names, device_and_dtype, matching_modules
+from paper_layers._core.trial import dry_run
 from paper_layers.point_rend.mask import PointRendMask
 from paper_layers.point_rend.refined import MaskHost, SemanticHost, SequentialHost, logits_of
 from paper_layers.point_rend.semantic import PointRendSemantic
@@ -26,7 +26,7 @@ def pointrend(
     fine: str | Sequence[str] | None = None,
     coarse: str | None = None,
     example_input: Any = None,
-    filter: Filter | None = None,
+    filter_fn: Filter | None = None,
     **options: Any,
 ) -> nn.Module:
     """Turn a finished segmentation model into its PointRend version, which renders object borders sharply.
@@ -61,11 +61,11 @@ def pointrend(
         example_input: A tensor, or a tuple of the host's arguments (of its backbone's for Mask R-CNN) for a run
             that finds the channels, as in `pooling`. Default: two images of 224 x 224 with the channels of the first
             `nn.Conv2d`.
-        filter: ``filter(module, name) -> bool``, which of torchvision's models to swap; default all.
+        filter_fn: ``filter_fn(module, name) -> bool``, which of torchvision's models to swap; default all.
         **options: Further arguments of `PointRendSemantic` or `PointRendMask`: `num_points` and the like.
 
     Returns:
-        `model`; unchanged if it is, or holds, a PointRend version and no other host that `filter` accepts.
+        `model`; unchanged if it is, or holds, a PointRend version and no other host that `filter_fn` accepts.
 
     Raises:
         TypeError: `model` is not a module, names are not strings, or an option is unknown.
@@ -91,9 +91,9 @@ def pointrend(
         return not _done(module) and (_of_torchvision(module) if coarse is None else module is root)
 
     changes = []
-    for host, name in select(model, _WANTED, fits, _done, filter).items():
+    for host, name in matching_modules(model, _WANTED, fits, _done, filter_fn).items():
         build = _masks if _has_masks(host) else _semantic
-        changes.append(build(host, name, fine, coarse, example_input, options, placement(model, name)))
+        changes.append(build(host, name, fine, coarse, example_input, options, device_and_dtype(model, name)))
     for change in changes:
         change()
     return model
@@ -156,7 +156,7 @@ def _semantic(
     def change() -> None:
         host.__class__ = graft(ours, host.__class__)
         host.point_rend = refine.train(host.training)
-        host._point_rend_taps = [Tap(module) for module in (head, *parts)]
+        host._point_rend_taps = [OutputTap(module) for module in (head, *parts)]
 
     return change
 
@@ -198,7 +198,7 @@ def _run(host: nn.Module, modules: Sequence[nn.Module], example_input: Any) -> t
     def watch(module: nn.Module, copied: nn.Module) -> None:
         copied.register_forward_hook(lambda _, args, output: calls.update({module: (args, output)}))
 
-    output, failure = trial_run(host, modules, example_input, watch)
+    output, failure = dry_run(host, modules, example_input, watch)
     if failure is not None:
         raise ValueError(
             f"example_input: expected an input that runs through {type(host).__name__} on the meta device, "

@@ -224,7 +224,7 @@ def test_patch_embeddings_are_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 16, 16))
     swap.strided_conv(model)
     assert [type(m) for m in model] == [nn.Conv2d, LIPConv2d, nn.Conv2d]
-    swap.strided_conv(model, filter=lambda module, name: name == "0")
+    swap.strided_conv(model, filter_fn=lambda module, name: name == "0")
     assert [type(m) for m in model] == [LIPConv2d, LIPConv2d, nn.Conv2d]
     with pytest.raises(
         ValueError, match=r"it has 1 nn.Conv2d with kernel_size equal to stride .*a filter that accepts"

@@ -321,12 +321,12 @@ def test_unknown_classes_are_an_error_and_nothing_is_changed(build: Callable[[],
     kinds = list(map(type, model.modules()))
     with pytest.raises(
         ValueError,
-        match=r"model\.1.*: expected (a batch norm of torch's or timm's own .*filter can leave|a norm that is not sp"
+        match=r"model\.1.*: expected (a batch norm of torch's or timm's own .*filter_fn can leave|a norm that is not sp"
         "|a module that knows its sizes)",
     ):
         swap.split_batch_norm(model)
     assert list(map(type, model.modules())) == kinds
-    swap.split_batch_norm(model, filter=lambda module, name: name == "0")
+    swap.split_batch_norm(model, filter_fn=lambda module, name: name == "0")
     assert type(model[0]) is SplitBatchNorm2d
     assert list(map(type, model[1].modules())) == kinds[2:]
 
@@ -382,8 +382,8 @@ def test_compile() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"expected at least one batch norm to swap, got none in Linear"):
         swap.split_batch_norm(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"that filter accepts \(1 without it\)"):
-        swap.split_batch_norm(network(), filter=lambda module, name: False)
+    with pytest.raises(ValueError, match=r"that filter_fn accepts \(1 without it\)"):
+        swap.split_batch_norm(network(), filter_fn=lambda module, name: False)
     with pytest.raises(TypeError, match="model: expected a Module, got str"):
         swap.split_batch_norm("resnet")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_splits: expected at least 2, got 1"):

@@ -187,7 +187,7 @@ def test_autocast_and_compile() -> None:
 
 def test_filter() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten(), nn.Linear(36, 1), nn.Linear(1, 1))
-    swap.bigan_discriminator(model, LATENT, filter=lambda module, name: name != "3", **SMALL)
+    swap.bigan_discriminator(model, LATENT, filter_fn=lambda module, name: name != "3", **SMALL)
     assert model.big_bigan.feature_dim == 36
 
 
@@ -207,9 +207,9 @@ class Unused(Dense):
         ),
         (lambda: swap.bigan_discriminator(nn.Linear(3, 1), 3), ValueError, "got none in Linear"),
         (
-            lambda: swap.bigan_discriminator(dcgan(), 3, filter=lambda m, n: False),
+            lambda: swap.bigan_discriminator(dcgan(), 3, filter_fn=lambda m, n: False),
             ValueError,
-            r"that filter accepts \(1 without it\)",
+            r"that filter_fn accepts \(1 without it\)",
         ),
         (lambda: swap.bigan_discriminator(dcgan(), 3, terms=("xz",)), ValueError, "terms: expected 'x' among them"),
         (lambda: swap.bigan_discriminator(dcgan(), 3, terms=("x", "y")), ValueError, "terms: .* got 'y'"),

@@ -193,7 +193,7 @@ def test_trains_on_a_sparse_adjacency(network: str, aggr: str) -> None:
 
 
 def test_filter_and_nothing_to_swap() -> None:
-    host = swap.graph_conv(unpickled(DGCNN()), filter=lambda module, name: name == "conv2")
+    host = swap.graph_conv(unpickled(DGCNN()), filter_fn=lambda module, name: name == "conv2")
     assert (type(host.conv1), type(host.conv2)) == (pyg.DynamicEdgeConv, fused.DynamicEdgeConv)
     with pytest.raises(ValueError, match="at least one PyG EdgeConv or DynamicEdgeConv to swap, got none in Linear"):
         swap.graph_conv(nn.Linear(2, 2))

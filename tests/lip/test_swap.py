@@ -112,7 +112,7 @@ def test_detector() -> None:
     """The backbone runs before the data-dependent part that the meta device cannot run."""
     build = torchvision.models.detection.maskrcnn_resnet50_fpn
     model = build(weights=None, weights_backbone=None, min_size=64, max_size=64)
-    swap.pooling(model.backbone, logit="simplified", filter=lambda module, name: name == "body.maxpool")
+    swap.pooling(model.backbone, logit="simplified", filter_fn=lambda module, name: name == "body.maxpool")
     swap.strided_conv(model.backbone, logit="projection")
     assert count(model, LIPPool2d) == 8
     target = {
@@ -312,7 +312,7 @@ class Shared(nn.Module):
 @BOTH
 @pytest.mark.parametrize("place", ["a", "b"])
 def test_shared_modules(surgery: Surgery, place: str) -> None:
-    model = surgery(Shared(), filter=lambda module, name: name.startswith(place))
+    model = surgery(Shared(), filter_fn=lambda module, name: name.startswith(place))
     assert count(model, LIPPool2d) == 1
     assert all(a is b is c for a, b, c in zip(model.a, model.b, model.plain, strict=True))
     assert model(images(1, 4, 64, 64)).shape == (1, 4, 1, 1)
@@ -334,7 +334,7 @@ def test_filter(surgery: Surgery) -> None:
         seen.append((type(module), name))
         return name.startswith("2.")
 
-    surgery(model, filter=second)
+    surgery(model, filter_fn=second)
     kind, last = (nn.MaxPool2d, "4") if surgery is swap.pooling else (nn.Conv2d, "0")
     assert sorted(seen, key=str) == [(kind, f"0.{last}"), (kind, f"2.{last}")]
     assert count(model[0], LIPPool2d) == 0
@@ -346,7 +346,7 @@ def test_idempotent(surgery: Surgery) -> None:
     model = surgery(sequential())
     modules, state = list(model.modules()), {k: v.clone() for k, v in model.state_dict().items()}
     for filter in (None, lambda module, name: type(module) is nn.MaxPool2d or module.stride == (2, 2)):
-        assert surgery(model, filter=filter) is model
+        assert surgery(model, filter_fn=filter) is model
     assert list(model.modules()) == modules
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
 
@@ -479,8 +479,8 @@ def test_nothing_to_swap(surgery: Surgery) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), MyMaxPool(2), nn.AdaptiveAvgPool2d(1))
     with pytest.raises(ValueError, match=f"model: expected at least one {wanted}.* to swap, got none in Sequential"):
         surgery(model)
-    with pytest.raises(ValueError, match=r"that filter accepts \(1 without it\), got none"):
-        surgery(sequential(), filter=lambda module, name: False)
+    with pytest.raises(ValueError, match=r"that filter_fn accepts \(1 without it\), got none"):
+        surgery(sequential(), filter_fn=lambda module, name: False)
     with pytest.raises(TypeError, match="model: expected a Module, got str"):
         surgery("resnet50")
 
@@ -498,7 +498,7 @@ def test_pool_without_counterpart(pool: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=rf"model\.1: {message}"):
         swap.pooling(model)
     assert count(model, LIPPool2d) == 0
-    assert swap.pooling(model, filter=lambda module, name: name != "1")[1] is pool
+    assert swap.pooling(model, filter_fn=lambda module, name: name != "1")[1] is pool
     assert type(pool) is not LIPPool2d
 
 

@@ -460,7 +460,7 @@ def lraspp() -> nn.Module:
 
 def test_inner_hosts_and_filter() -> None:
     model: Any = nn.ModuleDict({"a": lraspp(), "b": lraspp(), "net": Net()})
-    swap.pointrend(model, filter=lambda module, name: name == "b", **FEW)
+    swap.pointrend(model, filter_fn=lambda module, name: name == "b", **FEW)
     assert [hasattr(model[key], "point_rend") for key in model] == [False, True, False]
     swap.pointrend(model)
     assert [hasattr(model[key], "point_rend") for key in model] == [True, True, False]
@@ -504,7 +504,7 @@ class Same(Net):
         (Net, {**NAMES, "example_input": torch.zeros(2, 4, 9, 9)}, ValueError, r"example_input: .*Net.*RuntimeError"),
         (Net, {**NAMES, "points": 3}, TypeError, r"unexpected keyword argument 'points'"),
         (Net, {**NAMES, "num_points": 0}, ValueError, r"num_points: expected at least 1, got 0"),
-        (Net, {**NAMES, "filter": lambda module, name: False}, ValueError, r"filter accepts \(1 without it\)"),
+        (Net, {**NAMES, "filter_fn": lambda module, name: False}, ValueError, r"filter_fn accepts \(1 without it\)"),
         (str, {}, TypeError, r"model: expected a Module, got str"),
     ],
 )
