@@ -31,6 +31,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/python -m testing.sentences
 
 bench: $(KERNELS) $(PEERS)
 	$(BIN)/python -m benchmarks.micro.lip --json benchmarks/results/lip_cpu.json
