@@ -1,4 +1,4 @@
-"""Whether autocast is on, and a way around it that costs little where it is off."""
+"""Turn autocast off, at no cost when it is off already."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def autocasts(kind: str) -> bool:
-    """Whether autocast is on for this type of device."""
+    """Return whether autocast is on for this device type."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Off on this type of device."""
+    """Disable autocast on this device type."""
     return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()

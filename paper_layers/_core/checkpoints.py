@@ -1,4 +1,4 @@
-"""Published checkpoints into modules of this package: what the papers' `load_official` share."""
+"""Load published checkpoints into modules of this package, for the papers' `load_official`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load(
     adapt: Callable[[str, Tensor], Tensor] = lambda name, value: value,
     meant: Callable[[str], bool] = lambda key: True,
 ) -> _Module:
-    """Load an official state dict, or nothing at all where it does not fit.
+    """Load an official state dict; change nothing if it does not fit.
 
     `names` gives the names that an official key may have here; the first that exists here and is not yet taken is used.
     `adapt` turns a value into the one that belongs under a name here. `meant` says which keys are for this module; the
@@ -62,7 +62,7 @@ def load(
 
 
 def _entries(state_dict: StateDict) -> dict[str, Any]:
-    """The names and values of a state dict or of a file that holds one, out of what is wrapped around it."""
+    """Return the names and values of a state dict, or of a file that holds one under the usual wrappers."""
     found: Any = read(state_dict) if isinstance(state_dict, str | os.PathLike) else state_dict
     for wrapper in ("state_dict", "model"):
         if isinstance(found, Mapping) and wrapper in found:
@@ -72,7 +72,7 @@ def _entries(state_dict: StateDict) -> dict[str, Any]:
     for key in found:
         if not isinstance(key, str):
             raise TypeError(f"state_dict: expected strings as keys, got {key!r}")
-    # torch.compile puts this before the keys of a module that it compiles.
+    # torch.compile puts this prefix before the keys of a compiled module.
     entries = {key.replace("_orig_mod.", ""): value for key, value in found.items()}
     if all(key.startswith("module.") for key in entries):
         return {key.removeprefix("module."): value for key, value in entries.items()}
@@ -80,7 +80,7 @@ def _entries(state_dict: StateDict) -> dict[str, Any]:
 
 
 def _plain(value: Tensor, own: Tensor) -> Tensor:
-    """The value, if it can be copied to a parameter or buffer as it is."""
+    """Return the value if it can be copied to the parameter or buffer as it is."""
     if own.is_meta:
         raise ValueError("which a module on the meta device can't hold: move it with to_empty first")
     if value.layout != torch.strided or value.is_quantized or value.is_nested:

@@ -1,4 +1,4 @@
-"""Argument checks that the ops share: each error names the argument, what was expected and what came."""
+"""Argument checks. Each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_integer(value: Any) -> bool:
-    """Return whether a value is a whole number as torch's functions take it: also one of NumPy's, but no bool."""
+    """Return whether a value is an integer as torch's functions take it: NumPy's integers are, bools are not."""
     if isinstance(value, bool | Tensor):
         return False
     if isinstance(value, int | torch.SymInt):
@@ -27,7 +27,7 @@ def is_integer(value: Any) -> bool:
 
 
 def pair(name: str, value: Any, minimum: int) -> list[int]:
-    """Return an integer, alone or in a list as torch takes it, or a pair, each at least `minimum`, as a list of two."""
+    """Return two integers of at least `minimum`, from a pair, or from one integer alone or in a list."""
     both = list(value) if isinstance(value, tuple | list) else [value]
     both = both * 2 if len(both) == 1 else both
     if len(both) != 2 or not all(is_integer(v) for v in both):
@@ -39,7 +39,7 @@ def pair(name: str, value: Any, minimum: int) -> list[int]:
 
 
 def floating(name: str, value: Tensor) -> None:
-    """Check for a tensor of one of the dtypes that the kernels compute in."""
+    """Check for a tensor of one of the kernels' dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
@@ -54,7 +54,7 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def shape(name: str, value: Tensor, *forms: tuple[int | str, ...]) -> None:
-    """Check for one of several shapes, in which names stand for any size and a last "..." for any more dimensions."""
+    """Check for one of several shapes. Names stand for any size, a last "..." for any number of dimensions."""
     sizes = value.shape
     for form in forms:
         if form[-1] == "...":
@@ -88,7 +88,7 @@ def integer(name: str, value: Any, minimum: int) -> int:
 
 
 def positive(**values: Any) -> tuple[int, ...]:
-    """Return integers of at least 1, by the names of their arguments, as ints."""
+    """Return integers of at least 1 as ints; each keyword names its argument."""
     return tuple(integer(name, value, 1) for name, value in values.items())
 
 
@@ -113,7 +113,7 @@ def features(name: str, value: Tensor, count: int) -> None:
 
 
 def number(name: str, value: Any) -> float:
-    """Return a number, whole or not, as an int or a float."""
+    """Return a number as an int or a float."""
     if isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, bool):
         return cast(float, value)
     if is_integer(value):
@@ -124,7 +124,7 @@ def number(name: str, value: Any) -> float:
 
 
 def int64(name: str, value: Tensor, *sizes: int | str) -> Tensor:
-    """Return an int64 or int32 tensor of these sizes, where names stand for any, as int64."""
+    """Return an int64 or int32 tensor as int64; sizes are numbers, or names for any size."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected an int64 Tensor, got {getattr(value, 'dtype', type(value).__name__)}")
     shape(name, value, sizes)
@@ -132,7 +132,7 @@ def int64(name: str, value: Tensor, *sizes: int | str) -> Tensor:
 
 
 def neighbors(name: str, value: Tensor, *sizes: int | str) -> Tensor:
-    """Return a table of neighbours as int64: of these sizes, where names stand for any, and k columns."""
+    """Return a table of neighbours, with a last dimension k, as int64; sizes as in `int64`."""
     return int64(name, value, *sizes, "k")
 
 

@@ -21,7 +21,7 @@ _makers: dict[str, Callable[[int], tuple[Any, Any]]] = {}
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _make_functions(name: str, count: int) -> None:
-    """Make the Functions for so many tensors, unless they are there: torch.compile traces no class definition."""
+    """Make the Functions for so many tensors, unless they exist. torch.compile cannot trace a class definition."""
     if not hasattr(_functions, f"{name}_{count}"):
         functions = _makers[name](count)
         setattr(_functions, f"{name}_{count}", functions[0])
@@ -80,7 +80,7 @@ def differentiable(
 
 
 def _is_constant(arguments: tuple[Any, ...]) -> bool:
-    """Whether nothing needs a gradient, nor a rule for a transform."""
+    """Return whether nothing needs a gradient or a transform's rule."""
     if torch.compiler.is_compiling() or _torch_private.in_transform():
         return False
     if torch.is_grad_enabled():
@@ -164,7 +164,7 @@ def _make(
         @staticmethod
         def setup_context(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
             *tensors, ctx.settings = arguments
-            # The outputs are functions of the inputs: their share is in the inputs' gradients.
+            # Outputs are functions of the inputs, so the inputs' gradients include their share.
             ctx.save_for_backward(*tensors[: len(tensors) - len(exposed)])
             ctx.unused = len(exposed) + 1
 
@@ -196,7 +196,7 @@ def _sign(function: Any, count: int) -> None:
 def _differentiate(
     formula: Any, along: tuple[Any, ...], tensors: tuple[Any, ...], settings: tuple[Any, ...], needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The gradients of `formula`'s results times `along` with respect to the tensors that need one."""
+    """Return the gradients of `formula`'s results times `along` with respect to the tensors that need one."""
     wanted = [i for i, (tensor, need) in enumerate(zip(tensors, needs, strict=False)) if need and tensor is not None]
 
     def of_wanted(*values: Tensor) -> tuple[Tensor, ...]:
@@ -214,7 +214,7 @@ def _differentiate(
 
 
 def _save(ctx: Any, inputs: list[Any], kept: list[Tensor], exposed: list[Tensor]) -> None:
-    """Save tensors for the backward, also outputs that layers which follow may write over.
+    """Save tensors for the backward, including outputs that later layers may write over.
 
     Torch refuses a backward that finds a saved output changed. Here the output is kept with its version, unless
     hooks wait for what is saved, as in checkpointing and off-loading: they would not see it.
@@ -236,7 +236,7 @@ def _save(ctx: Any, inputs: list[Any], kept: list[Tensor], exposed: list[Tensor]
 
 
 def _load(ctx: Any, again: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    """Return what `_save` saved: exposed outputs that were written to, or not kept, are computed again."""
+    """Return the saved tensors; compute exposed outputs again if they were written to or not kept."""
     tensors: tuple[Any, ...] = ctx.saved_tensors
     if ctx.complete:
         return tensors

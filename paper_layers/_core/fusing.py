@@ -67,7 +67,7 @@ def readable(layer: Any, *kinds: type[nn.Module]) -> bool:
 
 
 def parameter_dtype(layer: nn.Module, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype of the layer's floating parameters, whatever it wraps; `otherwise` where it doesn't have any."""
+    """Return the dtype of the layer's floating parameters, or `otherwise` if it has none."""
     for parameter in layer._parameters.values():  # The usual case, without the walk through all modules.
         if parameter is not None and parameter.is_floating_point():
             return parameter.dtype
@@ -75,7 +75,7 @@ def parameter_dtype(layer: nn.Module, otherwise: torch.dtype) -> torch.dtype:
 
 
 def method(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The module's method of this name. FSDP2 gathers a sharded module's parameters around it, as around `forward`."""
+    """Return the method of this name, around which FSDP2 gathers sharded parameters as around `forward`."""
     if hasattr(type(module), "unshard") and name not in module.__dict__:
         from torch.distributed.fsdp import register_fsdp_forward_method
 

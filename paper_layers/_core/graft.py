@@ -1,4 +1,4 @@
-"""Finished models that get a class of ours before their own, and hooks that see what they compute within."""
+"""Put a class of ours before a finished model's class, and tap the outputs of its submodules."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Grafted(nn.Module):
     _graft_arguments: tuple[Parameter, ...] = ()  # Arguments that our forward adds to the host's.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the two classes: the one that is made of them cannot be found by its name."""
+        """Pickle the two classes: pickle cannot find the class made of them by its name."""
         return (_blank, type(self).__bases__, *super().__reduce_ex__(max(protocol, 2))[2:])
 
 
 class SequentialGraft(Grafted):
-    """Mixin for an `nn.Sequential`: its forward calls its own children in turn, and not the child that we add."""
+    """Mixin for an `nn.Sequential`: its forward calls its own children in turn, not the added one."""
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([module for name, module in self.named_children() if name != self._graft_added])
@@ -38,7 +38,7 @@ class SequentialGraft(Grafted):
 
 @functools.cache
 def graft(ours: Any, host: Any) -> Any:
-    """The host's class with ours before it, and a forward with the signature of the host's."""
+    """Return the host's class with ours before it, and a forward with the host's signature."""
     members = {"__module__": ours.__module__, "__doc__": ours.__doc__}
     if ours._graft_arguments:
         members["forward"] = _with_names(ours.forward, host.forward, ours._graft_arguments)
@@ -46,7 +46,7 @@ def graft(ours: Any, host: Any) -> Any:
 
 
 def _with_names(function: Any, host: Any, added: tuple[Parameter, ...]) -> Any:
-    """Return a function that has the host's arguments and some more, and hands them on to another one.
+    """Return a function with the host's arguments and some more, which passes them to another function.
 
     Tools find their names by `inspect.signature`, and torch.fx finds them in the code itself.
     """
@@ -68,7 +68,7 @@ def _with_names(function: Any, host: Any, added: tuple[Parameter, ...]) -> Any:
 
 
 def _passed(parameters: list[Parameter]) -> Iterator[str]:
-    """Yield the arguments of a call that hands these on: options by name, as decorators of a host look for them."""
+    """Yield the arguments of a call that passes these on, options by name as a host's decorators expect."""
     starred = any(p.kind is p.VAR_POSITIONAL for p in parameters)  # Then names would come in the way.
     for p in parameters:
         stars = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
@@ -82,7 +82,7 @@ def _blank(ours: Any, host: Any) -> Any:
 
 
 class OutputTap:
-    """A forward hook that hands a module's output over to the model around it, while that one runs and no longer.
+    """A forward hook that keeps a module's output for the rest of the enclosing model's forward pass.
 
     Each thread has its own. Of several calls the last counts.
     """
@@ -97,21 +97,21 @@ class OutputTap:
             self.outputs[_thread()] = self.kept(args, output), torch.is_grad_enabled()
 
     def kept(self, args: Any, output: Any) -> Any:
-        """Return what to hand over of a call."""
+        """Return what to keep of a call."""
         return output
 
     def open(self) -> None:
         self.outputs[_thread()] = None, True
 
     def close(self) -> tuple[Any, bool]:
-        """Return what was kept, and whether gradients were on where it was made."""
+        """Return the kept value, and whether gradients were enabled when it was computed."""
         return self.outputs.pop(_thread())
 
 
 def tapped(
     taps: Sequence[OutputTap], forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, list[Any]]:
-    """Call a host's forward; return its output, and what the taps have seen within."""
+    """Call a host's forward; return its output, and what the taps kept."""
     for tap in taps:
         tap.open()
     try:
@@ -134,7 +134,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _recomputes(output: Any) -> bool:
-    """Return whether a reentrant checkpoint has made something that the output comes from."""
+    """Return whether the output depends on a reentrant checkpoint."""
     nodes: list[Any] = [tensor.grad_fn for tensor in _tensors(output)]
     found = set()
     while nodes:
@@ -149,7 +149,7 @@ def _recomputes(output: Any) -> bool:
 
 
 def _traced(tracer: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function under torch.fx, which runs no hooks of the modules that become one node: run the taps."""
+    """Call a function and run the taps under torch.fx, which skips the hooks of modules that are one node."""
     call_module = tracer.call_module
 
     def show(module: nn.Module, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The order of images' elements in memory."""
+"""Memory formats of images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def memory_format(input: Tensor) -> torch.memory_format:
-    """The layout of the outputs: channels_last where the input has it and is not contiguous as well."""
+    """Return the outputs' memory format: channels_last if the input is, and is not contiguous too."""
     if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format

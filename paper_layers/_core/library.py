@@ -1,4 +1,4 @@
-"""The operator library: schemas are defined here, compiled kernels are loaded into it."""
+"""The operator library: define ops, and load the compiled kernels."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def define(
 
 
 def _without_negative_bits(op: Any) -> Callable[..., Any]:
-    """An op that writes to its arguments, where torch negates one of them lazily: what torch does itself fails then."""
+    """Wrap an op that writes to its arguments for lazily negated tensors, on which torch's own fallback fails."""
     written = [argument.is_write for argument in op._schema.arguments]
 
     def call(*arguments: Any) -> Any:

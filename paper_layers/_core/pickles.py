@@ -1,4 +1,4 @@
-"""Checkpoint files with arrays of NumPy, read without running anything that is in them.
+"""Read checkpoint files with NumPy arrays without running anything in them.
 
 A pickle names functions, with their arguments, for whoever reads it to call. Here the few names that arrays are made of
 mean stand-ins of this file, and all others are refused. So neither NumPy nor anything else is called.
@@ -25,7 +25,7 @@ _DTYPES = {
 
 
 class Array:
-    """An array or a number of NumPy, as it stands in a pickle."""
+    """A NumPy array or number as a pickle stores it."""
 
     shape: Any = ()
     dtype: Any = None
@@ -36,7 +36,7 @@ class Array:
         *_, self.shape, self.dtype, self.columns_first, self.data = state
 
     def tensor(self) -> Tensor:
-        """The array as a tensor."""
+        """Return the array as a tensor."""
         code, order = self.dtype.code, self.dtype.order
         if code not in _DTYPES:
             raise ValueError(f"an array of NumPy's dtype {code!r}")
@@ -63,7 +63,7 @@ def is_array(value: Any) -> bool:
 
 
 def to_tensor(value: Any) -> Tensor:
-    """A tensor, or an array of NumPy's or of a pickle as one."""
+    """Return a tensor, or a NumPy or pickled array as a tensor."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Array):
@@ -75,7 +75,7 @@ def to_tensor(value: Any) -> Tensor:
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """The content of a file of torch.save's or of pickle's: tensors, arrays, numbers, strings, containers.
+    """Return the content of a file that torch.save or pickle wrote: tensors, arrays, numbers, strings, containers.
 
     Raises:
         pickle.UnpicklingError: There is anything else in it, or it is neither.
@@ -116,7 +116,7 @@ def _unpickle(path: str | os.PathLike[str], stand_ins: dict[str, Any]) -> Any:
 
 
 def _stand_ins() -> dict[str, Any]:
-    """By the names in NumPy, made anew for each file: a pickle can set attributes of what it names."""
+    """Return stand-ins by NumPy's names, new for each file, as a pickle can set attributes of what it names."""
 
     class Dtype:
         order = "|"
@@ -144,13 +144,13 @@ def _stand_ins() -> dict[str, Any]:
         return from_buffer(data, dtype, (), "C")
 
     def encode(text: str, encoding: str) -> bytes:
-        """As old protocols write bytes."""
+        """Decode bytes as old protocols write them."""
         if encoding != "latin1":
             raise pickle.UnpicklingError(f"state_dict: expected bytes in latin1, got {encoding}")
         return text.encode("latin1")
 
     def empty(data: bytes = b"") -> bytes:
-        """None, which old protocols write as a call; a number would ask for as much memory."""
+        """Return None, which old protocols write as a call; a number would allocate that much memory."""
         return bytes(memoryview(data))
 
     names = {"numpy.dtype": Dtype, "numpy.ndarray": Made, "_codecs.encode": encode}

@@ -1,4 +1,4 @@
-"""Clouds of different sizes one after the other: where each of them starts."""
+"""Clouds of different sizes in one tensor, and where each of them starts."""
 
 from __future__ import annotations
 

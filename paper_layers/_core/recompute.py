@@ -1,4 +1,4 @@
-"""Tell a forward pass from its repetition under checkpointing, and repeat it in the contexts that it ran in."""
+"""Detect recomputed forward passes under checkpointing, and run them in their original contexts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Context = Callable[[], AbstractContextManager[None]]
 
 def recomputing() -> bool:
     """Return True where `torch.utils.checkpoint` computes a forward pass again for its backward."""
-    # Only a backward has a graph task. A compiled graph moves statistics by its own rules.
+    # A compiled graph moves statistics by its own rules.
     return not torch.compiler.is_compiling() and in_backward()
 
 
@@ -34,7 +34,7 @@ _open = _Open()
 
 @contextmanager
 def reopened(context: Context) -> Iterator[None]:
-    """Enter ``context()``, and enter it again wherever a function that is checkpointed within it is recomputed."""
+    """Enter ``context()``, and enter it again when a function checkpointed inside it is recomputed."""
     if torch.compiler.is_compiling():  # The compiled graph holds its own recomputation.
         with context():
             yield
@@ -64,7 +64,7 @@ def _in_open_contexts(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _watch_checkpoints() -> None:
-    """Let torch's two forms of checkpointing keep the open contexts with what they recompute."""
+    """Make torch's two forms of checkpointing keep the open contexts with the functions they recompute."""
     frame: Any = CheckpointFrame
     reentrant: Any = CheckpointFunction
     make_frame, forward = frame.__init__, reentrant.forward

@@ -1,4 +1,4 @@
-"""What every surgery does: choose modules and change them where they stand."""
+"""Choose the modules of a surgery and replace them in place."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def matching_modules(
     filter_fn: Filter | None,
     resembles: Callable[[Any], str | None] = lambda module: None,
 ) -> dict[Any, str]:
-    """The modules that fit and that `filter_fn` accepts, each with the name that it was accepted under.
+    """Return the modules that fit and that `filter_fn` accepts, each with its accepted name.
 
-    Empty if there is none, but one that is `done`, by an earlier swap. `resembles` says what to call a module in an
-    error that could be meant, but does not fit.
+    Return nothing if the only matches are `done`, by an earlier swap. `resembles` names a module that does not fit but
+    may be what the user meant, for the error.
     """
     check_free(model)
     everything = list(model.named_modules(remove_duplicate=False))
@@ -68,7 +68,7 @@ def _passed_over(names: Iterable[str | None]) -> str:
 
 
 def exactly(*kinds: type[nn.Module]) -> Callable[[Any], bool]:
-    """Whether a module is of one of these classes. Subclasses compute something else and are left alone."""
+    """Return a test for modules of exactly these classes; subclasses may compute something else."""
     return lambda module: type(module) in kinds
 
 
@@ -77,7 +77,7 @@ def format_path(name: str) -> str:
 
 
 def check_names(module: nn.Module, name: str, ours: type[nn.Module], added: Iterable[str] = ()) -> None:
-    """Refuse a module with attributes of the user's whose names its new class, or what that adds, has need of."""
+    """Refuse a module with user attributes whose names the new class needs."""
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     found = {n for n in added if hasattr(module, n)} | own & {*dir(ours)} - {*dir(type(module))}
     for taken in sorted(found - {*getattr(type(module), "__constants__", ()), *_OF_ALL_MODULES}):
@@ -88,7 +88,7 @@ def check_names(module: nn.Module, name: str, ours: type[nn.Module], added: Iter
 
 
 def replace_in_place(old: Any, new: nn.Module) -> None:
-    """Turn `old` into `new` where it stands. It keeps its mode, hooks (the very dictionaries) and the user's own state.
+    """Turn `old` into `new` in place. It keeps its mode, its hooks (the same dictionaries) and the user's attributes.
 
     The arguments of the old class, its `__constants__`, are dropped.
     """
@@ -104,7 +104,7 @@ def replace_in_place(old: Any, new: nn.Module) -> None:
 
 
 def device_and_dtype(model: nn.Module, name: str) -> dict[str, Any]:
-    """Device and dtype of the module's parameters, or of the nearest ones around it."""
+    """Return device and dtype of the module's parameters, or of the nearest parameters around it."""
     module = model.get_submodule(name)
     for tensor in chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():

@@ -1,4 +1,4 @@
-"""Modules and functions that torch.fx goes around, as it goes around torch's own."""
+"""Modules and functions that torch.fx keeps as one node, like torch's own."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def leaf(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def tracer_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The tracer of the first traced argument, or None."""
+    """Return the tracer of the first traced argument, or None."""
     values = (*args, *kwargs.values()) if kwargs else args
     if has_torch_function(values):  # Plain tensors have none, and this asks without a loop in Python.
         for value in values:

@@ -1,4 +1,4 @@
-"""A run of a model that tells shapes."""
+"""Run a model to learn the shapes inside it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def dry_run(
     watch: Callable[[M, M], Any],
     enough: Callable[[], bool] = lambda: False,
 ) -> tuple[Any, Exception | None]:
-    """Run a copy of the model on the meta device: no data, no random numbers, no hooks but those that are set here.
+    """Run a copy of the model on the meta device, without data, random numbers or hooks except those set here.
 
     A run that breaks off is tried again in evaluation mode, as detectors want targets in training. Some hosts live by
     their hooks, or by their data: at last the model itself runs in evaluation mode, once, and is as before afterwards.
@@ -82,7 +82,7 @@ def _try(
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    """A copy of a tensor, of zeros where there is no data."""
+    """Return a copy of a tensor, or zeros if it has no data."""
     if _META in (device, tensor.device):
         return torch.zeros_like(tensor, device=device)
     return tensor.detach().clone().to(device)
@@ -104,7 +104,7 @@ def _copied(model: nn.Module, modules: Iterable[M]) -> Iterator[Ready[M]]:
 
 @contextmanager
 def _itself(model: nn.Module, modules: Iterable[M]) -> Iterator[Ready[M]]:
-    """Yield the model, and put back all attributes of its modules, and what is in them."""
+    """Yield the model, then restore all attributes of its modules and their contents."""
     devices = [tensor.device for tensor in chain(model.parameters(), model.buffers())]
     held = [own for module in model.modules() for own in (vars(module), *vars(module).values())]
     containers: list[Any] = [own for own in held if type(own) in (dict, OrderedDict, list, set)]
@@ -123,7 +123,7 @@ def _itself(model: nn.Module, modules: Iterable[M]) -> Iterator[Ready[M]]:
 
 
 def _guess_inputs(model: nn.Module) -> Iterator[Tensor]:
-    """The input size that timm states for its model, and two images with the channels of the first convolution."""
+    """Yield timm's input size for its model, and two images with the first convolution's channels."""
     dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
     known = getattr(model, "pretrained_cfg", None)
     if isinstance(known, Mapping) and known.get("input_size"):

@@ -1,4 +1,4 @@
-"""Refuse values that are out of range, on accelerators without waiting for them."""
+"""Refuse values out of range, without synchronizing on accelerators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *WI
 
 
 def _limits(values: Tensor, low: float, other: float | None) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value that is not `other`; NaN if one is."""
+    """Return the smallest and the largest value other than `other`; NaN if a value is NaN."""
     return (values if other is None else values.where(values != other, low)).aminmax()
 
 
@@ -43,7 +43,7 @@ _op = define(
     "values_within(Tensor values, Scalar low, Scalar high, Scalar? other, str expected) -> Tensor",
     _within,
     _within_fake,
-    decompose=lambda values, *rest: values.clone(),  # What ONNX export writes does not check.
+    decompose=lambda values, *rest: values.clone(),  # ONNX export writes no check.
     vmap=lambda op, _, in_dims, arguments: (op(*arguments), in_dims[0]),
 )
 library.impl("values_within", _within_cuda, "CUDA")
@@ -70,7 +70,7 @@ def within(name: str, values: Tensor, low: float, high: float, expected: str, *,
 
 
 def labels(name: str, values: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
-    """A copy of int64 labels, each of which is a class, from 0 to `classes` - 1, or `ignore_index`."""
+    """Return a copy of int64 labels; each must be a class from 0 to `classes` - 1, or `ignore_index`."""
     ignored = "" if ignore_index is None else f" or ignore_index, {ignore_index}"
     expected = f"classes from 0 to {classes - 1}{ignored}"
     return within(name, values, 0, classes - 1, expected, other=ignore_index)

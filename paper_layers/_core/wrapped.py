@@ -1,4 +1,4 @@
-"""Find out what a model is wrapped in, so that no surgery changes it behind the wrapper's back."""
+"""Detect wrappers of a model that a surgery must not change it under."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParalle
 
 
 def check_free(model: nn.Module) -> None:
-    """Refuse what is no module, is scripted, or what a wrapper holds that has counted its parameters already."""
+    """Refuse non-modules, scripted modules, and models in a wrapper that has registered their parameters."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Module, got {type(model).__name__}")
     for name, module in model.named_modules():

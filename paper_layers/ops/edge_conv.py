@@ -19,7 +19,7 @@ class EdgeMax(NamedTuple):
     """The kept edge of each node, and the statistics of all edges.
 
     Attributes:
-        output: Of the shape and dtype of `center`.
+        output: Same shape and dtype as `center`.
         mean: Shape (C,), or (0,) where not wanted.
         var: The biased variance, likewise.
     """
@@ -35,7 +35,7 @@ def _activate(z: Tensor, slope: Tensor) -> Tensor:
 
 
 def _edges(center: Tensor, neighbor: Tensor, index: Tensor, column: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One edge of each node, and where there is one: nothing of size M x k x C."""
+    """Return one edge of each node, and where it exists, without a tensor of size M x k x C."""
     return center.to(dtype) + neighbor[index[:, column].clamp(min=0)].to(dtype), index[:, column, None] >= 0
 
 
@@ -59,7 +59,7 @@ def _columns(index: Tensor, neighbor: Tensor) -> range:
 
 
 def _kept(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None) -> Tensor:
-    """Each node's largest edge, or smallest."""
+    """Return each node's largest edge, or smallest."""
     best = torch.zeros_like(center, dtype=slope.dtype)
     found = index.new_zeros(index.shape[0], 1, dtype=torch.bool)
     for column in _columns(index, neighbor):
@@ -112,7 +112,7 @@ def _backward_reference(
         found = found | chosen
         part = grad.to(dtype).where(chosen, 0)
         if len(mean):
-            # An infinite mean leaves no edge a gradient.
+            # With an infinite mean, no edge has a gradient.
             part = part + ((grad_mean + 2 * grad_var * (y - mean + (mean - mean))) / count).where(there, 0)
         slanted = part * torch.where(z > 0, 1, slope)
         grad_center = grad_center + slanted

@@ -1,4 +1,4 @@
-"""Neighbours within clouds as neighbours in all rows: the op, and a check that others share."""
+"""Convert neighbours within clouds to neighbours in all rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from paper_layers._core.vmap import one_by_one
 
 
 def check_rows(index: Tensor, rows: int) -> None:
-    """Refuse what is neither a row nor -1, as the kernels do; reads the data."""
+    """Refuse numbers that are neither a row nor -1, as the kernels do; reads the data."""
     wrong = (index < -1) | (index >= rows)
     if wrong.any():
         raise RuntimeError(f"index: expected -1 or a row below {rows}, got {int(index[wrong][0])}")
@@ -34,7 +34,7 @@ _op = define("flat_index(Tensor index, SymInt rows) -> Tensor", _reference, _fak
 def flat_index(index: Tensor, rows: int) -> Tensor:
     """Convert neighbours (B, M, k) within clouds of so many rows to neighbours (B M, k) in all rows; -1 stays.
 
-    An index outside its own cloud is an error: it must not be taken for a row of the next one.
+    An index outside its own cloud is an error, not a row of the next cloud.
     """
     flat: Tensor = _op(index, rows)
     return flat

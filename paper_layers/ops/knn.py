@@ -34,7 +34,7 @@ class Neighbors(NamedTuple):
 
 
 class _Cloud(NamedTuple):
-    """Rows of queries and of points that belong together, and what their indices start from."""
+    """The rows of a cloud's queries and points, and the offset of its indices."""
 
     query: slice
     points: slice
@@ -47,7 +47,7 @@ def _check_ptr(query: Tensor, points: Tensor, query_ptr: Tensor, points_ptr: Ten
 
 
 def _clouds(query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr: Tensor | None) -> Iterator[_Cloud]:
-    """The clouds of flattened rows: indices count from the cloud's start in (B, N, C), from 0 in ragged rows."""
+    """Yield the clouds of flattened rows. Indices count within the cloud for (B, N, C), in all rows otherwise."""
     if query_ptr is None or points_ptr is None:
         m, n = query.shape[1], points.shape[1]
         for b in range(query.shape[0] if m else 0):
@@ -60,7 +60,7 @@ def _clouds(query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr:
 
 
 def _pairwise(query: Tensor, points: Tensor, inner: bool) -> Tensor:
-    """Distances (M, N) in float64, from differences, so that nothing cancels.
+    """Return distances (M, N) in float64, from differences, so that nothing cancels.
 
     All implementations add channels in this order, so that equal distances are equal in each of them: four sums, over
     channels 0, 4, 8 ..., over 1, 5, 9 ... and so on, come after the channels beyond a multiple of four.
@@ -101,7 +101,7 @@ def _reference(
             found = _pairwise(mine[start : start + step], others, inner)
             if not include_self:
                 found.diagonal(start).fill_(torch.nan)
-            # Sorting puts NaN last: what is NaN is nobody's neighbour.
+            # Sorting puts NaN last; a point at distance NaN is no neighbour.
             ordered, order = found.sort(dim=1, stable=True)
             ordered, order = (t[:, wanted[wanted < t.shape[1]]] for t in (ordered, order))
             valid = ~ordered.isnan()
@@ -126,7 +126,7 @@ def _backward_reference(
     rows, targets = query.flatten(0, -2).to(weight.dtype), points.flatten(0, -2).to(weight.dtype)
     grad_rows, grad_targets = torch.zeros_like(rows), torch.zeros_like(targets)
     if targets.shape[0] > 0:
-        for column in range(flat.shape[1]):  # One neighbour of each query at a time: nothing of size M x k x C.
+        for column in range(flat.shape[1]):  # One neighbour at a time, so that no tensor has size M x k x C.
             w, j = weight[:, column, None], flat[:, column]
             if inner:
                 grad_rows, grad_targets = grad_rows - w * targets[j], grad_targets.index_add(0, j, -w * rows)
@@ -148,7 +148,7 @@ def _backward_fake(grad: Tensor, query: Tensor, points: Tensor, *_: Any) -> tupl
 def _backward_of_grad(
     query: Tensor, points: Tensor, index: Tensor, inner: bool, to_query: Tensor, to_points: Tensor
 ) -> Tensor:
-    """The gradient of what `_backward_reference` returns, weighted, with respect to its `grad`."""
+    """Return the gradient of `_backward_reference`'s weighted results with respect to `grad`."""
     flat = index if index.dim() == 2 else flat_index(index, points.shape[1])
     dtype = dtypes.accumulation(query)
     rows, to_rows = (t.flatten(0, -2).to(dtype) for t in (query, to_query))
@@ -181,7 +181,7 @@ _backward_op = define(
 def _forward(query: Tensor, points: Tensor, query_ptr: Any, points_ptr: Any, positions: Any, *settings: Any) -> Any:
     try:
         return _knn_op(query, points, query_ptr, points_ptr, *settings, positions)
-    except RuntimeError:  # The kernel reads starts anyway, so they are checked here only after it refuses them.
+    except RuntimeError:  # The kernel checks the starts; this only finds the message.
         if query_ptr is not None and points_ptr is not None and query_ptr.is_cpu:
             _check_ptr(query, points, query_ptr, points_ptr)
         raise
@@ -200,7 +200,7 @@ def _second_order(
     return to_grad, *_backward_reference(grad, *along, index, settings[2])
 
 
-# Clouds may be ragged: each is a call.
+# Clouds may be ragged, so each element is a call.
 _knn = differentiable(
     "knn",
     _forward,
@@ -234,13 +234,13 @@ def knn(
     .. math:: d(x, y) = \lVert x - y \rVert^2
 
     The dilated k-NN of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019, section 3.3:
-    positions 0, dilation, 2 dilation, ... of the neighbours, ordered by distance, then by index. Exact, whatever the
+    positions 0, dilation, 2 dilation, ... of the neighbours, ordered by distance, then by index. Exact, at any
     distance of the cloud from the origin: candidates are compared by differences in float64. The distances are
     differentiable, the indices are not.
 
-    Infinite coordinates, and sums beyond float64, make infinite distances, which are the farthest (minus infinity, of
-    "inner", the nearest). Points whose distance is NaN, as of inf - inf or of any coordinate that is NaN, are no
-    neighbours. This holds for every metric.
+    Infinite coordinates, and sums beyond float64, give infinite distances, which are the farthest (for "inner", minus
+    infinity is the nearest). A point at distance NaN, as from inf - inf or a NaN coordinate, is no neighbour. This holds
+    for every metric.
 
     Args:
         query: Features of shape (B, M, C), or (M, C) of one cloud or, with `batch` or `ptr`, of several; float32,
@@ -255,8 +255,8 @@ def knn(
         points_batch: The same for `points`.
         ptr: Where each cloud starts, int64 of shape (B + 1,), from 0 to M.
         points_ptr: The same for `points`.
-        metric: "sqeuclidean"; "cosine", :math:`1 - \cos(x, y)`, where zero vectors are 1/2 from all that are not; or
-            "inner", the inner product with its sign changed.
+        metric: "sqeuclidean"; "cosine", :math:`1 - \cos(x, y)`, where a zero vector has distance 1/2 to every
+            non-zero vector; or "inner", the inner product with its sign changed.
         include_self: Whether a point is its own neighbour, where the queries are the points.
 
     Returns:
@@ -309,10 +309,10 @@ def knn(
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows of length one, whatever their length was; rows of zeros stay as they are."""
+    """Scale rows to length one; rows of zeros stay as they are."""
     if rows.shape[-1] == 0:
         return rows
-    # The norm of what is divided neither overflows nor underflows; ordinary rows are divided by 1.
+    # So that the norm neither overflows nor underflows; ordinary rows are divided by 1.
     largest = torch.linalg.vector_norm(rows.detach(), torch.inf, -1, keepdim=True)
     return F.normalize(rows / (largest / largest.clamp(1e-10, 1e15) + (largest == 0)), dim=-1)
 
@@ -326,7 +326,7 @@ def _starts(
     ptr: Tensor | None,
     points_ptr: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Where the clouds of queries and points start, from either form; None for (B, N, C) and for one cloud."""
+    """Return the starts of the clouds of queries and points, from `batch` or `ptr`; None for (B, N, C) or one cloud."""
     named = {"batch": batch, "points_batch": points_batch, "ptr": ptr, "points_ptr": points_ptr}
     given = {name: value for name, value in named.items() if value is not None}
     for name, value in given.items():

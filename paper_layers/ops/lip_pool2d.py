@@ -36,17 +36,17 @@ def _output_shape(
 
 
 class _Taps:
-    """The windows of a padded image as strided slices, one for each position of the kernel that meets the image."""
+    """The windows of a padded image as strided slices, one for each kernel position that meets the image."""
 
     def __init__(self, input: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool):
         self.size = _output_shape(input, kernel_size, stride, padding, ceil_mode)[2:]
         self.stride = stride
         self.offsets = []
-        # Room for the last window of ceil_mode beyond the padding, and none where no window reaches.
+        # Up to the end of the last window, which ceil_mode may place beyond the padding.
         self.pad: list[int] = []
         for n, length, k, s, p in zip(self.size, input.shape[2:], kernel_size, stride, padding, strict=True):
             first, last = 0, k
-            if isinstance(length, int):  # a symbol would be bounded by this
+            if isinstance(length, int):  # this would bound a symbol
                 first, last = max(0, p - (n - 1) * s), min(k, length + p)
             self.offsets.append(range(last - first))
             self.pad = [p - first, (n - 1) * s + last - length - p, *self.pad]
@@ -121,10 +121,10 @@ _backward_op = define(
 def _second_order(
     along: tuple[Tensor, Tensor], grad: Tensor, input: Tensor, logit: Tensor, *geometry: Any
 ) -> tuple[Tensor, ...]:
-    """The gradients of <backward(grad, input, logit), along> with respect to grad, input and logit.
+    """Return the gradients of <backward(grad, input, logit), along> with respect to grad, input and logit.
 
     With averages E over a window, and a and b the two parts of `along`, a window adds grad * (E[a] + E[b (x - E[x])])
-    to the product. All is about averages: a large offset of the input costs no digits.
+    to the product. All terms are relative to averages, so a large offset of the input costs no digits.
     """
     dtype = dtypes.accumulation(input)
     taps = _Taps(input, *geometry)
@@ -136,7 +136,7 @@ def _second_order(
         return mean, values - mean
 
     _, x = centered(input)
-    x = x - (weight * x).sum(0)  # what rounding has left of the offset
+    x = x - (weight * x).sum(0)  # the rounding error of the offset
     mean_a, a = centered(along[0])
     _, b = centered(along[1])
     covariance = (weight * b * x).sum(0)

@@ -1,4 +1,4 @@
-"""Reductions over the rows that a table of neighbours names: the op, its backward, and the function that users call."""
+"""Reductions over the neighbours of each row: the op, its backward, and the function that users call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REDUCTIONS = ("max", "min", "sum", "mean")
 
 
 def _gathered(input: Tensor, index: Tensor, column: int) -> tuple[Tensor, Tensor]:
-    """One neighbour of each row, and where there is one: nothing of size M x k x C."""
+    """Return one neighbour of each row, and where it exists, without a tensor of size M x k x C."""
     return input[index[:, column].clamp(min=0)], index[:, column, None] >= 0
 
 
@@ -42,7 +42,7 @@ def _reference(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tup
     for column in columns:
         rows, there = _gathered(input, index, column)
         better = rows > output if reduce == "max" else rows < output
-        # The first of equals; NaN counts as beyond all others, as in torch.
+        # The first of equal values wins; NaN is beyond all others, as in torch.
         better = there & ((arg < 0) | better | (rows.isnan() & ~output.isnan()))
         output, arg = rows.to(dtype).where(better, output), arg.where(~better, column)
     if relative:

@@ -26,7 +26,7 @@ _ARGUMENTS = "Tensor points, Tensor? image, Tensor[] maps, float[]? spatial_scal
 
 
 def _axis(coordinate: Tensor, size: int, scale: float, mode: str, padding: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each point along one axis: the pixels it takes, where they exist, and their weights."""
+    """Return each point's pixels along one axis, whether they exist, and their weights."""
     x = coordinate * scale - 0.5
     if padding == "border":
         x = x.where(~(x <= 0), 0.0).where(~(x >= size - 1), float(size - 1))  # no gradient outside; NaN stays
@@ -71,7 +71,7 @@ def _sample(
 def _reference(points: Tensor, image: Tensor | None, maps: list[Tensor], *options: Any) -> Tensor:
     _check_images(image, maps[0].shape[0])
     output = _sample(points, image, maps, *options).contiguous().mT
-    # No view: those that a custom Function returns must not be changed in place, as an activation does.
+    # No view: torch forbids writes in place to views that a custom Function returns.
     last = memory_format(maps[0]) == torch.channels_last
     return output.clone(memory_format=torch.preserve_format if last else torch.contiguous_format)
 
@@ -82,7 +82,7 @@ def _decomposition(points: Tensor, image: Tensor | None, maps: list[Tensor], *op
 
 
 def _check_images(image: Tensor | None, images: int) -> None:
-    """Refuse numbers of images that do not exist, as the kernels do; reads the data."""
+    """Refuse image numbers out of range, as the kernels do; reads the data."""
     if image is not None:
         wrong = (image < 0) | (image >= images)
         if wrong.any():
@@ -99,7 +99,7 @@ def _fake(points: Tensor, image: Tensor | None, maps: list[Tensor], *options: An
 def _pullback(
     grad: Tensor, points: Tensor, image: Tensor | None, maps: Sequence[Tensor], options: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
-    """Gradients of the points and of the maps, differentiable."""
+    """Return the gradients of the points and of the maps, differentiable."""
     return torch.func.vjp(lambda points, *maps: _sample(points, image, maps, *options), points, *maps)[1](grad.mT)
 
 
@@ -159,7 +159,7 @@ def _formula(grad: Tensor, points: Tensor, *others: Any) -> list[Tensor]:
 
 
 def _renumbered(batch_size: int, points: Tensor, *others: Any) -> tuple[Any, ...]:
-    """Count images through the batch."""
+    """Make image numbers count through the batch."""
     *maps, image, options = others
     if image is not None:
         image = image + maps[0].shape[1] * torch.arange(batch_size, device=image.device)[:, None]
@@ -189,7 +189,7 @@ def _image_reference(numbers: Tensor, images: int) -> Tensor:
 
 
 def _whole(numbers: Tensor, images: int = 0) -> Tensor:
-    """Whole numbers as int64, and -1 for all others: a cast of NaN could give anything."""
+    """Cast integers to int64 and all other values to -1; a cast of NaN is undefined."""
     return torch.where((numbers == numbers.floor()) & (numbers.abs() < 2**31), numbers, -1).long()
 
 
@@ -200,19 +200,19 @@ def _image_fake(numbers: Tensor, images: int) -> Tensor:
 _image_op = define(
     "image_numbers(Tensor numbers, SymInt images) -> Tensor", _image_reference, _image_fake, decompose=_whole
 )
-# On CUDA reading the numbers would wait: the kernels check them.
+# On CUDA the kernels check the numbers, as reading them here would synchronize.
 library.impl("image_numbers", _whole, "CUDA")
 
 
 def _named(name: str, value: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
-    """One tensor or several, and what errors call each."""
+    """Return one tensor or several by their names in errors."""
     if isinstance(value, list | tuple):
         return {f"{name}[{i}]": item for i, item in enumerate(value)}
     return {name: cast(Tensor, value)}
 
 
 def _check_maps(input: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The maps, of one dtype."""
+    """Return the maps in one dtype."""
     maps = _named("input", input)
     if not maps:
         raise ValueError("input: expected at least one map, got none")
@@ -230,7 +230,7 @@ def _check_maps(input: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _check_boxes(boxes: Tensor | Sequence[Tensor], images: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All boxes (R, 4), and the number of each one's image."""
+    """Return all boxes (R, 4), and the image number of each."""
     parts, several = _named("boxes", boxes), isinstance(boxes, list | tuple)
     for name, part in parts.items():
         checks.floating(name, part)
@@ -283,9 +283,9 @@ def point_sample(
         input: Maps of shape (N, C, H, W), one or a list of any sizes; float32, float64, bfloat16 or float16. Of
             several dtypes the result has the promoted one.
         points: (x, y) of shape (N, P, 2) or (N, H_g, W_g, 2), or (R, ...) with `boxes`, 0 to 1 across the image or
-            the box. Others are outside; NaN takes nothing and gives 0.
+            the box. Other points are outside; NaN gives 0.
         boxes: Corners (x1, y1, x2, y2) in pixels of the image: a tensor (R_i, 4) for each image, or (R, 5) with the
-            image's number first, as in torchvision's ``roi_align``. Those without area are points.
+            image's number first, as in torchvision's ``roi_align``. Boxes without area are points.
         spatial_scale: With `boxes`, pixels of a map for each pixel of the image: one number or one for each map.
         mode: "bilinear", or "nearest": the pixel whose centre is nearest, of two the even one.
         padding_mode: The values outside: "zeros", or "border", the nearest pixel.

@@ -1,4 +1,4 @@
-"""A linear layer over its weight's spectral norm: the ops and the function that layers call."""
+"""A linear layer divided by its weight's spectral norm: the ops and the function that layers call."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _backward(
         grad_input = scaled @ weight
     if needs_weight:
         grad_weight = scaled.mT @ input
-        # The gradient of sigma, from the smaller product that is there.
+        # The gradient of sigma, from whichever product exists.
         along = -(_dot(grad_input, input) if needs_input else _dot(grad_weight, weight)) / sigma
         grad_weight = grad_weight.addr((left * along).to(weight.dtype), right.to(weight.dtype))
     if needs_bias:
@@ -68,13 +68,13 @@ def _backward_fake(grad: Tensor, input: Tensor, weight: Tensor, *others: Any) ->
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of products; in float32 for half types, where it would overflow under a loss scale."""
+    """Return the sum of products, in float32 for half types, which could overflow under a loss scale."""
     if a.dtype in (torch.bfloat16, torch.float16):
         return (a * b).sum(dtype=torch.float32)
     return a.flatten().dot(b.flatten())
 
 
-# left = W v and right = W^T left over their lengths, and the second length, sigma.
+# left = W v and right = W^T left, both normalized, and the length of right, sigma.
 power_iteration = define(
     "power_iteration(Tensor weight, Tensor v) -> (Tensor, Tensor, Tensor)", _iterate, _iterate_fake
 )
@@ -84,7 +84,7 @@ linear_forward = define(
     _forward_fake,
     decompose=True,
 )
-# Gradients of input, weight and bias; of those that are not needed, empty tensors.
+# Gradients of input, weight and bias; empty tensors for those that are not needed.
 linear_backward = define(
     "spectral_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor left, Tensor right, Tensor sigma, "
     "bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
@@ -136,13 +136,13 @@ def spectral_linear(
         bias: Shape (M,).
         u: The left singular vector, of shape (M,).
         v: The right one, of shape (N,).
-        training: Whether u and v take a step of the power iteration before.
+        training: If True, u and v first take one step of the power iteration.
 
     Returns:
         Shape (..., M); under autocast in its dtype.
 
     Raises:
-        TypeError: The input is no tensor of float32, float64, bfloat16 or float16.
+        TypeError: The input is not a tensor of float32, float64, bfloat16 or float16.
         ValueError: Sizes do not fit the weight's.
 
     Example:

@@ -17,7 +17,7 @@ from testing.cases import Case, assert_close, by_dtype, drawn
 
 
 def neighbours(query: Tensor, points: Tensor | None = None, k: int = 16, **options: Any) -> tuple[Tensor, Tensor]:
-    """What knn promises, cloud by cloud and query by query, from float64 and Python's own sorting."""
+    """Find the neighbours cloud by cloud and query by query, in float64 and with Python's own sorting."""
     dilation, metric = options.get("dilation", 1), options.get("metric", "sqeuclidean")
     positions = options.get("positions", torch.arange(0, k * dilation, dilation)).tolist()
     targets = query if points is None else points

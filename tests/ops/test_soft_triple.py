@@ -64,7 +64,7 @@ def formula(
 
 
 def vectors(*shape: int, seed: int = 0) -> Tensor:
-    """Of lengths from a half to two."""
+    """Vectors of lengths from a half to two."""
     generator = torch.Generator().manual_seed(sum(shape) + seed)
     x = F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
     return (x * (2 * torch.rand(*shape[:-1], 1, generator=generator) - 1).exp2()).float()
@@ -249,7 +249,7 @@ def test_kernels_equal_their_references(name: str, dtype: torch.dtype) -> None:
 
     mine, exact = arguments(dtype), arguments(torch.float64)
     got, want = getattr(library, name)(*mine), references[name](*exact)
-    # What is written in place counts, too.
+    # Arguments that are written in place count, too.
     for a, b in zip([*_flat(got), mine[0]], [*_flat(want), exact[0]], strict=True):
         assert_close(a, b, dtype, scale=100)
 
@@ -286,7 +286,7 @@ def test_logits_to_second_order_compiled_and_mapped() -> None:
 @given(split=st.integers(0, 9), seed=st.integers(0, 99))
 @drawn
 def test_parts_of_the_classes_make_the_whole(split: int, seed: int) -> None:
-    """What a loss over several ranks relies on, also where a rank has no class."""
+    """A loss over several ranks relies on this, also where a rank has no class."""
     x, w, y = vectors(6, 5, seed=seed).double(), vectors(9, 2, 5, seed=seed).double(), torch.arange(6) + seed % 4
     parts = [soft_triple(x, w[:split], y), soft_triple(x, w[split:], y - split)]
     others, target, distance = (torch.stack(values) for values in zip(*parts, strict=True))

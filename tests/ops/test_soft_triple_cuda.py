@@ -83,7 +83,7 @@ def test_each_kernel_equals_that_of_the_cpu(name: str, dtype: torch.dtype) -> No
     mine = [_on_device(a.clone(), dtype=dtype)[0] if isinstance(a, Tensor) else a for a in given]
     results = [OnCPU.ops[name](*arguments) for arguments in (mine, exact)]
     got, want = ([] if r is None else list(r) if isinstance(r, tuple) else [r] for r in results)
-    # What is written in place counts, too.
+    # Arguments that are written in place count, too.
     for a, b in zip([*got, mine[0]], [*want, exact[0]], strict=True):
         assert_near(a, b, dtype, atol=100, name=name)
 

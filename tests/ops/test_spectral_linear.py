@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cpu_only
 
 
 def vector(size: int, like: Tensor) -> Tensor:
-    """Of length one, or nearly so in half types."""
+    """A vector of length one, or nearly so in half types."""
     values = torch.arange(1.0, size + 1, dtype=torch.float64, device=like.device).mul(1.7).cos()
     return (values / values.norm()).to(like.dtype)
 

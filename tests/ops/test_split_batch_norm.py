@@ -69,7 +69,7 @@ def cases(draw: st.DrawFn) -> Case:
     channels = draw(st.sampled_from([1, 3, 17] if few else [1, 2, 15, 16, 17, 40, 131]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     input = torch.randn(sum(split_sizes), channels, *space, generator=generator)
-    # Of a few values, the least of the variances would be so small that it magnifies the rounding of all else.
+    # Without this, the smallest variance of a few values magnifies all other rounding.
     input = input + torch.tensor([-1.0, 1.0]).repeat(len(input))[: len(input)].view(-1, *[1] * (input.dim() - 1))
     input = draw(st.sampled_from([lambda t: t, lambda t: 30 * t + 100]))(input)
     input = LAYOUTS[draw(st.sampled_from([*LAYOUTS, "channels_last"]))](input)

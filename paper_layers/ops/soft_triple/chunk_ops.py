@@ -1,7 +1,7 @@
-"""What a chunk of classes takes between the matrix products of SoftTriple: the ops that have kernels.
+"""The steps between SoftTriple's matrix products for a chunk of classes: the ops that have kernels.
 
-Scores are (classes K, B): the products of the chunk's centers, as they are, with the unit embeddings. So every center
-is a row over the batch, whatever K is, and its inverse length is a factor of that row.
+Scores are (classes K, B): the products of the chunk's centers, not normalized, with the unit embeddings. So every
+center is a row over the batch, for any K, and its inverse length is a factor of its row.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ROOT = 1e-5
 
 
 def inverse_length(x: Tensor) -> Tensor:
-    """One over the length of the vectors in the last dimension, which stays as one; 0 of those that count as zero."""
+    """Return the inverse lengths along the last dimension, kept as one; 0 for vectors that count as zero."""
     square = x.square().sum(-1, keepdim=True)
     long = square > SHORTEST**2
-    # NaN is not to be taken for zero.
+    # NaN must not count as zero.
     return torch.where(long, square, 1).rsqrt() * torch.where(square.isnan(), square, long)
 
 
@@ -63,14 +63,14 @@ def _centers_fake(centers: Tensor, regularized: bool) -> tuple[Tensor, Tensor, T
 
 
 def _cosines(scores: Tensor, inverse: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The cosines (C, K, B), their weights, and the relaxed similarity (C, B)."""
+    """Return the cosines (C, K, B), their weights, and the relaxed similarity (C, B)."""
     s = scores.unflatten(0, inverse.shape) * inverse[..., None]
     p = (s / gamma).softmax(1)
     return s, p, (p * s).sum(1)
 
 
 def _is_target(labels: Tensor, first: int, classes: int) -> Tensor:
-    """(C, B): whether a class is the row's own."""
+    """Return (C, B): whether a class is the row's own."""
     return torch.arange(first, first + classes, device=labels.device)[:, None] == labels
 
 
@@ -151,14 +151,14 @@ def _add_centers(
 
 _CLASSES = "Tensor inverse, Tensor labels, SymInt first"
 _FACTORS = "float la, float gamma, float margin"
-# Labels where they are: int64, -1 for ignore_index; an error where one is neither a class nor that.
+# Labels as int64, -1 for ignore_index; other labels that are not a class are an error.
 known_labels = define(
     "soft_triple_labels(Tensor labels, SymInt classes, int ignore_index) -> Tensor",
     _labels,
     _labels_fake,
     vmap=lambda op, _, in_dims, arguments: (op(*arguments), in_dims[0]),
 )
-# Of centers (C, K, d): inverse lengths (C, K), the sum of their classes' distances, and what its gradient is made of.
+# For centers (C, K, d): inverse lengths (C, K), the sum of the classes' distances, and the slope of that sum.
 center_norms_and_distances = define(
     "soft_triple_centers(Tensor centers, bool regularized) -> (Tensor, Tensor, Tensor)", _centers, _centers_fake
 )
@@ -167,15 +167,15 @@ center_norms_and_distances = define(
 chunk_forward = define(
     f"soft_triple_chunk(Tensor scores, {_CLASSES}, {_FACTORS}) -> (Tensor, Tensor)", _forward, _forward_fake
 )
-# Scores become their gradients; returned is the sum of gradient times cosine (C, K).
+# Overwrites scores with their gradients and returns the sum of gradient times cosine (C, K).
 chunk_backward = define(
     f"soft_triple_chunk_backward_(Tensor(a!) scores, {_CLASSES}, Tensor logsumexp, Tensor grad_logsumexp, "
     f"Tensor grad_target, {_FACTORS}) -> Tensor",
     _backward,
     _backward_fake,
 )
-# The loss of each row, from the log-sum-exp of its other classes and its own logit, and its slope. Torch's functions of
-# an element depend on the element's place in its vector, as a row's loss must not.
+# The loss of each row, from the log-sum-exp of its other classes and its own logit, and its slope. Torch's functions
+# round an element by its place in a vector; a row's loss must not depend on the place.
 rows_cross_entropy = define(
     "soft_triple_cross_entropy(Tensor others, Tensor target) -> (Tensor, Tensor)", _cross_entropy, _cross_entropy_fake
 )
@@ -188,7 +188,7 @@ chunk_similarity_backward = define(
     _similarity_backward,
     _backward_fake,
 )
-# Adds to the gradient (C, K, d) of centers that stand for their directions what projection and distances take.
+# Adds the shares of normalization and distances to the centers' gradient (C, K, d).
 accumulate_center_grad_ = define(
     "soft_triple_add_centers_(Tensor(a!) grad, Tensor centers, Tensor inverse, Tensor projection, "
     "Tensor distance_slope, Tensor grad_distance) -> ()",

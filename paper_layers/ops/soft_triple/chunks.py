@@ -1,4 +1,4 @@
-"""What the ops on SoftTriple's centers share: the walk over classes in chunks, the formula, the checks."""
+"""Shared by the ops on SoftTriple's centers: the walk over chunks of classes, the formula, the checks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from paper_layers._core import checks, dtypes
 from paper_layers.ops.soft_triple import chunk_ops
 
-# So many scores are alive at a time, unless chunk_size says otherwise: what caches hold.
+# The default number of scores in memory, which fits the caches.
 _CHUNK_SCORES = 1 << 20
 
 
 class Chunks:
-    """The classes a chunk at a time, and their scores in memory that all chunks share."""
+    """Iterates over chunks of classes and computes their scores in one shared buffer."""
 
     def __init__(self, embeddings: Tensor, centers: Tensor, chunk_size: int):
         self.embeddings, self.centers = embeddings, centers
@@ -29,11 +29,11 @@ class Chunks:
         self._buffer = self.unit.new_empty(min(size, classes) * count, len(wide))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Which classes, their centers in the dtype that is computed in, and their scores (classes K, B)."""
+        """Yield the classes, their centers in the compute dtype, and their scores (classes K, B)."""
         for classes in self.ranges:
             centers = self.centers[classes].to(self.dtype).contiguous()
             rows = centers.flatten(0, 1)
-            # Products into memory that is there are also what autocast leaves alone.
+            # Autocast leaves products with `out` alone.
             yield classes, centers, torch.mm(rows, self.unit.mT, out=self._buffer[: len(rows)])
 
     def chunked_backward(
@@ -62,7 +62,7 @@ class Chunks:
 
 
 def relaxed_logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float) -> Tensor:
-    """The logits (B, C) by the formula, differentiable to any order, with all B x C x K cosines."""
+    """Return the logits (B, C) by the formula, differentiable to any order, with all B x C x K cosines."""
     dtype = dtypes.accumulation(embeddings, centers)
     x, w = (t.to(dtype) * chunk_ops.inverse_length(t.to(dtype)) for t in (embeddings, centers))
     s = torch.einsum("bd,ckd->bck", x, w)
@@ -70,7 +70,7 @@ def relaxed_logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float)
 
 
 def check(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_size: int | None) -> int:
-    """Check what all functions take; the chunk size as the ops take it."""
+    """Check the arguments that all functions share; return the chunk size, 0 for the default."""
     checks.floating("embeddings", embeddings)
     checks.floating("centers", centers)
     checks.same_device("centers", centers, "embeddings", embeddings)

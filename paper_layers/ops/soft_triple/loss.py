@@ -169,7 +169,7 @@ def soft_triple(
     regularized: bool = True,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The parts of the SoftTriple loss: log-sum-exp of a row's other classes, its target logit, centers' distances.
+    r"""Return the parts of the SoftTriple loss: each row's log-sum-exp and target logit, and the centers' distances.
 
     .. math:: z_{ic} = \lambda (S_{ic} - \delta [c = y_i]), \quad
               S_{ic} = \sum_k \operatorname{softmax}_k(x_i^\top w_{ck} / \gamma)\, x_i^\top w_{ck}
@@ -186,7 +186,7 @@ def soft_triple(
         la: The paper's :math:`\lambda`.
         gamma: The paper's :math:`\gamma`, above 0.
         margin: The paper's :math:`\delta`, taken from the target's similarity.
-        regularized: Whether the distances are wanted; 0 otherwise.
+        regularized: If False, the sum of distances is 0.
         chunk_size: Classes at a time, of each thread on the CPU; default as caches hold. Of the logits, only those of
             a chunk are ever in memory.
 
@@ -215,7 +215,7 @@ def soft_triple(
 
 
 def cross_entropy(others: Tensor, target: Tensor) -> Tensor:
-    """The cross-entropy of each row, from the log-sum-exp of its other classes and its target logit, both (B,)."""
+    """Return each row's cross-entropy from the log-sum-exp of its other classes and its target logit, both (B,)."""
     loss: Tensor = _cross_entropy(others, target, ())[0]
     return loss
 
@@ -303,7 +303,7 @@ def soft_triple_loss(
 
 
 def reduce_losses(losses: Tensor, counted: Tensor, regulariser: Tensor, reduction: str) -> Tensor:
-    """The loss of rows of which some count, with the regulariser, as `soft_triple_loss` has it."""
+    """Reduce the losses of the counted rows and add the regulariser, as in `soft_triple_loss`."""
     each, number = torch.where(counted, losses, 0), counted.sum()
     if reduction == "none":
         return each + regulariser * counted

@@ -98,7 +98,7 @@ _normalized = differentiable(
 def per_split_parameters(
     name: str, values: Tensor | Sequence[Tensor] | None, splits: int, input: Tensor
 ) -> Tensor | None:
-    """The parameters of all splits as one tensor (S, C) in the dtype of statistics."""
+    """Return the parameters of all splits as one tensor (S, C) in the dtype of statistics."""
     if values is None:
         return None
     _check_splits(name, values, splits, input)
@@ -112,7 +112,7 @@ def per_split_parameters(
 
 
 def _check_splits(name: str, values: Tensor | Sequence[Tensor], splits: int, input: Tensor) -> None:
-    """A tensor of the input's channels for each split."""
+    """Check for one tensor (C,) for each split."""
     channels = input.shape[1]
     if len(values) != splits or any(value.shape != (channels,) for value in values):
         got = tuple(values.shape) if isinstance(values, Tensor) else [tuple(value.shape) for value in values]
@@ -122,7 +122,7 @@ def _check_splits(name: str, values: Tensor | Sequence[Tensor], splits: int, inp
 
 
 def check_split_sizes(input: Tensor, split_sizes: Sequence[int], values: int = 2) -> list[int]:
-    """Return the sizes that make up the batch, of so many values per channel or more each, as ints."""
+    """Return the split sizes as ints; each has no values, or at least `values` per channel."""
     if len(split_sizes) == 0 or not all(checks.is_integer(size) for size in split_sizes):
         raise TypeError(f"split_sizes: expected at least one int, got {split_sizes!r}")
     split_sizes = [checks.integer("split_sizes", size, 0) for size in split_sizes]
@@ -144,7 +144,7 @@ def normalize_splits(
     split_sizes: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and the mean and the biased variance of each split, (S, C), which carry no gradient."""
+    """Return the output, and the mean and the biased variance of each split, (S, C), without gradient."""
     splits = len(split_sizes)
     stacked = [
         per_split_parameters(name, values, splits, input) for name, values in (("weight", weight), ("bias", bias))
@@ -170,7 +170,7 @@ def update_statistics(
     for i, (count, momentum) in enumerate(zip(counts, momenta, strict=True)):
         if not isinstance(count, Tensor) and count == 0:
             continue
-        # Not times count / (count - 1), which is float32 where the count is a tensor of integers.
+        # count / (count - 1) would be float32 for a tensor of integers.
         for running, new in ((running_mean[i], mean[i]), (running_var[i], var[i] * count / (count - 1))):
             moved = new.to(running.dtype)
             if isinstance(count, Tensor):
@@ -194,9 +194,9 @@ def split_batch_norm(
 
     .. math:: y_s = \frac{x_s - \mathrm{E}[x_s]}{\sqrt{\mathrm{Var}[x_s] + \epsilon}} \gamma_s + \beta_s
 
-    What the main and auxiliary batch norms of section 4.2 in Xie et al., "Adversarial Examples Improve Image
-    Recognition", CVPR 2020, do to a batch in training. Each part is as `torch.nn.functional.batch_norm` with
-    ``training=True`` has it. Half types compute in float32, and may have float32 parameters.
+    The main and auxiliary batch norms of Xie et al., "Adversarial Examples Improve Image Recognition", CVPR 2020,
+    section 4.2, in training. Each part equals `torch.nn.functional.batch_norm` with ``training=True``. Half
+    types compute in float32, and may have float32 parameters.
 
     Args:
         input: Batch of shape (N, C) or (N, C, ...); float32, float64, bfloat16 or float16.

@@ -1,4 +1,4 @@
-"""The steps of split_batch_norm as ops of their own, for a norm whose sums go over ranks in between.
+"""The steps of split_batch_norm as separate ops, for norms that add up their sums over ranks.
 
 All take the input as (N, C, P), statistics and parameters as (S, C) in the dtype of statistics, and run on the kernels
 of split_batch_norm:

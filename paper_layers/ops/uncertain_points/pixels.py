@@ -94,7 +94,7 @@ def uncertain_points(logits: Tensor, num_points: int, *, labels: Tensor | None =
     num_points = checks.integer("num_points", num_points, 0)
     index = _op(logits.detach(), labels, num_points)
     height, width = logits.shape[2:]
-    columns = max(width, 1)  # Of no pixels there are no points, but torch refuses to divide them by zero.
+    columns = max(width, 1)  # A map without pixels has no points, but torch refuses to divide by zero.
     x, y = index % columns, index // columns
     return UncertainPoints(
         index, torch.stack([(x.to(torch.float32) + 0.5) / width, (y.to(torch.float32) + 0.5) / height], -1)

@@ -1,4 +1,4 @@
-"""Random points where logits are uncertain, to train on: the op that chooses them and the function that users call."""
+"""Random training points where logits are uncertain: the op and the function that users call."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def sample_uncertain_points(
             all classes do. Where there is one class only it is that, whatever the labels.
         oversample_ratio: The paper's k, at least 1: ``int(k * P)`` candidates are drawn.
         importance_sample_ratio: The paper's β, from 0 to 1: ``int(β * P)`` of them are kept.
-        generator: What to draw from, on the device of `logits`; default torch's own. The candidates are drawn first,
+        generator: Random generator on the device of `logits`; default torch's own. The candidates are drawn first,
             then the uniform points.
 
     Returns:
@@ -100,7 +100,7 @@ def sample_uncertain_points(
     importance_sample_ratio = checks.probability("importance_sample_ratio", importance_sample_ratio)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-    # Without None among them: torch.rand of a generator knows no symbolic sizes.
+    # torch.rand does not take symbolic sizes with a generator, even if it is None.
     options: dict[str, Any] = {} if generator is None else {"generator": generator}
 
     def draw(count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the ops on uncertain points share: the uncertainty, the order of the most uncertain, the checks, vmap."""
+"""Shared by the ops on uncertain points: the uncertainty, the order of the most uncertain, the checks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from paper_layers._core import checks, dtypes
 
 
 def of_class(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """The logits of one class of each image, (N, 1, H, W); all of them where no classes are given."""
+    """Return each image's logits of its class, (N, 1, H, W); all logits without `labels`."""
     if labels is None:
         return logits
     return logits.gather(1, labels[:, None, None, None].expand(-1, 1, *logits.shape[2:]))
 
 
 def uncertainty(logits: Tensor) -> Tensor:
-    """(N, C, ...) -> (N, ...): second best minus best, in float32 at least; of a single class minus its magnitude."""
+    """Return second best minus best logit, (N, C, ...) -> (N, ...), or minus the magnitude of a single class."""
     logits = logits.to(dtypes.accumulation(logits))
     if logits.shape[1] == 1:
         return -logits[:, 0].abs()
@@ -25,8 +25,8 @@ def uncertainty(logits: Tensor) -> Tensor:
 
 
 def most_uncertain(uncertainty: Tensor, count: int) -> Tensor:
-    """The indices of the `count` largest of each row, in descending order: NaN first, as in topk, ties by index."""
-    # Memory of its own, and the layout that a kernel returns.
+    """Return the indices of each row's `count` largest in descending order: NaN first, as in topk, ties by index."""
+    # Not a view, and in the layout that a kernel returns.
     return (
         uncertainty.sort(dim=1, descending=True, stable=True)
         .indices[:, :count]
@@ -35,12 +35,12 @@ def most_uncertain(uncertainty: Tensor, count: int) -> Tensor:
 
 
 def onnx_most_uncertain(uncertainty: Tensor, count: int) -> Tensor:
-    """The same for ONNX, which has no stable sort but whose TopK takes ties by index."""
+    """Do the same for ONNX, which has no stable sort; its TopK breaks ties by index."""
     return uncertainty.topk(min(count, uncertainty.shape[1]), dim=1).indices
 
 
 def check_logits(logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Check the arguments that say what is uncertain; the labels that the op looks at."""
+    """Check logits and labels; return the labels that the op needs."""
     checks.floating("logits", logits)
     checks.shape("logits", logits, ("N", "C", "H", "W"))
     if logits.shape[1] == 0:
