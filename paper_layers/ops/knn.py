@@ -239,8 +239,8 @@ def knn(
     differentiable, the indices are not.
 
     Infinite coordinates, and sums beyond float64, give infinite distances, which are the farthest (for "inner", minus
-    infinity is the nearest). A point at distance NaN, as from inf - inf or a NaN coordinate, is no neighbour. This holds
-    for every metric.
+    infinity is the nearest). A point at distance NaN, as from inf - inf or a NaN coordinate, is no neighbour.
+    This holds for every metric.
 
     Args:
         query: Features of shape (B, M, C), or (M, C) of one cloud or, with `batch` or `ptr`, of several; float32,
