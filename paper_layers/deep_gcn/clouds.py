@@ -33,13 +33,15 @@ def starts(x: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor | None
 def pool(x: Tensor, ptr: Tensor | None, reduce: Literal["max", "mean"]) -> Tensor:
     """One row a cloud: (B, C), with (1, C) for (N, C) without `ptr`."""
     if ptr is not None:
-        cloud = _cloud(x, ptr)[:, None].expand_as(x)
+        cloud = _cloud(x, ptr)
         counts = ptr.diff()[:, None]
         if reduce == "mean":
-            return x.new_zeros(len(counts), x.shape[1]).scatter_add(0, cloud, x) / counts.clamp(min=1)
+            return x.new_zeros(len(counts), x.shape[1]).index_add(0, cloud, x) / counts.clamp(min=1)
         # From -inf, not 0: a start that equals the maximum would take a share of the gradient. And not segment_reduce,
         # which hands a negative gradient to each of several equals in full.
-        largest = x.new_full((len(counts), x.shape[1]), -torch.inf).scatter_reduce(0, cloud, x, "amax")
+        largest = x.new_full((len(counts), x.shape[1]), -torch.inf).scatter_reduce(
+            0, cloud[:, None].expand_as(x), x, "amax"
+        )
         return largest.where(counts > 0, 0)
     rows = x if x.dim() == 3 else x[None]
     if rows.shape[1] == 0:  # As a cloud without points among those of `ptr`.

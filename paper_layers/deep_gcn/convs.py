@@ -14,7 +14,7 @@ from paper_layers._core import checks
 from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.clouds import starts
-from paper_layers.deep_gcn.edge_norm import Order
+from paper_layers.deep_gcn.edge_norm import Order, edge_max
 from paper_layers.deep_gcn.edges import check_nodes, to_edge_index
 from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, fuses, splits
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
@@ -97,6 +97,11 @@ def _messages(layer: nn.Module, rows: Tensor, ptr: Tensor | None) -> Tensor:
     if readable(layer, Perceptron):
         return cast(Perceptron, layer).activate_and_normalize(cast(Perceptron, layer).linear(rows), ptr)
     return call(layer, rows, ptr)
+
+
+def _activation(layer: Perceptron) -> dict[str, Any]:
+    """Return the perceptron's arguments for `edge_max`."""
+    return {"act": layer.act, "norm": layer.norm, "instance": layer.instance, "order": layer.order}
 
 
 def _drop(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
@@ -187,7 +192,7 @@ class EdgeConv(_PerceptronConv):
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
         if fuses(self.nn):
-            return self.nn.drop(self.nn.max_over_edges(*self._terms(x), index, ptr), ptr)
+            return self.nn.drop(edge_max(*self._terms(x), index, **_activation(self.nn), ptr=ptr), ptr)
         return _drop(self.nn, _each_edge(self.nn, x, index, ptr, "max", self._edge), ptr)
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
@@ -385,7 +390,8 @@ class SAGEConv(_GraphConv):
             if not fuses(self.nn1):
                 return self._combine(x, _each_edge(self.nn1, x, index, ptr, "max", self._edge), ptr)
             terms = self.nn1.linear(x)
-            return self._combine(x, self.nn1.max_over_edges(torch.zeros_like(terms), terms, index, ptr), ptr)
+            largest = edge_max(torch.zeros_like(terms), terms, index, **_activation(self.nn1), ptr=ptr)
+            return self._combine(x, largest, ptr)
         # Every node is its own neighbour, once.
         own = torch.arange(x.shape[-2], device=x.device)[:, None].expand(*x.shape[:-1], 1)
         index = torch.cat([own, torch.where(index == own, -1, index)], -1)

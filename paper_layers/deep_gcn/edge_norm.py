@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, Literal, cast
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from paper_layers._core.fusing import readable
+from paper_layers._core.ragged import check_starts
 from paper_layers._core.recompute import recomputing
+from paper_layers.deep_gcn.clouds import pool, spread
 from paper_layers.ops.edge_conv import edge_conv
 
 Order = Literal["act_norm", "norm_act"]
@@ -20,7 +23,7 @@ INSTANCE_EPS = 1e-5
 
 
 def may_fuse(act: Any, norm: nn.Module | None) -> bool:
-    """Return True where `max_over_edges` computes what a call of the activation and a call of the norm give."""
+    """Return True where `edge_max` computes what a call of the activation and a call of the norm give."""
     if norm is not None and not readable(norm, nn.BatchNorm1d, nn.SyncBatchNorm):
         return False
     if act is None or readable(act, nn.ReLU, nn.LeakyReLU):
@@ -30,64 +33,95 @@ def may_fuse(act: Any, norm: nn.Module | None) -> bool:
 
 def batch_norm(norm: nn.Module, rows: Tensor) -> Tensor:
     """Normalise rows. Running statistics don't move a second time where a forward pass is computed again."""
+    if readable(norm, nn.SyncBatchNorm):  # Torch's own refuses a CPU.
+        return _synchronized_norm(cast(nn.SyncBatchNorm, norm), rows)
     if norm.training and recomputing():
         return functional_call(norm, {name: buffer.clone() for name, buffer in norm.named_buffers()}, (rows,))
     return norm(rows)
 
 
-def max_over_edges(
+def _synchronized_norm(norm: nn.SyncBatchNorm, rows: Tensor) -> Tensor:
+    if not _uses_batch_statistics(norm):
+        return norm(rows)
+    count = torch.full((), len(rows), device=rows.device)
+    if _ranks(norm) == 1:
+        _refuse_one_value("x", count)
+    mean, var = _moments(_wide(rows)[None], None)
+    return _affine(rows, *_scale_and_shift(norm, mean[0], var[0], count))
+
+
+def instance_norm(x: Tensor, ptr: Tensor | None) -> Tensor:
+    """Normalise each channel over the nodes of each cloud."""
+    _refuse_one_value("x", torch.full(x.shape[:-2], x.shape[-2]) if ptr is None else ptr.diff())
+    wide = _wide(x)
+    mean, var = (spread(moment, x, ptr) for moment in _moments(wide, ptr))
+    return ((wide - mean) * (var + INSTANCE_EPS).rsqrt()).to(x.dtype)
+
+
+def _moments(x: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return each cloud's mean and biased variance, of shape (B, C)."""
+    mean = pool(x, ptr, "mean")
+    return mean, pool((x - spread(mean, x, ptr)).square(), ptr, "mean")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def edge_max(
     center: Tensor,
     neighbor: Tensor,
     index: Tensor,
+    *,
     act: nn.Module | None,
-    norm: BatchNorm | Literal["instance"] | None,
+    norm: BatchNorm | None,
+    instance: bool = False,
     order: Order = "act_norm",
     ptr: Tensor | None = None,
 ) -> Tensor:
-    """Activate and normalise the edges ``center[i] + neighbor[j]`` and keep the largest of each node.
+    """Activate and normalise the edges ``center[i] + neighbor[j]``; return each node's largest, 0 for no neighbours.
 
-    Batch norm takes all edges together, instance norm those of each cloud. Nodes without neighbours get what a kept
-    edge of 0 would become.
+    Batch norm takes all edges together, instance norm those of each cloud.
     """
-    if norm != "instance" or (center.dim() == 2 and ptr is None):
-        return _one_set(center, neighbor, index, act, norm, order)
-    if center.dim() == 3:
-        clouds = zip(center, neighbor, index, strict=True)
-        outputs = [_one_set(*cloud, act, norm, order) for cloud in clouds]
-        return torch.stack(outputs) if outputs else center
-    bounds = [] if ptr is None else ptr.tolist()
-    if bounds[:1] != [0] or bounds[-1] != len(center) or sorted(bounds) != bounds:
-        raise ValueError(f"ptr: expected ascending numbers from 0 to {len(center)}, got {bounds}")
-    rows = [slice(first, last) for first, last in itertools.pairwise(bounds) if first < last]
-    return torch.cat([center[:0], *(_one_set(center[r], neighbor, index[r], act, norm, order) for r in rows)])
+    one_cloud = functools.partial(_edge_max_one_cloud, act=act, norm=norm, instance=instance, order=order)
+    if instance and ptr is not None:
+        check_starts("ptr", ptr, len(center))
+        rows = [slice(first, last) for first, last in itertools.pairwise(ptr.tolist()) if first < last]
+        output = torch.cat([center[:0], *(one_cloud(center[r], neighbor, index[r]) for r in rows)])
+    elif instance and center.dim() == 3:
+        outputs = [one_cloud(*cloud) for cloud in zip(center, neighbor, index, strict=True)]
+        output = torch.stack(outputs) if outputs else center
+    else:
+        output = one_cloud(center, neighbor, index)
+    return output.where((index >= 0).any(-1, keepdim=True), 0)
 
 
-def _one_set(
+def _edge_max_one_cloud(
     center: Tensor,
     neighbor: Tensor,
     index: Tensor,
     act: nn.Module | None,
-    norm: BatchNorm | Literal["instance"] | None,
+    norm: BatchNorm | None,
+    instance: bool,
     order: Order,
 ) -> Tensor:
-    """Edges that are normalised together."""
-    act_first = order == "act_norm" or norm is None
+    """Return `edge_max` of edges that are normalised together."""
+    act_first = order == "act_norm" or (norm is None and not instance)
     slope = _slope(act) if act_first else 1.0
-    batch_norm = None if isinstance(norm, str) else norm
     # A negative factor of the norm makes the smallest edge the largest.
-    smallest = None if batch_norm is None or batch_norm.weight is None else batch_norm.weight < 0
-    wanted = norm == "instance" or (batch_norm is not None and _uses_batch_statistics(batch_norm))
+    smallest = None if norm is None or norm.weight is None else norm.weight < 0
+    wanted = instance or (norm is not None and _uses_batch_statistics(norm))
     count = (index >= 0).sum() if wanted else None
-    if count is not None and _is_one(count) and _ranks(batch_norm) == 1:
-        raise ValueError("input: expected more than one value to normalise each channel with, got 1")
+    if count is not None and _ranks(norm) == 1:
+        _refuse_one_value("index", count)
     kept, mean, var = edge_conv(center, neighbor, index, negative_slope=slope, smallest=smallest, statistics=wanted)
-    if norm is None:
-        return kept
-    if batch_norm is None:
+    if instance:
         scale = (var + INSTANCE_EPS).rsqrt()
         shift = -mean * scale
+    elif norm is not None:
+        scale, shift = _scale_and_shift(norm, mean, var, count)
     else:
-        scale, shift = _scale_and_shift(batch_norm, mean, var, count)
+        return kept
     output = _affine(kept, scale, shift)
     if act_first or act is None:
         return output
@@ -117,14 +151,16 @@ def _uses_batch_statistics(norm: BatchNorm) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _is_one(count: Tensor) -> bool:
-    """Return whether there is one edge, where the answer costs no wait for a device and no break of a graph."""
-    if torch.compiler.is_compiling() or not count.is_cpu:
-        return False
+def _refuse_one_value(name: str, counts: Tensor) -> None:
+    """Refuse to normalise one value, where reading the counts neither waits for a device nor breaks a graph."""
+    if torch.compiler.is_compiling() or not counts.is_cpu:
+        return
     try:
-        return int(count) == 1
+        one = bool((counts == 1).any())
     except RuntimeError:  # A fake tensor, or one of vmap's: each of its elements has a count of its own.
-        return False
+        return
+    if one:
+        raise ValueError(f"{name}: expected more than one value to normalise each channel with, got 1")
 
 
 def _ranks(norm: BatchNorm | None) -> int:

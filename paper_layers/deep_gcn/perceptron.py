@@ -12,7 +12,7 @@ from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.clouds import starts
-from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, max_over_edges, may_fuse
+from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, instance_norm, may_fuse
 
 Act = Literal["relu", "leakyrelu", "prelu"]
 Norm = Literal["batch", "instance"]
@@ -105,36 +105,16 @@ class Perceptron(Leaf):
         return self.drop(self.activate_and_normalize(self.linear(x), ptr), ptr)
 
     def activate_and_normalize(self, z: Tensor, ptr: Tensor | None = None) -> Tensor:
-        """All that follows the linear layer, without dropout."""
+        """Apply the activation and the norm, which follow the linear layer."""
         act = self.act or nn.Identity()
-        if self.norm is None and not self.instance:
-            return act(z)
-        act_first = self.order == "act_norm"
-        if self.norm is not None and not readable(self.norm, nn.SyncBatchNorm):
-            rows = z.flatten(0, -2)
-            rows = batch_norm(self.norm, act(rows)) if act_first else act(batch_norm(self.norm, rows))
-            return rows.view(z.shape)
-        if not may_fuse(self.act, None):
-            z = act(z) if act_first else z
-            z = self._normalize(z, None, ptr)
-            return z if act_first else act(z)
-        return self._normalize(z, self.act, ptr)
+        rows = z if self.norm is None else z.flatten(0, -2)
+        rows = act(self._normalize(rows, ptr)) if self.order == "norm_act" else self._normalize(act(rows), ptr)
+        return rows.view(z.shape)
 
-    def _normalize(self, z: Tensor, act: nn.Module | None, ptr: Tensor | None) -> Tensor:
-        # Every row is a node with one edge, to a neighbour that is zero.
-        rows = z if self.instance else z.flatten(0, -2)
-        index = torch.zeros((1,) * rows.dim(), dtype=torch.int64, device=z.device).expand(*rows.shape[:-1], 1)
-        zero = z.new_zeros(*rows.shape[:-2], 1, z.shape[-1])
-        return max_over_edges(rows, zero, index, act, self._edge_norm, self.order, ptr).view(z.shape)
-
-    def max_over_edges(self, center: Tensor, neighbor: Tensor, index: Tensor, ptr: Tensor | None = None) -> Tensor:
-        """Activate and normalise the edges ``center[i] + neighbor[j]``: the largest of each node, 0 for none."""
-        kept = max_over_edges(center, neighbor, index, self.act, self._edge_norm, self.order, ptr)
-        return kept.where((index >= 0).any(-1, keepdim=True), 0)
-
-    @property
-    def _edge_norm(self) -> BatchNorm | Literal["instance"] | None:
-        return "instance" if self.instance else self.norm
+    def _normalize(self, rows: Tensor, ptr: Tensor | None) -> Tensor:
+        if self.instance:
+            return instance_norm(rows, ptr)
+        return rows if self.norm is None else batch_norm(self.norm, rows)
 
     def drop(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
         """Drop channels: of each row, but of whole clouds in (B, N, C) and where `ptr` says where they start."""
@@ -157,7 +137,7 @@ def splits(layer: nn.Module) -> TypeGuard[Perceptron]:
 
 
 def fuses(layer: nn.Module) -> TypeGuard[Perceptron]:
-    """Return True where `Perceptron.max_over_edges` gives what calls of the perceptron give for each edge."""
+    """Return True where `edge_max` gives what calls of the perceptron give for each edge."""
     return splits(layer) and may_fuse(layer.act, layer.norm)
 
 

@@ -14,7 +14,7 @@ from torch_geometric.nn.models.mlp import MLP
 
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable, unchanged
-from paper_layers.deep_gcn.edge_norm import max_over_edges, may_fuse
+from paper_layers.deep_gcn.edge_norm import edge_max, may_fuse
 from paper_layers.deep_gcn.edges import table_of_edges, to_edge_index
 from paper_layers.ops.knn import knn
 
@@ -71,8 +71,8 @@ class _FusedEdgeConv(pyg.MessagePassing):
         return _act_and_norm([layer for layer in layers if not _does_nothing(layer)])
 
     def _on_table(self, x: Pair, index: Tensor, linear: Any, fused: tuple[nn.Module | None, Any, Any]) -> Tensor:
-        output = max_over_edges(*self._terms(linear, x), index, *fused)
-        return output.where((index >= 0).any(-1, keepdim=True), 0)
+        act, norm, order = fused
+        return edge_max(*self._terms(linear, x), index, act=act, norm=norm, order=order)
 
     def _on_edges(self, x: Pair, source: Tensor, target: Tensor, linear: Any, layers: list[nn.Module]) -> Tensor:
         center, neighbor = self._terms(linear, x)
