@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,11 +11,23 @@ from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.clouds import starts
 from paper_layers.deep_gcn.convs import CONVS
-from paper_layers.deep_gcn.edge_norm import Order
 from paper_layers.deep_gcn.knn import DilatedKNN
-from paper_layers.deep_gcn.perceptron import Act, Norm
+from paper_layers.deep_gcn.perceptron import LayerOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Conv = Literal["edge", "mr", "gin", "sage"]
+
+
+class BlockOptions(LayerOptions, total=False):
+    """Keyword arguments of `PlainGCNBlock` that other blocks pass on to it."""
+
+    conv: Conv
+    k: int
+    dilation: int
+    stochastic: bool
+    epsilon: float
 
 
 class PlainGCNBlock(Leaf):
@@ -30,15 +42,10 @@ class PlainGCNBlock(Leaf):
         out_channels: Channels of the output.
         conv: "edge", "mr", "gin" or "sage".
         k: Neighbours of each point.
-        dilation: Of the neighbours, as in `DilatedKNN`.
-        stochastic: As in `DilatedKNN`.
-        epsilon: As in `DilatedKNN`.
-        act: As in `Perceptron`, as are all that follow.
-        norm: Of the convolution.
-        bias: Whether the linear layer has one.
-        order: Of activation and norm.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        dilation: The dilation of the neighbours.
+        stochastic: Sometimes take random neighbours in training, see `DilatedKNN`.
+        epsilon: The probability of random neighbours.
+        **options: act, norm, bias, order, device and dtype of `Perceptron`.
 
     Raises:
         ValueError: An argument is not one of those above.
@@ -54,23 +61,18 @@ class PlainGCNBlock(Leaf):
         self,
         in_channels: int,
         out_channels: int,
+        *,
         conv: Conv = "edge",
         k: int = 16,
         dilation: int = 1,
         stochastic: bool = False,
         epsilon: float = 0.2,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__()
         checks.choice("conv", conv, CONVS)
-        self.knn = DilatedKNN(k, dilation, stochastic, epsilon)
-        settings: dict[str, Any] = {"act": act, "norm": norm, "bias": bias, "order": order}
-        self.conv: Any = CONVS[conv](in_channels, out_channels, **settings, device=device, dtype=dtype)
+        self.knn = DilatedKNN(k, dilation, stochastic=stochastic, epsilon=epsilon)
+        self.conv: Any = CONVS[conv](in_channels, out_channels, **options)
 
     def reset_parameters(self) -> None:
         """Start again, as in the official code."""
@@ -108,7 +110,7 @@ class ResGCNBlock(PlainGCNBlock):
 
     Args:
         channels: Channels of input and output.
-        **settings: All else as in `PlainGCNBlock`.
+        **options: All other options of `PlainGCNBlock`.
 
     Example:
         >>> import torch
@@ -117,8 +119,8 @@ class ResGCNBlock(PlainGCNBlock):
         torch.Size([2, 1024, 64])
     """
 
-    def __init__(self, channels: int, **settings: Any):
-        super().__init__(channels, channels, **settings)
+    def __init__(self, channels: int, **options: Unpack[BlockOptions]):
+        super().__init__(channels, channels, **options)
 
     def combine(self, x: Tensor, output: Tensor) -> Tensor:
         """Add the input."""
@@ -135,7 +137,7 @@ class DenseGCNBlock(PlainGCNBlock):
     Args:
         in_channels: Channels of the input.
         growth: Channels that are appended.
-        **settings: All else as in `PlainGCNBlock`.
+        **options: All other options of `PlainGCNBlock`.
 
     Example:
         >>> import torch
@@ -144,8 +146,8 @@ class DenseGCNBlock(PlainGCNBlock):
         torch.Size([2, 1024, 96])
     """
 
-    def __init__(self, in_channels: int, growth: int = 64, **settings: Any):
-        super().__init__(in_channels, growth, **settings)
+    def __init__(self, in_channels: int, *, growth: int = 64, **options: Unpack[BlockOptions]):
+        super().__init__(in_channels, growth, **options)
 
     def combine(self, x: Tensor, output: Tensor) -> Tensor:
         """Append to the input."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,13 @@ from paper_layers._core import checks
 from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn.clouds import starts
-from paper_layers.deep_gcn.edge_norm import Order, edge_max
+from paper_layers.deep_gcn.edge_norm import edge_max
 from paper_layers.deep_gcn.edges import check_nodes, to_edge_index
-from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, fuses, splits
+from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call, fuses, splits
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class _GraphConv(Leaf, abc.ABC):
@@ -138,17 +141,13 @@ class _PerceptronConv(_GraphConv):
         self,
         in_channels: int,
         out_channels: int,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
+        *,
         dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.nn = Perceptron(self._inputs * in_channels, out_channels, act, norm, bias, order, dropout, device, dtype)
+        self.nn = Perceptron(self._inputs * in_channels, out_channels, dropout=dropout, **options)
 
     def reset_parameters(self) -> None:
         """Start again, as in the official code."""
@@ -168,13 +167,8 @@ class EdgeConv(_PerceptronConv):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        act: As in `Perceptron`, as are all that follow.
-        norm: Over all edges.
-        bias: Whether the linear layer has one.
-        order: Of activation and norm.
         dropout: The probability that a channel is dropped.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        **options: act, norm (over all edges), bias, order, device and dtype of `Perceptron`.
 
     Example:
         >>> import torch, paper_layers
@@ -222,13 +216,8 @@ class MRConv(_PerceptronConv):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        act: As in `Perceptron`, as are all that follow.
-        norm: Over all nodes.
-        bias: Whether the linear layer has one.
-        order: Of activation and norm.
         dropout: The probability that a channel is dropped.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        **options: act, norm (over all nodes), bias, order, device and dtype of `Perceptron`.
 
     Example:
         >>> import torch, paper_layers
@@ -269,13 +258,8 @@ class GINConv(_PerceptronConv):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        act: As in `Perceptron`, as are all that follow.
-        norm: Over all nodes.
-        bias: Whether the linear layer has one.
-        order: Of activation and norm.
         dropout: The probability that a channel is dropped.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        **options: act, norm (over all nodes), bias, order, device and dtype of `Perceptron`.
 
     Example:
         >>> import torch, paper_layers
@@ -288,8 +272,8 @@ class GINConv(_PerceptronConv):
 
     _inputs = 1
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, in_channels: int, out_channels: int, *, dropout: float = 0.0, **options: Unpack[LayerOptions]):
+        super().__init__(in_channels, out_channels, dropout=dropout, **options)
         self.eps = nn.Parameter(self.nn.linear.weight.new_zeros(1))
 
     def reset_parameters(self) -> None:
@@ -324,13 +308,9 @@ class SAGEConv(_GraphConv):
         out_channels: Channels of the output.
         aggr: "max" or "mean".
         relative: With "mean", average the differences :math:`x_j - x_i`.
-        act: As in `Perceptron`, as are all that follow.
-        norm: Over all nodes; in :math:`h_1` over all edges.
-        bias: Whether the linear layers have one, and with "mean" b.
-        order: Of activation and norm.
         dropout: The probability that a channel is dropped.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        **options: act, norm (over all nodes, in :math:`h_1` over all edges), bias (also b), order, device and dtype of
+            `Perceptron`.
 
     Raises:
         ValueError: `aggr` or `relative` does not fit.
@@ -348,31 +328,27 @@ class SAGEConv(_GraphConv):
         self,
         in_channels: int,
         out_channels: int,
-        aggr: str = "max",
+        *,
+        aggr: Literal["max", "mean"] = "max",
         relative: bool = False,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
         dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__()
-        if aggr not in ("max", "mean"):
-            raise ValueError(f"aggr: expected max or mean, got {aggr!r}")
+        checks.choice("aggr", aggr, ("max", "mean"))
         if relative and aggr == "max":
             raise ValueError("relative: expected False with aggr='max', got True")
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.aggr, self.relative, self.normalize = aggr, relative, aggr == "mean" and norm is not None
-        placement: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.aggr, self.relative = aggr, relative
+        self.normalize = aggr == "mean" and options.get("norm", "batch") is not None
+        linear: LayerOptions = {**options, "act": None, "norm": None, "bias": False}
         if aggr == "max":
-            self.nn1 = Perceptron(in_channels, in_channels, act, norm, bias, order, 0.0, **placement)
+            self.nn1 = Perceptron(in_channels, in_channels, **options)
         else:
-            self.nn1 = Perceptron(in_channels, out_channels, None, None, False, order, 0.0, **placement)
-        width = in_channels + self.nn1.linear.out_features
-        self.nn2 = Perceptron(width, out_channels, act, norm, bias, order, dropout, **placement)
-        self.bias = nn.Parameter(torch.zeros(out_channels, **placement)) if aggr == "mean" and bias else None
+            self.nn1 = Perceptron(in_channels, out_channels, **linear)
+        self.nn2 = Perceptron(in_channels + self.nn1.linear.out_features, out_channels, dropout=dropout, **options)
+        bias = self.nn2.linear.bias if aggr == "mean" else None
+        self.bias = None if bias is None else nn.Parameter(torch.zeros_like(bias))
 
     def reset_parameters(self) -> None:
         """Start again, as in the official code."""

@@ -44,6 +44,7 @@ class DilatedKNN(Leaf):
         self,
         k: int = 16,
         dilation: int = 1,
+        *,
         stochastic: bool = False,
         epsilon: float = 0.2,
         metric: str = "sqeuclidean",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
-from paper_layers.deep_gcn.blocks import Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
+from paper_layers.deep_gcn.blocks import BlockOptions, Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
 from paper_layers.deep_gcn.clouds import pool, spread, starts
-from paper_layers.deep_gcn.edge_norm import Order
-from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, splits
+from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call, splits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Block = Literal["res", "dense", "plain"]
 Dilations = Sequence[int] | Callable[[int], int]
@@ -54,6 +56,23 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, ptr: Tensor | None) -> Te
     return x
 
 
+class NetOptions(LayerOptions, total=False):
+    """Keyword arguments of `DeepGCN` that its variants pass on to it."""
+
+    channels: int
+    blocks: int
+    block: Block
+    conv: Conv
+    k: int
+    growth: int | None
+    dilations: Dilations | None
+    max_dilation: int | None
+    stochastic: bool
+    epsilon: float
+    dropout: float
+    checkpointing: bool
+
+
 class DeepGCN(Leaf):
     r"""ResGCN, DenseGCN or PlainGCN that labels the points of clouds, as for S3DIS.
 
@@ -75,16 +94,11 @@ class DeepGCN(Leaf):
         dilations: One for each block after the head, or a function of its number from 0; default 1, 2, 3, ....
             Clouds should have ``k * dilation`` points; neighbours beyond are left out.
         max_dilation: The most that any dilation may be.
-        stochastic: As in `DilatedKNN`.
-        epsilon: As in `DilatedKNN`.
-        act: As in `Perceptron`.
-        norm: As in `Perceptron`.
-        bias: As in `Perceptron`.
-        order: As in `Perceptron`.
+        stochastic: Sometimes take random neighbours in training, see `DilatedKNN`.
+        epsilon: The probability of random neighbours.
         dropout: The probability that a feature is dropped before the last layer.
         checkpointing: Compute the convolutions again in the backward pass and keep only their inputs.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        **options: act, norm, bias, order, device and dtype of `Perceptron`.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -99,12 +113,13 @@ class DeepGCN(Leaf):
     """
 
     # What the head's convolution does otherwise than all others.
-    _head: ClassVar[dict[str, Any]] = {}
+    _head: ClassVar[BlockOptions] = {}
 
     def __init__(
         self,
         in_channels: int,
         num_classes: int,
+        *,
         channels: int = 64,
         blocks: int = 28,
         block: Block = "res",
@@ -115,14 +130,9 @@ class DeepGCN(Leaf):
         max_dilation: int | None = None,
         stochastic: bool = True,
         epsilon: float = 0.2,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
         dropout: float = 0.3,
         checkpointing: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__()
         if block not in ("res", "dense", "plain"):
@@ -134,30 +144,38 @@ class DeepGCN(Leaf):
             stochastic, dilations = False, dilations or (lambda i: 1)
         rates = _rates(dilations, blocks - 1, max_dilation)
         appended = (growth or channels) if block == "dense" else 0
-        layer: dict[str, Any] = {"act": act, "norm": norm, "bias": bias, "order": order}
-        layer |= {"device": device, "dtype": dtype}
-        graph = {"conv": conv, "k": k, "stochastic": stochastic, "epsilon": epsilon, **layer}
+        graph: BlockOptions = {
+            **options,
+            "conv": conv,
+            "k": k,
+            "dilation": 1,
+            "stochastic": stochastic,
+            "epsilon": epsilon,
+        }
+        head: BlockOptions = {**graph, **self._head}
         self.in_channels, self.checkpointing = in_channels, checkpointing
         self.num_features = channels * blocks + appended * (blocks * (blocks - 1) // 2)
-        self.head = PlainGCNBlock(in_channels, channels, **{**graph, **self._head})
+        self.head = PlainGCNBlock(in_channels, channels, **head)
         self.blocks = nn.ModuleList()
         for i, dilation in enumerate(rates):
+            dilated: BlockOptions = {**graph, "dilation": dilation}
             if block == "dense":
-                made: PlainGCNBlock = DenseGCNBlock(channels + appended * i, appended, dilation=dilation, **graph)
+                made: PlainGCNBlock = DenseGCNBlock(channels + appended * i, growth=appended, **dilated)
             elif block == "res":
-                made = ResGCNBlock(channels, dilation=dilation, **graph)
+                made = ResGCNBlock(channels, **dilated)
             else:
-                made = PlainGCNBlock(channels, channels, dilation=dilation, **graph)
+                made = PlainGCNBlock(channels, channels, **dilated)
             self.blocks.append(made)
-        self._add_prediction(num_classes, dropout, layer)
+        self._add_prediction(num_classes, dropout, options)
 
-    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
-        self.fusion = Perceptron(self.num_features, 1024, **layer)
+    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
+        last: LayerOptions = {**options, "act": None, "norm": None}
+        self.fusion = Perceptron(self.num_features, 1024, **options)
         self.prediction = Prediction(
-            Perceptron(1024 + self.num_features, 512, **layer),
-            Perceptron(512, 256, **layer),
+            Perceptron(1024 + self.num_features, 512, **options),
+            Perceptron(512, 256, **options),
             nn.Dropout(dropout),
-            Perceptron(256, num_classes, **{**layer, "act": None, "norm": None}),
+            Perceptron(256, num_classes, **last),
         )
 
     def reset_parameters(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, Literal, TypedDict, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,17 @@ from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, instan
 
 Act = Literal["relu", "leakyrelu", "prelu"]
 Norm = Literal["batch", "instance"]
+
+
+class LayerOptions(TypedDict, total=False):
+    """Keyword arguments of `Perceptron` that convolutions, blocks and networks pass on to it."""
+
+    act: Act | None
+    norm: Norm | None
+    bias: bool
+    order: Order
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class Perceptron(Leaf):
@@ -32,8 +43,6 @@ class Perceptron(Leaf):
         bias: Whether the linear layer has one.
         order: "act_norm", as the dense official code and its checkpoints have it, or "norm_act".
         dropout: The probability that a channel is dropped, for all nodes of a cloud in (B, N, C).
-        device: Where the parameters are.
-        dtype: Their dtype.
 
     Raises:
         ValueError: An argument is not one of those above.
@@ -49,12 +58,13 @@ class Perceptron(Leaf):
         self,
         in_channels: int,
         out_channels: int,
+        *,
         act: Act | None = "relu",
         norm: Norm | None = "batch",
         bias: bool = True,
         order: Order = "act_norm",
         dropout: float = 0.0,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -64,8 +74,7 @@ class Perceptron(Leaf):
             raise ValueError(f"act: expected relu, leakyrelu, prelu or None, got {act!r}")
         if norm not in ("batch", "instance", None):
             raise ValueError(f"norm: expected batch, instance or None, got {norm!r}")
-        if order not in ("act_norm", "norm_act"):
-            raise ValueError(f"order: expected act_norm or norm_act, got {order!r}")
+        checks.choice("order", order, ("act_norm", "norm_act"))
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout: expected a probability, got {dropout}")
         placement: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers.deep_gcn.blocks import BlockOptions
 from paper_layers.deep_gcn.clouds import pool, spread, starts
-from paper_layers.deep_gcn.nets import DeepGCN, Prediction
-from paper_layers.deep_gcn.perceptron import Perceptron, call
+from paper_layers.deep_gcn.nets import DeepGCN, NetOptions, Prediction
+from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-def _leaky_prediction(inputs: int, num_classes: int, dropout: float, layer: dict[str, Any]) -> Prediction:
+def _leaky_prediction(inputs: int, num_classes: int, dropout: float, options: LayerOptions) -> Prediction:
     """As the official code has it: leaky activations, and biases whatever the others do."""
-    leaky = {**layer, "act": "leakyrelu", "bias": True}
+    leaky: LayerOptions = {**options, "act": "leakyrelu", "bias": True}
+    last: LayerOptions = {**leaky, "act": None, "norm": None}
     return Prediction(
         Perceptron(inputs, 512, **leaky, dropout=dropout),
         Perceptron(512, 256, **leaky, dropout=dropout),
-        Perceptron(256, num_classes, **{**leaky, "act": None, "norm": None}),
+        Perceptron(256, num_classes, **last),
     )
 
 
@@ -33,10 +38,8 @@ class DeepGCNClassifier(DeepGCN):
         in_channels: Channels of the input, coordinates first.
         num_classes: Channels of the output.
         embedding_dim: Channels of f.
-        blocks: As in `DeepGCN`.
-        k: As in `DeepGCN`.
-        dropout: Between the last layers.
-        **settings: All else as in `DeepGCN`.
+        **options: Options of `DeepGCN`; by default 14 blocks, 9 neighbours and a dropout of 0.5 between the last
+            layers.
 
     Example:
         >>> import torch
@@ -45,7 +48,7 @@ class DeepGCNClassifier(DeepGCN):
         torch.Size([2, 40])
     """
 
-    _head: ClassVar[dict[str, Any]] = {"bias": False}
+    _head: ClassVar[BlockOptions] = {"bias": False}
 
     def __init__(
         self,
@@ -53,17 +56,16 @@ class DeepGCNClassifier(DeepGCN):
         num_classes: int = 40,
         *,
         embedding_dim: int = 1024,
-        blocks: int = 14,
-        k: int = 9,
-        dropout: float = 0.5,
-        **settings: Any,
+        **options: Unpack[NetOptions],
     ):
         self.embedding_dim = embedding_dim
-        super().__init__(in_channels, num_classes, blocks=blocks, k=k, dropout=dropout, **settings)
+        published: NetOptions = {"blocks": 14, "k": 9, "dropout": 0.5, **options}
+        super().__init__(in_channels, num_classes, **published)
 
-    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
-        self.fusion = Perceptron(self.num_features, self.embedding_dim, **{**layer, "act": "leakyrelu", "bias": False})
-        self.prediction = _leaky_prediction(2 * self.embedding_dim, num_classes, dropout, layer)
+    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
+        fusion: LayerOptions = {**options, "act": "leakyrelu", "bias": False}
+        self.fusion = Perceptron(self.num_features, self.embedding_dim, **fusion)
+        self.prediction = _leaky_prediction(2 * self.embedding_dim, num_classes, dropout, options)
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Classify the clouds of (B, N, C), or of (N, C) with `batch` or `ptr`: (B, num_classes)."""
@@ -84,9 +86,7 @@ class DeepGCNPartSegmenter(DeepGCN):
         in_channels: Channels of the input, coordinates first.
         num_classes: Channels of the output.
         embedding_dim: Channels of f.
-        k: As in `DeepGCN`.
-        dropout: Between the last layers.
-        **settings: All else as in `DeepGCN`.
+        **options: Options of `DeepGCN`; by default 9 neighbours and a dropout of 0.5 between the last layers.
 
     Example:
         >>> import torch
@@ -95,7 +95,7 @@ class DeepGCNPartSegmenter(DeepGCN):
         torch.Size([2, 256, 15])
     """
 
-    _head: ClassVar[dict[str, Any]] = {"bias": False}
+    _head: ClassVar[BlockOptions] = {"bias": False}
 
     def __init__(
         self,
@@ -103,16 +103,16 @@ class DeepGCNPartSegmenter(DeepGCN):
         num_classes: int,
         *,
         embedding_dim: int = 1024,
-        k: int = 9,
-        dropout: float = 0.5,
-        **settings: Any,
+        **options: Unpack[NetOptions],
     ):
         self.embedding_dim = embedding_dim
-        super().__init__(in_channels, num_classes, k=k, dropout=dropout, **settings)
+        published: NetOptions = {"k": 9, "dropout": 0.5, **options}
+        super().__init__(in_channels, num_classes, **published)
 
-    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
-        self.fusion = Perceptron(self.num_features, self.embedding_dim, **{**layer, "act": "leakyrelu", "bias": False})
-        self.prediction = _leaky_prediction(3 * self.embedding_dim, num_classes, dropout, layer)
+    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
+        fusion: LayerOptions = {**options, "act": "leakyrelu", "bias": False}
+        self.fusion = Perceptron(self.num_features, self.embedding_dim, **fusion)
+        self.prediction = _leaky_prediction(3 * self.embedding_dim, num_classes, dropout, options)
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Label the points of (B, N, C), or of (N, C) with `batch` or `ptr`: log-probabilities (..., num_classes)."""
@@ -133,11 +133,8 @@ class StaticDeepGCN(DeepGCN):
     Args:
         in_channels: Channels of the input.
         num_classes: Channels of the output.
-        channels: As in `DeepGCN`.
-        blocks: As in `DeepGCN`.
-        conv: As in `DeepGCN`.
-        dropout: Between the last layers.
-        **settings: All else as in `DeepGCN`; those of nearest neighbours mean nothing here.
+        **options: Options of `DeepGCN`, of which those of nearest neighbours have no effect; by default 256 channels,
+            14 blocks, "mr" and a dropout of 0.2 between the last layers.
 
     Example:
         >>> import torch
@@ -152,23 +149,21 @@ class StaticDeepGCN(DeepGCN):
         self,
         in_channels: int,
         num_classes: int,
-        channels: int = 256,
-        blocks: int = 14,
-        *,
-        conv: Any = "mr",
-        dropout: float = 0.2,
-        **settings: Any,
+        **options: Unpack[NetOptions],
     ):
-        super().__init__(in_channels, num_classes, channels, blocks, conv=conv, dropout=dropout, **settings)
+        published: NetOptions = {"channels": 256, "blocks": 14, "conv": "mr", "dropout": 0.2, **options}
+        super().__init__(in_channels, num_classes, **published)
 
-    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
-        self.fusion = Perceptron(self.num_features, 1024, **{**layer, "norm": None})
+    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
+        fusion: LayerOptions = {**options, "norm": None}
+        last: LayerOptions = {**fusion, "act": None}
+        self.fusion = Perceptron(self.num_features, 1024, **fusion)
         self.prediction = Prediction(
-            Perceptron(1 + self.num_features, 512, **layer),
+            Perceptron(1 + self.num_features, 512, **options),
             nn.Dropout(dropout),
-            Perceptron(512, 256, **layer),
+            Perceptron(512, 256, **options),
             nn.Dropout(dropout),
-            Perceptron(256, num_classes, **{**layer, "act": None, "norm": None}),
+            Perceptron(256, num_classes, **last),
         )
 
     def forward(  # type: ignore[override]

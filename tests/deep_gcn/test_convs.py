@@ -100,7 +100,7 @@ def test_nodes_without_neighbours(name: str) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("norm", ["batch", None])
 def test_mean_sage_of_the_sparse_code(relative: bool, bias: bool, norm: str | None) -> None:
-    conv = SAGEConv(6, 5, "mean", relative, norm=norm, bias=bias).double()
+    conv = SAGEConv(6, 5, aggr="mean", relative=relative, norm=norm, bias=bias).double()
     generator = torch.Generator().manual_seed(0)
     state = {"weight": torch.randn(6, 5, generator=generator), "nn.0.weight": torch.randn(5, 11, generator=generator)}
     if bias:

@@ -45,7 +45,7 @@ def test_parameter_counts() -> None:
                        [1_703_848, 2_221_288, 3_256_168]),
         "PartNet": ([DeepGCNPartSegmenter(3, 15, device="meta")], [3_774_031]),
         "PPI": (
-            [StaticDeepGCN(50, 121, c, n, block=b, device="meta")
+            [StaticDeepGCN(50, 121, channels=c, blocks=n, block=b, device="meta")
              for b, n, c in (("res", 14, 64), ("res", 28, 256), ("res", 112, 256), ("dense", 14, 256))],
             [1_657_849, 14_762_105, 58_866_809, 53_417_593]),
     }  # fmt: skip
@@ -98,7 +98,7 @@ def test_static_graph() -> None:
     edges = to_edge_index(table(40, 6, rows=40))
     index, x = from_edge_index(edges, 40), features(40, 10).double()
     for block in ("res", "dense", "plain"):
-        net = StaticDeepGCN(10, 4, 8, 4, block=block, conv="mr", dropout=0, order="norm_act").double()
+        net = StaticDeepGCN(10, 4, channels=8, blocks=4, block=block, conv="mr", dropout=0, order="norm_act").double()
         output = net(x, index)
         torch.testing.assert_close(net(x, edge_index=edges), output)
         assert output.shape == (40, 4)
@@ -110,7 +110,7 @@ def test_blocks() -> None:
     x = features(2, 50, 8)
     settings: dict[str, Any] = {"k": 5, "dilation": 3}
     index = knn(x, k=5, dilation=3)[0]
-    for block in (PlainGCNBlock(8, 6, **settings), ResGCNBlock(8, **settings), DenseGCNBlock(8, 6, **settings)):
+    for block in (PlainGCNBlock(8, 6, **settings), ResGCNBlock(8, **settings), DenseGCNBlock(8, growth=6, **settings)):
         block.eval()
         y = block.conv(x, index)
         expected = x + y if isinstance(block, ResGCNBlock) else y
