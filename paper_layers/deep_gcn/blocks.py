@@ -9,9 +9,9 @@ from torch import Tensor
 
 from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
-from paper_layers.deep_gcn.clouds import starts
+from paper_layers.deep_gcn._clouds import ptr_of
 from paper_layers.deep_gcn.convs import CONVS
-from paper_layers.deep_gcn.knn import DilatedKNN
+from paper_layers.deep_gcn.dilated_knn import DilatedKNN
 from paper_layers.deep_gcn.perceptron import LayerOptions
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class BlockOptions(LayerOptions, total=False):
     k: int
     dilation: int
     stochastic: bool
-    epsilon: float
+    stochastic_probability: float
 
 
 class PlainGCNBlock(Leaf):
@@ -44,7 +44,7 @@ class PlainGCNBlock(Leaf):
         k: Neighbours of each point.
         dilation: The dilation of the neighbours.
         stochastic: Sometimes take random neighbours in training, see `DilatedKNN`.
-        epsilon: The probability of random neighbours.
+        stochastic_probability: The probability of random neighbours.
         **options: act, norm, bias, order, device and dtype of `Perceptron`.
 
     Raises:
@@ -66,12 +66,12 @@ class PlainGCNBlock(Leaf):
         k: int = 16,
         dilation: int = 1,
         stochastic: bool = False,
-        epsilon: float = 0.2,
+        stochastic_probability: float = 0.2,
         **options: Unpack[LayerOptions],
     ):
         super().__init__()
         checks.choice("conv", conv, CONVS)
-        self.knn = DilatedKNN(k, dilation, stochastic=stochastic, epsilon=epsilon)
+        self.knn = DilatedKNN(k, dilation, stochastic=stochastic, stochastic_probability=stochastic_probability)
         self.conv: Any = CONVS[conv](in_channels, out_channels, **options)
 
     def reset_parameters(self) -> None:
@@ -91,7 +91,7 @@ class PlainGCNBlock(Leaf):
 
         A static graph, `index` or `edge_index` as in `EdgeConv`, takes the place of the nearest neighbours.
         """
-        ptr = starts(x, batch, ptr)
+        ptr = ptr_of(x, batch, ptr)
         if index is None and edge_index is None:
             index = self.knn(x, ptr=ptr)
         return self.combine(x, self.conv(x, index, edge_index=edge_index, ptr=ptr))

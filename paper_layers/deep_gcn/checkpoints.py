@@ -68,7 +68,7 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
 
 def _names(module: nn.Module) -> Iterator[tuple[str, str]]:
     """What each parameter and buffer is called in the official code, without wrappers, and here."""
-    means = {path for path, m in module.named_modules() if isinstance(m, SAGEConv) and m.aggr == "mean"}
+    means = {path for path, m in module.named_modules() if isinstance(m, SAGEConv) and m.reduction == "mean"}
     for path, part in module.named_modules():
         parent, _, last = path.rpartition(".")
         official = _official(path)
@@ -96,7 +96,7 @@ def _perceptron_names(part: Perceptron, path: str, official: str) -> Iterator[tu
 
 def _transposed(module: nn.Module) -> set[str]:
     """What is stored as (in, out) in the official code."""
-    means = (path for path, m in module.named_modules() if isinstance(m, SAGEConv) and m.aggr == "mean")
+    means = (path for path, m in module.named_modules() if isinstance(m, SAGEConv) and m.reduction == "mean")
     return {_join(path, "nn1.linear.weight") for path in means}
 
 

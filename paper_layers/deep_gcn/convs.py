@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers._core import checks
-from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
-from paper_layers.deep_gcn.clouds import starts
-from paper_layers.deep_gcn.edge_norm import edge_max
-from paper_layers.deep_gcn.edges import check_nodes, to_edge_index
-from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call, fuses, splits
+from paper_layers.deep_gcn._clouds import ptr_of
+from paper_layers.deep_gcn._each_edge import (
+    dropout_channels,
+    edge_max_options,
+    edge_outputs,
+    reduce_each_edge,
+    sort_by_cloud,
+)
+from paper_layers.deep_gcn._edge_norm import edge_max
+from paper_layers.deep_gcn.edges import check_nodes
+from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron, may_fuse_edges, may_split_linear
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
 
 if TYPE_CHECKING:
@@ -35,6 +40,7 @@ class _GraphConv(Leaf, abc.ABC):
         index: Tensor | None = None,
         *,
         edge_index: Tensor | None = None,
+        batch: Tensor | None = None,
         ptr: Tensor | None = None,
     ) -> Tensor:
         """Convolve features with their neighbours'.
@@ -44,7 +50,8 @@ class _GraphConv(Leaf, abc.ABC):
             index: Neighbours as `paper_layers.knn` returns them, int64 of shape (N, k) or (B, N, k); -1 is none.
             edge_index: In place of `index`, for (N, C): edges as in PyG, int64 of shape (2, E), from sources (row 0)
                 to targets (row 1). Needs torch_geometric.
-            ptr: Where the clouds of (N, C) start, of shape (B + 1,); instance norm and dropout keep them apart.
+            batch: Cloud of each row of (N, C), ascending, of shape (N,); instance norm and dropout keep clouds apart.
+            ptr: In place of `batch`: where each cloud starts, of shape (B + 1,).
 
         Returns:
             Features of shape (N, out_channels) or (B, N, out_channels).
@@ -58,7 +65,7 @@ class _GraphConv(Leaf, abc.ABC):
         if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
             expected = f"(N, {self.in_channels}) or (B, N, {self.in_channels})"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
-        ptr = starts(x, None, ptr)
+        ptr = ptr_of(x, batch, ptr)
         if (index is None) == (edge_index is None):
             raise ValueError(f"index: expected either index or edge_index, got {'none' if index is None else 'both'}")
         if edge_index is None:
@@ -80,56 +87,11 @@ class _GraphConv(Leaf, abc.ABC):
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor: ...
 
 
-def _scatter(values: Tensor, target: Tensor, nodes: int, reduce: str) -> Tensor:
+def _scatter(values: Tensor, target: Tensor, nodes: int, reduction: str) -> Tensor:
     """PyG's aggregation of edges at their targets, 0 where there are none."""
     from torch_geometric.utils import scatter
 
-    return scatter(values, target, 0, nodes, reduce)
-
-
-def _edge_ptr(target: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """An order of the edges by their target's cloud, and where the clouds start in it."""
-    if ptr is None:
-        return torch.arange(len(target), device=target.device), None
-    cloud, order = torch.searchsorted(ptr, target, right=True).sort(stable=True)
-    return order, torch.searchsorted(cloud, torch.arange(1, len(ptr) + 1, device=ptr.device))
-
-
-def _messages(layer: nn.Module, rows: Tensor, ptr: Tensor | None) -> Tensor:
-    """Call the perceptron on rows; a plain one leaves dropout to `_drop`."""
-    if readable(layer, Perceptron):
-        return cast(Perceptron, layer).activate_and_normalize(cast(Perceptron, layer).linear(rows), ptr)
-    return call(layer, rows, ptr)
-
-
-def _activation(layer: Perceptron) -> dict[str, Any]:
-    """Return the perceptron's arguments for `edge_max`."""
-    return {"act": layer.act, "norm": layer.norm, "instance": layer.instance, "order": layer.order}
-
-
-def _drop(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
-    return cast(Perceptron, layer).drop(x, ptr) if readable(layer, Perceptron) else x
-
-
-def _each_edge(
-    layer: nn.Module,
-    x: Tensor,
-    index: Tensor,
-    ptr: Tensor | None,
-    reduce: str,
-    rows: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Call the perceptron on a row for each edge of a table, and reduce its outputs at each node."""
-    nodes = x.flatten(0, -2)
-    source, target = to_edge_index(index)
-    if x.dim() == 3:
-        ptr = torch.arange(len(x) + 1, device=x.device) * x.shape[1]
-    messages = _messages(layer, rows(nodes[target], nodes[source]), _edge_ptr(target, ptr)[1])
-    # The number of each edge, where the table has an edge.
-    table = index.flatten(0, -2)
-    numbers = (table >= 0).flatten().cumsum(0).view_as(table) - 1
-    output = neighbor_reduce(messages, numbers.where(table >= 0, -1), reduce)
-    return output.view(*x.shape[:-1], output.shape[-1])
+    return scatter(values, target, 0, nodes, reduction)
 
 
 class _PerceptronConv(_GraphConv):
@@ -185,21 +147,23 @@ class EdgeConv(_PerceptronConv):
         return F.linear(x, own - difference, self.nn.linear.bias), F.linear(x, difference)
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        if fuses(self.nn):
-            return self.nn.drop(edge_max(*self._terms(x), index, **_activation(self.nn), ptr=ptr), ptr)
-        return _drop(self.nn, _each_edge(self.nn, x, index, ptr, "max", self._edge), ptr)
+        if may_fuse_edges(self.nn):
+            output = edge_max(*self._terms(x), index, **edge_max_options(self.nn), ptr=ptr)
+        else:
+            output = reduce_each_edge(self.nn, x, index, ptr, "max", self._edge)
+        return dropout_channels(self.nn, output, ptr)
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
-        order, edge_ptr = _edge_ptr(edge_index[1], ptr)
+        order, edge_ptr = sort_by_cloud(edge_index[1], ptr)
         source, target = edge_index[:, order]
-        if splits(self.nn):
+        if may_split_linear(self.nn):
             center, neighbor = self._terms(x)
             edges = self.nn.activate_and_normalize(
                 center.index_select(0, target) + neighbor.index_select(0, source), edge_ptr
             )
         else:
-            edges = _messages(self.nn, self._edge(x.index_select(0, target), x.index_select(0, source)), edge_ptr)
-        return _drop(self.nn, _scatter(edges, target, len(x), "max"), ptr)
+            edges = edge_outputs(self.nn, self._edge(x.index_select(0, target), x.index_select(0, source)), edge_ptr)
+        return dropout_channels(self.nn, _scatter(edges, target, len(x), "max"), ptr)
 
     def _edge(self, center: Tensor, neighbor: Tensor) -> Tensor:
         return torch.cat([center, neighbor - center], -1)
@@ -238,12 +202,12 @@ class MRConv(_PerceptronConv):
         )
 
     def _combine(self, x: Tensor, relative: Tensor, ptr: Tensor | None) -> Tensor:
-        if not splits(self.nn):
-            return call(self.nn, torch.cat([x, relative], -1), ptr)
+        if not may_split_linear(self.nn):
+            return call_perceptron(self.nn, torch.cat([x, relative], -1), ptr)
         # The linear layer on both side by side, without putting them there.
         own, difference = self.nn.linear.weight.chunk(2, 1)
         z = F.linear(x, own, self.nn.linear.bias) + F.linear(relative, difference)
-        return self.nn.drop(self.nn.activate_and_normalize(z, ptr), ptr)
+        return self.nn.dropout_channels(self.nn.activate_and_normalize(z, ptr), ptr)
 
 
 class GINConv(_PerceptronConv):
@@ -289,7 +253,7 @@ class GINConv(_PerceptronConv):
         return self._combine(x, _scatter(x.index_select(0, source), target, len(x), "sum"), ptr)
 
     def _combine(self, x: Tensor, total: Tensor, ptr: Tensor | None) -> Tensor:
-        return call(self.nn, (1 + self.eps) * x + total, ptr)
+        return call_perceptron(self.nn, (1 + self.eps) * x + total, ptr)
 
 
 class SAGEConv(_GraphConv):
@@ -306,14 +270,14 @@ class SAGEConv(_GraphConv):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        aggr: "max" or "mean".
+        reduction: "max" or "mean".
         relative: With "mean", average the differences :math:`x_j - x_i`.
         dropout: The probability that a channel is dropped.
         **options: act, norm (over all nodes, in :math:`h_1` over all edges), bias (also b), order, device and dtype of
             `Perceptron`.
 
     Raises:
-        ValueError: `aggr` or `relative` does not fit.
+        ValueError: `reduction` or `relative` does not fit.
 
     Example:
         >>> import torch, paper_layers
@@ -329,25 +293,25 @@ class SAGEConv(_GraphConv):
         in_channels: int,
         out_channels: int,
         *,
-        aggr: Literal["max", "mean"] = "max",
+        reduction: Literal["max", "mean"] = "max",
         relative: bool = False,
         dropout: float = 0.0,
         **options: Unpack[LayerOptions],
     ):
         super().__init__()
-        checks.choice("aggr", aggr, ("max", "mean"))
-        if relative and aggr == "max":
-            raise ValueError("relative: expected False with aggr='max', got True")
+        checks.choice("reduction", reduction, ("max", "mean"))
+        if relative and reduction == "max":
+            raise ValueError("relative: expected False with reduction='max', got True")
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.aggr, self.relative = aggr, relative
-        self.normalize = aggr == "mean" and options.get("norm", "batch") is not None
+        self.reduction, self.relative = reduction, relative
+        self.normalize = reduction == "mean" and options.get("norm", "batch") is not None
         linear: LayerOptions = {**options, "act": None, "norm": None, "bias": False}
-        if aggr == "max":
+        if reduction == "max":
             self.nn1 = Perceptron(in_channels, in_channels, **options)
         else:
             self.nn1 = Perceptron(in_channels, out_channels, **linear)
         self.nn2 = Perceptron(in_channels + self.nn1.linear.out_features, out_channels, dropout=dropout, **options)
-        bias = self.nn2.linear.bias if aggr == "mean" else None
+        bias = self.nn2.linear.bias if reduction == "mean" else None
         self.bias = None if bias is None else nn.Parameter(torch.zeros_like(bias))
 
     def reset_parameters(self) -> None:
@@ -359,54 +323,49 @@ class SAGEConv(_GraphConv):
 
     def extra_repr(self) -> str:
         """The aggregation."""
-        return f"aggr={self.aggr!r}, relative={self.relative}"
+        return f"reduction={self.reduction!r}, relative={self.relative}"
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        if self.aggr == "max":
-            if not fuses(self.nn1):
-                return self._combine(x, _each_edge(self.nn1, x, index, ptr, "max", self._edge), ptr)
+        if self.reduction == "mean":  # Every node is its own neighbour, once.
+            own = torch.arange(x.shape[-2], device=x.device)[:, None].expand(*x.shape[:-1], 1)
+            index = torch.cat([own, torch.where(index == own, -1, index)], -1)
+            if self._mean_before_linear:
+                return self._combine(x, self._mean(x, neighbor_reduce(x, index, "mean")), ptr)
+        elif may_fuse_edges(self.nn1):
             terms = self.nn1.linear(x)
-            largest = edge_max(torch.zeros_like(terms), terms, index, **_activation(self.nn1), ptr=ptr)
+            largest = edge_max(torch.zeros_like(terms), terms, index, **edge_max_options(self.nn1), ptr=ptr)
             return self._combine(x, largest, ptr)
-        # Every node is its own neighbour, once.
-        own = torch.arange(x.shape[-2], device=x.device)[:, None].expand(*x.shape[:-1], 1)
-        index = torch.cat([own, torch.where(index == own, -1, index)], -1)
-        if not self._averages_first:
-            return self._combine(x, _each_edge(self.nn1, x, index, ptr, "mean", self._edge), ptr)
-        return self._combine(x, self._mean(x, neighbor_reduce(x, index, "mean")), ptr)
+        return self._combine(x, reduce_each_edge(self.nn1, x, index, ptr, self.reduction, self._edge), ptr)
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
-        if self.aggr == "max":
-            order, edge_ptr = _edge_ptr(edge_index[1], ptr)
-            source, target = edge_index[:, order]
-            if splits(self.nn1):
-                edges = self.nn1.activate_and_normalize(self.nn1.linear(x).index_select(0, source), edge_ptr)
-            else:
-                edges = _messages(self.nn1, x.index_select(0, source), edge_ptr)
-            return self._combine(x, _scatter(edges, target, len(x), "max"), ptr)
-        own = torch.arange(len(x), device=x.device).expand(2, -1)
-        source, target = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], own], 1)
-        if not self._averages_first:
-            order, edge_ptr = _edge_ptr(target, ptr)
-            source, target = source[order], target[order]
-            edges = _messages(self.nn1, self._edge(x.index_select(0, target), x.index_select(0, source)), edge_ptr)
-            return self._combine(x, _scatter(edges, target, len(x), "mean"), ptr)
-        return self._combine(x, self._mean(x, _scatter(x.index_select(0, source), target, len(x), "mean")), ptr)
+        if self.reduction == "mean":
+            own = torch.arange(len(x), device=x.device).expand(2, -1)
+            edge_index = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], own], 1)
+            if self._mean_before_linear:
+                source, target = edge_index
+                return self._combine(x, self._mean(x, _scatter(x.index_select(0, source), target, len(x), "mean")), ptr)
+        order, edge_ptr = sort_by_cloud(edge_index[1], ptr)
+        source, target = edge_index[:, order]
+        if self.reduction == "max" and may_split_linear(self.nn1):
+            edges = self.nn1.activate_and_normalize(self.nn1.linear(x).index_select(0, source), edge_ptr)
+        else:
+            edges = edge_outputs(self.nn1, self._edge(x.index_select(0, target), x.index_select(0, source)), edge_ptr)
+        return self._combine(x, _scatter(edges, target, len(x), self.reduction), ptr)
 
     @property
-    def _averages_first(self) -> bool:
+    def _mean_before_linear(self) -> bool:
         """Return whether the mean of the linear layer's outputs is its output for the mean."""
         layer = self.nn1
-        return splits(layer) and layer.act is None and layer.norm is None
+        return may_split_linear(layer) and layer.act is None and layer.norm is None
 
     def _edge(self, center: Tensor, neighbor: Tensor) -> Tensor:
         return neighbor - center if self.relative else neighbor
 
     def _mean(self, x: Tensor, mean: Tensor) -> Tensor:
-        return self.nn1.linear(mean - x if self.relative else mean)
+        return self.nn1.linear(self._edge(x, mean))
 
     def _combine(self, x: Tensor, aggregate: Tensor, ptr: Tensor | None) -> Tensor:
-        output = call(self.nn2, torch.cat([x, aggregate], -1), ptr)
+        output = call_perceptron(self.nn2, torch.cat([x, aggregate], -1), ptr)
         if self.bias is not None:
             output = output + self.bias
         return F.normalize(output, dim=-1) if self.normalize else output

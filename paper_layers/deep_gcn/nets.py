@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
+from paper_layers.deep_gcn._clouds import broadcast_to_rows, global_pool, ptr_of
 from paper_layers.deep_gcn.blocks import BlockOptions, Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
-from paper_layers.deep_gcn.clouds import pool, spread, starts
-from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call, splits
+from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron, may_split_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,7 +24,7 @@ Block = Literal["res", "dense", "plain"]
 Dilations = Sequence[int] | Callable[[int], int]
 
 
-def _rates(dilations: Dilations | None, count: int, most: int | None) -> list[int]:
+def _dilation_rates(dilations: Dilations | None, count: int, most: int | None) -> list[int]:
     if most is not None and most < 1:
         raise ValueError(f"max_dilation: expected at least 1, got {most}")
     if dilations is None:
@@ -52,7 +52,7 @@ known(Prediction)
 def run_layers(layers: Iterable[nn.Module], x: Tensor, ptr: Tensor | None) -> Tensor:
     """Call layers one after the other, those of the package with the clouds."""
     for layer in layers:
-        x = layer(x, ptr) if isinstance(layer, Prediction) else call(layer, x, ptr)
+        x = layer(x, ptr) if isinstance(layer, Prediction) else call_perceptron(layer, x, ptr)
     return x
 
 
@@ -68,7 +68,7 @@ class NetOptions(LayerOptions, total=False):
     dilations: Dilations | None
     max_dilation: int | None
     stochastic: bool
-    epsilon: float
+    stochastic_probability: float
     dropout: float
     checkpointing: bool
 
@@ -95,7 +95,7 @@ class DeepGCN(Leaf):
             Clouds should have ``k * dilation`` points; neighbours beyond are left out.
         max_dilation: The most that any dilation may be.
         stochastic: Sometimes take random neighbours in training, see `DilatedKNN`.
-        epsilon: The probability of random neighbours.
+        stochastic_probability: The probability of random neighbours.
         dropout: The probability that a feature is dropped before the last layer.
         checkpointing: Compute the convolutions again in the backward pass and keep only their inputs.
         **options: act, norm, bias, order, device and dtype of `Perceptron`.
@@ -113,7 +113,7 @@ class DeepGCN(Leaf):
     """
 
     # What the head's convolution does otherwise than all others.
-    _head: ClassVar[BlockOptions] = {}
+    _head_options: ClassVar[BlockOptions] = {}
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class DeepGCN(Leaf):
         dilations: Dilations | None = None,
         max_dilation: int | None = None,
         stochastic: bool = True,
-        epsilon: float = 0.2,
+        stochastic_probability: float = 0.2,
         dropout: float = 0.3,
         checkpointing: bool = False,
         **options: Unpack[LayerOptions],
@@ -142,7 +142,7 @@ class DeepGCN(Leaf):
             raise ValueError(f"growth: expected None with block={block!r}, got {growth}")
         if block == "plain":
             stochastic, dilations = False, dilations or (lambda i: 1)
-        rates = _rates(dilations, blocks - 1, max_dilation)
+        rates = _dilation_rates(dilations, blocks - 1, max_dilation)
         appended = (growth or channels) if block == "dense" else 0
         graph: BlockOptions = {
             **options,
@@ -150,9 +150,9 @@ class DeepGCN(Leaf):
             "k": k,
             "dilation": 1,
             "stochastic": stochastic,
-            "epsilon": epsilon,
+            "stochastic_probability": stochastic_probability,
         }
-        head: BlockOptions = {**graph, **self._head}
+        head: BlockOptions = {**graph, **self._head_options}
         self.in_channels, self.checkpointing = in_channels, checkpointing
         self.num_features = channels * blocks + appended * (blocks * (blocks - 1) // 2)
         self.head = PlainGCNBlock(in_channels, channels, **head)
@@ -186,10 +186,10 @@ class DeepGCN(Leaf):
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Label the points of (B, N, C), or of (N, C) with the clouds of `batch` or `ptr`: (..., num_classes)."""
-        ptr = starts(x, batch, ptr)
+        ptr = ptr_of(x, batch, ptr)
         features = self.features(x, ptr)
-        pooled = pool(call(self.fusion, features, ptr), ptr, "max")
-        return self.predict([spread(pooled, features, ptr), features], ptr)
+        pooled = global_pool(call_perceptron(self.fusion, features, ptr), ptr, "max")
+        return self.predict([broadcast_to_rows(pooled, features, ptr), features], ptr)
 
     def features(
         self,
@@ -208,10 +208,10 @@ class DeepGCN(Leaf):
         for block in (self.head, *self.blocks):
             if not static:
                 index = block.knn(x[..., :3] if block is self.head else outputs[-1], ptr=ptr)
-            outputs.append(self._run(block, outputs[-1], index, edge_index, ptr))
+            outputs.append(self._run_block(block, outputs[-1], index, edge_index, ptr))
         return torch.cat(outputs[1:], -1)
 
-    def _run(
+    def _run_block(
         self, block: nn.Module, x: Tensor, index: Tensor | None, edge_index: Tensor | None, ptr: Tensor | None
     ) -> Tensor:
         def run(x: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ class DeepGCN(Leaf):
     def predict(self, parts: list[Tensor], ptr: Tensor | None = None) -> Tensor:
         """The prediction from parts that stand side by side, some of them the same for all points of a cloud."""
         layers = list(self.prediction) if readable(self.prediction, Prediction, nn.Sequential) else [self.prediction]
-        if not splits(layers[0]):
+        if not may_split_linear(layers[0]):
             rows = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
             return run_layers(layers, torch.cat([part.expand(*rows, -1) for part in parts], -1), ptr)
         first: Any = layers[0]
@@ -234,4 +234,4 @@ class DeepGCN(Leaf):
         z = sum(terms[1:], terms[0])
         if first.linear.bias is not None:
             z = z + first.linear.bias
-        return run_layers(layers[1:], first.drop(first.activate_and_normalize(z, ptr), ptr), ptr)
+        return run_layers(layers[1:], first.dropout_channels(first.activate_and_normalize(z, ptr), ptr), ptr)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
-from paper_layers.deep_gcn.clouds import starts
-from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, instance_norm, may_fuse
+from paper_layers.deep_gcn._clouds import ptr_of
+from paper_layers.deep_gcn._edge_norm import BatchNorm, Order, batch_norm, instance_norm, may_fuse
 
 Act = Literal["relu", "leakyrelu", "prelu"]
 Norm = Literal["batch", "instance"]
@@ -108,10 +108,10 @@ class Perceptron(Leaf):
         parts += [f"dropout={self.dropout}"] if self.dropout else []
         return ", ".join(parts)
 
-    def forward(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
-        """Apply the layer to (B, N, C), or (N, C) of one cloud or of those that start at `ptr`."""
-        ptr = starts(x, None, ptr)
-        return self.drop(self.activate_and_normalize(self.linear(x), ptr), ptr)
+    def forward(self, x: Tensor, *, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
+        """Apply the layer to (B, N, C), or to (N, C) of one cloud or of the clouds of `batch` or `ptr`."""
+        ptr = ptr_of(x, batch, ptr)
+        return self.dropout_channels(self.activate_and_normalize(self.linear(x), ptr), ptr)
 
     def activate_and_normalize(self, z: Tensor, ptr: Tensor | None = None) -> Tensor:
         """Apply the activation and the norm, which follow the linear layer."""
@@ -125,7 +125,7 @@ class Perceptron(Leaf):
             return instance_norm(rows, ptr)
         return rows if self.norm is None else batch_norm(self.norm, rows)
 
-    def drop(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
+    def dropout_channels(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
         """Drop channels: of each row, but of whole clouds in (B, N, C) and where `ptr` says where they start."""
         if not self.training or self.dropout == 0:
             return x
@@ -140,16 +140,16 @@ class Perceptron(Leaf):
 known(Perceptron)
 
 
-def splits(layer: nn.Module) -> TypeGuard[Perceptron]:
+def may_split_linear(layer: nn.Module) -> TypeGuard[Perceptron]:
     """Return True where a convolution may split the product of the perceptron's linear layer, and call the rest."""
     return readable(layer, Perceptron) and readable(cast(Perceptron, layer).linear, nn.Linear)
 
 
-def fuses(layer: nn.Module) -> TypeGuard[Perceptron]:
+def may_fuse_edges(layer: nn.Module) -> TypeGuard[Perceptron]:
     """Return True where `edge_max` gives what calls of the perceptron give for each edge."""
-    return splits(layer) and may_fuse(layer.act, layer.norm)
+    return may_split_linear(layer) and may_fuse(layer.act, layer.norm)
 
 
-def call(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
+def call_perceptron(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
     """Call the perceptron, or what takes its place, which knows no clouds."""
-    return layer(x, ptr) if isinstance(layer, Perceptron) else layer(x)
+    return layer(x, ptr=ptr) if isinstance(layer, Perceptron) else layer(x)

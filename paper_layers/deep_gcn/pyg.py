@@ -14,13 +14,13 @@ from torch_geometric.nn.models.mlp import MLP
 
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable, unchanged
-from paper_layers.deep_gcn.edge_norm import edge_max, may_fuse
+from paper_layers.deep_gcn._edge_norm import edge_max, may_fuse
 from paper_layers.deep_gcn.edges import table_of_edges, to_edge_index
 from paper_layers.ops.knn import knn
 
 Pair = tuple[Tensor, Tensor]
 # What a table may have more places than there are edges.
-_SPARSE = 2
+_MAX_SLOTS_PER_EDGE = 2
 _STEPS = ("propagate", "message", "aggregate", "update")
 _HOOKS = tuple(f"_{step}_forward{when}_hooks" for step in _STEPS[:3] for when in ("_pre", ""))
 
@@ -36,7 +36,7 @@ class _FusedEdgeConv(pyg.MessagePassing):
     """Messages from a linear layer on each node in place of each edge, and where the rest allows it no edge at all."""
 
     nn: Any
-    _usual: ClassVar[tuple[Any, ...]]
+    _host_methods: ClassVar[tuple[Any, ...]]
 
     def _split(self, x: Any) -> tuple[Any, list[nn.Module]] | None:
         """The linear layer that comes first and the layers after it; None where PyG's own path must be taken."""
@@ -52,7 +52,7 @@ class _FusedEdgeConv(pyg.MessagePassing):
     def _is_watched(self) -> bool:
         """Return whether an explainer, a hook or a method set on the object or its class waits for PyG's steps."""
         own = self.__dict__
-        if self.explain or _methods(type(self)) != self._usual or any(own[hooks] for hooks in _HOOKS):
+        if self.explain or _methods(type(self)) != self._host_methods or any(own[hooks] for hooks in _HOOKS):
             return True
         changed = [step for step in _STEPS if step in own]
         # Explaining leaves the class's own `propagate` on the object.
@@ -68,7 +68,7 @@ class _FusedEdgeConv(pyg.MessagePassing):
         """Activation, norm and their order, where the largest of each node can be found without the edges."""
         if not readable(self.aggr_module, MaxAggregation):
             return None
-        return _act_and_norm([layer for layer in layers if not _does_nothing(layer)])
+        return _act_and_norm([layer for layer in layers if not _is_identity(layer)])
 
     def _on_table(self, x: Pair, index: Tensor, linear: Any, fused: tuple[nn.Module | None, Any, Any]) -> Tensor:
         act, norm, order = fused
@@ -85,13 +85,13 @@ class _FusedEdgeConv(pyg.MessagePassing):
 class EdgeConv(_FusedEdgeConv, pyg.EdgeConv):
     """PyG's EdgeConv with fewer products and without edges in memory."""
 
-    _usual = _methods(pyg.EdgeConv)
+    _host_methods = _methods(pyg.EdgeConv)
     propagate = pyg.MessagePassing.propagate  # PyG would take its host's generated one, without explanations, for it.
 
     def forward(self, x: Tensor | Pair, edge_index: Any) -> Tensor:
         """As in PyG."""
         pair = (x, x) if isinstance(x, Tensor) else x
-        edge_index = self._listed(pair, edge_index)
+        edge_index = self._as_edge_index(pair, edge_index)
         split = self._split(pair) if unchanged(pyg.EdgeConv) else None
         if split is None or not _are_edges(edge_index):
             return pyg.EdgeConv.forward(self, x, edge_index)
@@ -104,11 +104,11 @@ class EdgeConv(_FusedEdgeConv, pyg.EdgeConv):
             return self._on_edges(pair, source, target, linear, layers)
         degree = torch.bincount(target, minlength=len(pair[1]))
         most = int(degree.max()) if len(target) else 0
-        if len(pair[1]) * most > _SPARSE * len(target):
+        if len(pair[1]) * most > _MAX_SLOTS_PER_EDGE * len(target):
             return self._on_edges(pair, source, target, linear, layers)
         return self._on_table(pair, table_of_edges(source, target, degree, most), linear, fused)
 
-    def _listed(self, x: Any, adjacency: Any) -> Any:
+    def _as_edge_index(self, x: Any, adjacency: Any) -> Any:
         """List the edges of a COO adjacency that fits: PyG writes to it after its forward has saved its indices."""
         if type(adjacency) is not Tensor or adjacency.layout != torch.sparse_coo or self.flow != "source_to_target":
             return adjacency
@@ -144,7 +144,7 @@ class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
         torch.Size([100, 64])
     """
 
-    _usual = _methods(pyg.DynamicEdgeConv)
+    _host_methods = _methods(pyg.DynamicEdgeConv)
     propagate = pyg.MessagePassing.propagate
 
     def __init__(self, nn: Any, k: int, aggr: Any = "max", num_workers: int = 1, **kwargs: Any):
@@ -162,10 +162,10 @@ class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
         if pair[0].dim() != 2:
             raise ValueError(f"x: expected shape (N, C), as the graph is dynamic, got {tuple(pair[0].shape)}")
         both = batch if isinstance(batch, tuple) else (batch, batch)
-        of_points, of_queries = (None if some is None else some.long() for some in both)
+        points_batch, query_batch = (None if some is None else some.long() for some in both)
         query, points = pair[1].detach(), None if pair[0] is pair[1] else pair[0].detach()
         batches: dict[str, Any] = (
-            {"batch": of_queries} if points is None else {"batch": of_queries, "points_batch": of_points}
+            {"batch": query_batch} if points is None else {"batch": query_batch, "points_batch": points_batch}
         )
         index = knn(query, points, k=self.k, **batches)[0]
         split = self._split(pair)
@@ -209,7 +209,7 @@ def _layers(module: Any) -> Iterator[Any]:
         yield module
 
 
-def _does_nothing(layer: Any) -> bool:
+def _is_identity(layer: Any) -> bool:
     if readable(layer, nn.Dropout):
         return layer.p == 0 or not layer.training
     return readable(layer, nn.Identity)

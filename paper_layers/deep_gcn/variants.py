@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paper_layers.deep_gcn._clouds import broadcast_to_rows, global_pool, ptr_of
 from paper_layers.deep_gcn.blocks import BlockOptions
-from paper_layers.deep_gcn.clouds import pool, spread, starts
 from paper_layers.deep_gcn.nets import DeepGCN, NetOptions, Prediction
-from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call
+from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,7 +48,7 @@ class DeepGCNClassifier(DeepGCN):
         torch.Size([2, 40])
     """
 
-    _head: ClassVar[BlockOptions] = {"bias": False}
+    _head_options: ClassVar[BlockOptions] = {"bias": False}
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class DeepGCNClassifier(DeepGCN):
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Classify the clouds of (B, N, C), or of (N, C) with `batch` or `ptr`: (B, num_classes)."""
-        ptr = starts(x, batch, ptr)
-        fused = call(self.fusion, self.features(x, ptr), ptr)
-        return self.predict([pool(fused, ptr, "max"), pool(fused, ptr, "mean")])
+        ptr = ptr_of(x, batch, ptr)
+        fused = call_perceptron(self.fusion, self.features(x, ptr), ptr)
+        return self.predict([global_pool(fused, ptr, "max"), global_pool(fused, ptr, "mean")])
 
 
 class DeepGCNPartSegmenter(DeepGCN):
@@ -95,7 +95,7 @@ class DeepGCNPartSegmenter(DeepGCN):
         torch.Size([2, 256, 15])
     """
 
-    _head: ClassVar[BlockOptions] = {"bias": False}
+    _head_options: ClassVar[BlockOptions] = {"bias": False}
 
     def __init__(
         self,
@@ -116,9 +116,9 @@ class DeepGCNPartSegmenter(DeepGCN):
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Label the points of (B, N, C), or of (N, C) with `batch` or `ptr`: log-probabilities (..., num_classes)."""
-        ptr = starts(x, batch, ptr)
-        fused = call(self.fusion, self.features(x, ptr), ptr)
-        pooled = [spread(pool(fused, ptr, reduce), fused, ptr) for reduce in ("max", "mean")]
+        ptr = ptr_of(x, batch, ptr)
+        fused = call_perceptron(self.fusion, self.features(x, ptr), ptr)
+        pooled = [broadcast_to_rows(global_pool(fused, ptr, reduction), fused, ptr) for reduction in ("max", "mean")]
         return F.log_softmax(self.predict([*pooled, fused], ptr), -1)
 
 

@@ -110,9 +110,9 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Run]] = {
     "GINConv": (lambda: deep_gcn.GINConv(4, 6, **FACTORY), (12, 4), on_table),
     "SAGEConv": (lambda: deep_gcn.SAGEConv(4, 6, **FACTORY), (12, 4), on_table),
     "SAGEConv on edges": (lambda: deep_gcn.SAGEConv(4, 6, **FACTORY), (12, 4), on_edges),
-    "SAGEConv of means": (lambda: deep_gcn.SAGEConv(4, 6, aggr="mean", norm=None, **FACTORY), (12, 4), on_table),
+    "SAGEConv of means": (lambda: deep_gcn.SAGEConv(4, 6, reduction="mean", norm=None, **FACTORY), (12, 4), on_table),
     "SAGEConv of differences": (
-        lambda: deep_gcn.SAGEConv(4, 6, aggr="mean", relative=True, **FACTORY),
+        lambda: deep_gcn.SAGEConv(4, 6, reduction="mean", relative=True, **FACTORY),
         (12, 4),
         on_edges,
     ),
@@ -524,7 +524,7 @@ def test_spectral_norm_beside_other_parametrisations() -> None:
 )
 def test_perceptrons_of_a_changed_class_are_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, old = made(name), deep_gcn.Perceptron.forward
-    monkeypatch.setattr(deep_gcn.Perceptron, "forward", lambda *a: called.append(a[0]) or old(*a))
+    monkeypatch.setattr(deep_gcn.Perceptron, "forward", lambda *a, **k: called.append(a[0]) or old(*a, **k))
     called.clear()
     MODULES[name][2](model, features(*MODULES[name][1]).double())
     assert {*called} == {m for m in model.modules() if isinstance(m, deep_gcn.Perceptron)}

@@ -86,7 +86,7 @@ def test_edges_agree_with_table(name: str, order: str, act: str | None, slope: f
 
 
 @convs
-def test_nodes_without_neighbours(name: str) -> None:
+def test_nodes_without_neighbors(name: str) -> None:
     conv = CONVS[name](4, 3, norm=None)
     x = features(3, 4)
     none = conv(x, torch.full((3, 2), -1))
@@ -100,7 +100,7 @@ def test_nodes_without_neighbours(name: str) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("norm", ["batch", None])
 def test_mean_sage_of_the_sparse_code(relative: bool, bias: bool, norm: str | None) -> None:
-    conv = SAGEConv(6, 5, aggr="mean", relative=relative, norm=norm, bias=bias).double()
+    conv = SAGEConv(6, 5, reduction="mean", relative=relative, norm=norm, bias=bias).double()
     generator = torch.Generator().manual_seed(0)
     state = {"weight": torch.randn(6, 5, generator=generator), "nn.0.weight": torch.randn(5, 11, generator=generator)}
     if bias:

@@ -52,8 +52,8 @@ def test_norms_that_lack_a_part_compute_as_torch_does(change: Any, momentum: flo
 def test_instance_norm_of_ragged_clouds_compiles_and_exports() -> None:
     layer, x, ptr = Perceptron(4, 3, norm="instance"), features(9, 4), torch.tensor([0, 4, 4, 9])
     expected = torch.cat([layer(x[None, :4])[0], layer(x[None, 4:])[0]])
-    assert_close(layer(x, ptr), expected)
-    assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x, ptr), expected)
-    assert_close(torch.export.export(layer, (x, ptr)).module()(x, ptr), expected)
+    assert_close(layer(x, ptr=ptr), expected)
+    assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x, ptr=ptr), expected)
+    assert_close(torch.export.export(layer, (x,), {"ptr": ptr}).module()(x, ptr=ptr), expected)
     with pytest.raises(ValueError, match="x: expected more than one value to normalise each channel with, got 1"):
-        layer(x, torch.tensor([0, 8, 9]))
+        layer(x, ptr=torch.tensor([0, 8, 9]))

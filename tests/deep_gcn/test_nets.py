@@ -140,7 +140,7 @@ def test_dilations() -> None:
 def test_stochastic_dilation() -> None:
     x = features(2, 200, 3)
     every = knn(x, k=24)[0]
-    graph = DilatedKNN(6, 4, stochastic=True, epsilon=0.5)
+    graph = DilatedKNN(6, 4, stochastic=True, stochastic_probability=0.5)
     torch.manual_seed(0)
     kinds = []
     for _ in range(200):
@@ -235,7 +235,11 @@ def test_bad_inputs() -> None:
         (lambda: DeepGCN(6, 3, max_dilation=0), ValueError, "max_dilation: expected at least 1, got 0"),
         (lambda: DilatedKNN(0), ValueError, "k: expected at least 1, got 0"),
         (lambda: DilatedKNN(4, 1.5), TypeError, "dilation: expected an int, got 1.5"),
-        (lambda: DilatedKNN(4, 2, epsilon=-1), ValueError, "epsilon: expected a probability, got -1"),
+        (
+            lambda: DilatedKNN(4, 2, stochastic_probability=-1),
+            ValueError,
+            "stochastic_probability: expected a probability, got -1",
+        ),
         (lambda: DilatedKNN(4, metric="l1"), ValueError, "metric: .*got 'l1'"),
     ]
     for call, error, message in bad:

@@ -11,7 +11,7 @@ from paper_layers._core import checks
 from paper_layers._core.ragged import batch_starts, check_starts
 
 
-def starts(x: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor | None:
+def ptr_of(x: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor | None:
     """Where the clouds of (N, C) start, from either form; None for (B, N, C) and for one cloud."""
     if batch is None and ptr is None:
         return None
@@ -30,12 +30,12 @@ def starts(x: Tensor, batch: Tensor | None, ptr: Tensor | None) -> Tensor | None
     return numbers
 
 
-def pool(x: Tensor, ptr: Tensor | None, reduce: Literal["max", "mean"]) -> Tensor:
+def global_pool(x: Tensor, ptr: Tensor | None, reduction: Literal["max", "mean"]) -> Tensor:
     """One row a cloud: (B, C), with (1, C) for (N, C) without `ptr`."""
     if ptr is not None:
         cloud = _cloud(x, ptr)
         counts = ptr.diff()[:, None]
-        if reduce == "mean":
+        if reduction == "mean":
             return x.new_zeros(len(counts), x.shape[1]).index_add(0, cloud, x) / counts.clamp(min=1)
         # From -inf, not 0: a start that equals the maximum would take a share of the gradient. And not segment_reduce,
         # which hands a negative gradient to each of several equals in full.
@@ -46,10 +46,10 @@ def pool(x: Tensor, ptr: Tensor | None, reduce: Literal["max", "mean"]) -> Tenso
     rows = x if x.dim() == 3 else x[None]
     if rows.shape[1] == 0:  # As a cloud without points among those of `ptr`.
         return rows.sum(1)
-    return rows.amax(1) if reduce == "max" else rows.mean(1)
+    return rows.amax(1) if reduction == "max" else rows.mean(1)
 
 
-def spread(x: Tensor, like: Tensor, ptr: Tensor | None) -> Tensor:
+def broadcast_to_rows(x: Tensor, like: Tensor, ptr: Tensor | None) -> Tensor:
     """A row for each node of its cloud's."""
     if ptr is not None:
         return x[_cloud(like, ptr)]

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from paper_layers._core.dtypes import accumulation
 from paper_layers._core.fusing import readable
 from paper_layers._core.ragged import check_starts
 from paper_layers._core.recompute import recomputing
-from paper_layers.deep_gcn.clouds import pool, spread
+from paper_layers.deep_gcn._clouds import broadcast_to_rows, global_pool
 from paper_layers.ops.edge_conv import edge_conv
 
 Order = Literal["act_norm", "norm_act"]
@@ -44,28 +45,24 @@ def _synchronized_norm(norm: nn.SyncBatchNorm, rows: Tensor) -> Tensor:
     if not _uses_batch_statistics(norm):
         return norm(rows)
     count = torch.full((), len(rows), device=rows.device)
-    if _ranks(norm) == 1:
+    if _world_size(norm) == 1:
         _refuse_one_value("x", count)
-    mean, var = _moments(_wide(rows)[None], None)
+    mean, var = _moments(rows[None].to(accumulation(rows)), None)
     return _affine(rows, *_scale_and_shift(norm, mean[0], var[0], count))
 
 
 def instance_norm(x: Tensor, ptr: Tensor | None) -> Tensor:
     """Normalise each channel over the nodes of each cloud."""
     _refuse_one_value("x", torch.full(x.shape[:-2], x.shape[-2]) if ptr is None else ptr.diff())
-    wide = _wide(x)
-    mean, var = (spread(moment, x, ptr) for moment in _moments(wide, ptr))
+    wide = x.to(accumulation(x))
+    mean, var = (broadcast_to_rows(moment, x, ptr) for moment in _moments(wide, ptr))
     return ((wide - mean) * (var + INSTANCE_EPS).rsqrt()).to(x.dtype)
 
 
 def _moments(x: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return each cloud's mean and biased variance, of shape (B, C)."""
-    mean = pool(x, ptr, "mean")
-    return mean, pool((x - spread(mean, x, ptr)).square(), ptr, "mean")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = global_pool(x, ptr, "mean")
+    return mean, global_pool((x - broadcast_to_rows(mean, x, ptr)).square(), ptr, "mean")
 
 
 def edge_max(
@@ -107,22 +104,24 @@ def _edge_max_one_cloud(
 ) -> Tensor:
     """Return `edge_max` of edges that are normalised together."""
     act_first = order == "act_norm" or (norm is None and not instance)
-    slope = _slope(act) if act_first else 1.0
+    slope = _negative_slope(act) if act_first else 1.0
     # A negative factor of the norm makes the smallest edge the largest.
     smallest = None if norm is None or norm.weight is None else norm.weight < 0
-    wanted = instance or (norm is not None and _uses_batch_statistics(norm))
-    count = (index >= 0).sum() if wanted else None
-    if count is not None and _ranks(norm) == 1:
+    needs_statistics = instance or (norm is not None and _uses_batch_statistics(norm))
+    count = (index >= 0).sum() if needs_statistics else None
+    if count is not None and _world_size(norm) == 1:
         _refuse_one_value("index", count)
-    kept, mean, var = edge_conv(center, neighbor, index, negative_slope=slope, smallest=smallest, statistics=wanted)
+    extreme, mean, var = edge_conv(
+        center, neighbor, index, negative_slope=slope, smallest=smallest, statistics=needs_statistics
+    )
     if instance:
         scale = (var + INSTANCE_EPS).rsqrt()
         shift = -mean * scale
     elif norm is not None:
         scale, shift = _scale_and_shift(norm, mean, var, count)
     else:
-        return kept
-    output = _affine(kept, scale, shift)
+        return extreme
+    output = _affine(extreme, scale, shift)
     if act_first or act is None:
         return output
     output = act(output)
@@ -134,7 +133,7 @@ def _edge_max_one_cloud(
     return output
 
 
-def _slope(act: nn.Module | None) -> float | Tensor:
+def _negative_slope(act: nn.Module | None) -> float | Tensor:
     """The factor of the activation below zero."""
     if isinstance(act, nn.PReLU):
         return act.weight
@@ -163,7 +162,7 @@ def _refuse_one_value(name: str, counts: Tensor) -> None:
         raise ValueError(f"{name}: expected more than one value to normalise each channel with, got 1")
 
 
-def _ranks(norm: BatchNorm | None) -> int:
+def _world_size(norm: BatchNorm | None) -> int:
     """How many processes normalise together."""
     if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
         return dist.get_world_size(norm.process_group)
@@ -175,10 +174,10 @@ def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor |
     if count is None:
         mean, var = norm.running_mean, norm.running_var  # type: ignore[assignment]
     else:
-        if _ranks(norm) > 1:
-            mean, var, count = _of_all_ranks(mean, var, count, norm.process_group)
+        if _world_size(norm) > 1:
+            mean, var, count = _combine_ranks(mean, var, count, norm.process_group)
         if norm.running_mean is not None and norm.track_running_stats and not recomputing():
-            _follow(norm, mean.detach(), var.detach(), count)
+            _update_running(norm, mean.detach(), var.detach(), count)
     scale = (var + norm.eps).rsqrt()
     weight, bias = cast(Tensor | None, norm.weight), cast(Tensor | None, norm.bias)
     scale = scale if weight is None else scale * weight
@@ -186,7 +185,7 @@ def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor |
 
 
 @torch.no_grad()
-def _follow(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
+def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """Move the running statistics as torch does: not on a batch without edges, which counts as a batch nonetheless."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -201,13 +200,14 @@ def _follow(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
     norm.running_var.add_(((unbiased - norm.running_var) * rate).where(count > 1, 0))
 
 
-def _of_all_ranks(mean: Tensor, var: Tensor, count: Tensor, group: object) -> tuple[Tensor, Tensor, Tensor]:
+def _combine_ranks(mean: Tensor, var: Tensor, count: Tensor, group: object) -> tuple[Tensor, Tensor, Tensor]:
     """The statistics of all ranks' edges together, differentiable."""
     from torch.distributed.nn.functional import all_reduce
 
     group = group or dist.group.WORLD
-    mine = count.to(mean.dtype)
-    total = all_reduce(mine.clone(), group=group)
-    joined = all_reduce(mean * mine, group=group) / total.clamp(min=1)
-    spread = all_reduce((var + (mean - joined).square()) * mine, group=group) / total.clamp(min=1)
-    return joined, spread, total
+    local_count = count.to(mean.dtype)
+    total = all_reduce(local_count.clone(), group=group)
+    total_mean = all_reduce(mean * local_count, group=group) / total.clamp(min=1)
+    deviation = (mean - total_mean).square()
+    total_var = all_reduce((var + deviation) * local_count, group=group) / total.clamp(min=1)
+    return total_mean, total_var, total
