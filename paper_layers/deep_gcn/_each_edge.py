@@ -1,4 +1,4 @@
-"""A perceptron on each edge of a graph, for layers that must be called."""
+"""Run a perceptron on each edge of a graph, for layers that must be called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paper_layers.ops.neighbor_reduce import neighbor_reduce
 
 
 def sort_by_cloud(target: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """An order of the edges by their target's cloud, and where the clouds start in it."""
+    """Return an order of the edges by their target's cloud, and where each cloud starts in this order."""
     if ptr is None:
         return torch.arange(len(target), device=target.device), None
     cloud, order = torch.searchsorted(ptr, target, right=True).sort(stable=True)
@@ -23,19 +23,19 @@ def sort_by_cloud(target: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor | 
 
 
 def edge_outputs(layer: nn.Module, rows: Tensor, ptr: Tensor | None) -> Tensor:
-    """Call the perceptron on rows; a plain one leaves dropout to `dropout_channels`."""
+    """Run the perceptron on rows, except for the dropout of a plain perceptron: see `dropout_channels`."""
     if readable(layer, Perceptron):
         return cast(Perceptron, layer).activate_and_normalize(cast(Perceptron, layer).linear(rows), ptr)
     return call_perceptron(layer, rows, ptr)
 
 
 def edge_max_options(layer: Perceptron) -> dict[str, Any]:
-    """Return the perceptron's arguments for `edge_max`."""
+    """Return the arguments of `edge_max` that the perceptron holds."""
     return {"act": layer.act, "norm": layer.norm, "instance": layer.instance, "order": layer.order}
 
 
 def dropout_channels(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
-    """Drop channels as the perceptron does, unless `edge_outputs` has called it with its dropout."""
+    """Apply the dropout that `edge_outputs` left out."""
     return cast(Perceptron, layer).dropout_channels(x, ptr) if readable(layer, Perceptron) else x
 
 
@@ -47,13 +47,13 @@ def reduce_each_edge(
     reduction: str,
     rows: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Call the perceptron on a row for each edge of a table, and reduce its outputs at each node."""
+    """Run the perceptron on one row for each edge of a table, and reduce its outputs at each node."""
     nodes = x.flatten(0, -2)
     source, target = to_edge_index(index)
     if x.dim() == 3:
         ptr = torch.arange(len(x) + 1, device=x.device) * x.shape[1]
     messages = edge_outputs(layer, rows(nodes[target], nodes[source]), sort_by_cloud(target, ptr)[1])
-    # The number of each edge, where the table has an edge.
+    # The position of each edge of the table among the messages.
     table = index.flatten(0, -2)
     numbers = (table >= 0).flatten().cumsum(0).view_as(table) - 1
     output = neighbor_reduce(messages, numbers.where(table >= 0, -1), reduction)

@@ -1,4 +1,4 @@
-"""Activation and norm of all edges of a graph, of which each node keeps the largest: no edge is stored."""
+"""Activation and norm of nodes, and of edges without storing any edge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INSTANCE_EPS = 1e-5
 
 
 def may_fuse(act: Any, norm: nn.Module | None) -> bool:
-    """Return True where `edge_max` computes what a call of the activation and a call of the norm give."""
+    """Return True where `edge_max` may compute the activation and the norm in place of calling them."""
     if norm is not None and not readable(norm, nn.BatchNorm1d, nn.SyncBatchNorm):
         return False
     if act is None or readable(act, nn.ReLU, nn.LeakyReLU):
@@ -33,8 +33,8 @@ def may_fuse(act: Any, norm: nn.Module | None) -> bool:
 
 
 def batch_norm(norm: nn.Module, rows: Tensor) -> Tensor:
-    """Normalise rows. Running statistics don't move a second time where a forward pass is computed again."""
-    if readable(norm, nn.SyncBatchNorm):  # Torch's own refuses a CPU.
+    """Normalise rows. A forward pass that checkpointing recomputes does not update running statistics again."""
+    if readable(norm, nn.SyncBatchNorm):  # Torch's own does not run on a CPU.
         return _synchronized_norm(cast(nn.SyncBatchNorm, norm), rows)
     if norm.training and recomputing():
         return functional_call(norm, {name: buffer.clone() for name, buffer in norm.named_buffers()}, (rows,))
@@ -52,7 +52,7 @@ def _synchronized_norm(norm: nn.SyncBatchNorm, rows: Tensor) -> Tensor:
 
 
 def instance_norm(x: Tensor, ptr: Tensor | None) -> Tensor:
-    """Normalise each channel over the nodes of each cloud."""
+    """Normalise each channel over the rows of each cloud."""
     _refuse_one_value("x", torch.full(x.shape[:-2], x.shape[-2]) if ptr is None else ptr.diff())
     wide = x.to(accumulation(x))
     mean, var = (broadcast_to_rows(moment, x, ptr) for moment in _moments(wide, ptr))
@@ -76,9 +76,9 @@ def edge_max(
     order: Order = "act_norm",
     ptr: Tensor | None = None,
 ) -> Tensor:
-    """Activate and normalise the edges ``center[i] + neighbor[j]``; return each node's largest, 0 for no neighbours.
+    """Return each node's maximum over its edges ``center[i] + neighbor[j]``, activated and normalised; 0 without edges.
 
-    Batch norm takes all edges together, instance norm those of each cloud.
+    Batch norm normalises over all edges, instance norm over the edges of each cloud.
     """
     one_cloud = functools.partial(_edge_max_one_cloud, act=act, norm=norm, instance=instance, order=order)
     if instance and ptr is not None:
@@ -102,10 +102,10 @@ def _edge_max_one_cloud(
     instance: bool,
     order: Order,
 ) -> Tensor:
-    """Return `edge_max` of edges that are normalised together."""
+    """Compute `edge_max` for edges that share their statistics."""
     act_first = order == "act_norm" or (norm is None and not instance)
     slope = _negative_slope(act) if act_first else 1.0
-    # A negative factor of the norm makes the smallest edge the largest.
+    # Where the norm's weight is negative, the smallest edge becomes the largest.
     smallest = None if norm is None or norm.weight is None else norm.weight < 0
     needs_statistics = instance or (norm is not None and _uses_batch_statistics(norm))
     count = (index >= 0).sum() if needs_statistics else None
@@ -126,7 +126,7 @@ def _edge_max_one_cloud(
         return output
     output = act(output)
     if isinstance(act, nn.PReLU) or (isinstance(act, nn.LeakyReLU) and act.negative_slope < 0):
-        # With a negative slope the activation falls below zero: then either end may become the largest.
+        # The activation decreases below zero, so the edge at the other end may become the largest.
         opposite = torch.ones_like(scale, dtype=torch.bool) if smallest is None else ~smallest
         other, _, _ = edge_conv(center, neighbor, index, negative_slope=1.0, smallest=opposite, statistics=False)
         output = torch.maximum(output, act(_affine(other, scale, shift)))
@@ -134,7 +134,7 @@ def _edge_max_one_cloud(
 
 
 def _negative_slope(act: nn.Module | None) -> float | Tensor:
-    """The factor of the activation below zero."""
+    """Return the slope of the activation below zero."""
     if isinstance(act, nn.PReLU):
         return act.weight
     if isinstance(act, nn.LeakyReLU):
@@ -151,26 +151,26 @@ def _uses_batch_statistics(norm: BatchNorm) -> bool:
 
 
 def _refuse_one_value(name: str, counts: Tensor) -> None:
-    """Refuse to normalise one value, where reading the counts neither waits for a device nor breaks a graph."""
+    """Refuse to normalise a single value, unless reading the counts would wait for a device or break a graph."""
     if torch.compiler.is_compiling() or not counts.is_cpu:
         return
     try:
         one = bool((counts == 1).any())
-    except RuntimeError:  # A fake tensor, or one of vmap's: each of its elements has a count of its own.
+    except RuntimeError:  # A fake tensor, or a tensor of vmap with one count for each element.
         return
     if one:
         raise ValueError(f"{name}: expected more than one value to normalise each channel with, got 1")
 
 
 def _world_size(norm: BatchNorm | None) -> int:
-    """How many processes normalise together."""
+    """Return how many processes share the norm's statistics."""
     if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
         return dist.get_world_size(norm.process_group)
     return 1
 
 
 def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What normalises: factor and summand of each channel. In training the running statistics follow."""
+    """Return factor and summand of each channel. In training, update the running statistics."""
     if count is None:
         mean, var = norm.running_mean, norm.running_var  # type: ignore[assignment]
     else:
@@ -186,14 +186,14 @@ def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor |
 
 @torch.no_grad()
 def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
-    """Move the running statistics as torch does: not on a batch without edges, which counts as a batch nonetheless."""
+    """Update running statistics as torch does. An empty batch only adds one to the number of batches."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     batches = norm.num_batches_tracked
     if batches is not None:
         batches.add_(1)
     rate: Any = norm.momentum
-    if rate is None:  # Without a count of batches torch's cumulative average stands still.
+    if rate is None:  # Torch's cumulative mean does not move without num_batches_tracked.
         rate = 0.0 if batches is None else batches.to(mean.dtype).reciprocal()
     unbiased = var * count / (count - 1).clamp(min=1)
     norm.running_mean.add_(((mean - norm.running_mean) * rate).where(count > 1, 0))
@@ -201,7 +201,7 @@ def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -
 
 
 def _combine_ranks(mean: Tensor, var: Tensor, count: Tensor, group: object) -> tuple[Tensor, Tensor, Tensor]:
-    """The statistics of all ranks' edges together, differentiable."""
+    """Return mean, variance and count over all ranks, differentiably."""
     from torch.distributed.nn.functional import all_reduce
 
     group = group or dist.group.WORLD

@@ -1,4 +1,4 @@
-"""Blocks of a graph convolution and, where the graph is dynamic, the search for its neighbours."""
+"""Blocks: a graph convolution on the nearest neighbours of its input, with or without a skip connection."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BlockOptions(LayerOptions, total=False):
 
 
 class PlainGCNBlock(Leaf):
-    r"""A graph convolution on the neighbours of its own input.
+    r"""A graph convolution on the nearest neighbours of its input.
 
     .. math:: x_{l+1} = \mathcal{F}(x_l)
 
@@ -48,7 +48,7 @@ class PlainGCNBlock(Leaf):
         **options: act, norm, bias, order, device and dtype of `Perceptron`.
 
     Raises:
-        ValueError: An argument is not one of those above.
+        ValueError: An option has an unknown value.
 
     Example:
         >>> import torch
@@ -75,7 +75,7 @@ class PlainGCNBlock(Leaf):
         self.conv: Any = CONVS[conv](in_channels, out_channels, **options)
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         self.conv.reset_parameters()
 
     def forward(
@@ -87,9 +87,9 @@ class PlainGCNBlock(Leaf):
         batch: Tensor | None = None,
         ptr: Tensor | None = None,
     ) -> Tensor:
-        """Apply the block to (B, N, C), or to (N, C) of one cloud or of those of `batch` or `ptr`.
+        """Apply the block to (B, N, C), or to (N, C) of one cloud or of the clouds of `batch` or `ptr`.
 
-        A static graph, `index` or `edge_index` as in `EdgeConv`, takes the place of the nearest neighbours.
+        `index` or `edge_index`, as in `EdgeConv`, gives a static graph in place of the nearest neighbours.
         """
         ptr = ptr_of(x, batch, ptr)
         if index is None and edge_index is None:
@@ -97,7 +97,7 @@ class PlainGCNBlock(Leaf):
         return self.combine(x, self.conv(x, index, edge_index=edge_index, ptr=ptr))
 
     def combine(self, x: Tensor, output: Tensor) -> Tensor:
-        """What becomes of the convolution's output."""
+        """Combine the block's input with the convolution's output."""
         return output
 
 
@@ -123,7 +123,7 @@ class ResGCNBlock(PlainGCNBlock):
         super().__init__(channels, channels, **options)
 
     def combine(self, x: Tensor, output: Tensor) -> Tensor:
-        """Add the input."""
+        """Add the input to the output."""
         return output + x
 
 
@@ -136,7 +136,7 @@ class DenseGCNBlock(PlainGCNBlock):
 
     Args:
         in_channels: Channels of the input.
-        growth: Channels that are appended.
+        growth: The number of appended channels.
         **options: All other options of `PlainGCNBlock`.
 
     Example:
@@ -150,5 +150,5 @@ class DenseGCNBlock(PlainGCNBlock):
         super().__init__(in_channels, growth, **options)
 
     def combine(self, x: Tensor, output: Tensor) -> Tensor:
-        """Append to the input."""
+        """Append the output to the input."""
         return torch.cat([x, output], -1)

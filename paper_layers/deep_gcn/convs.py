@@ -1,4 +1,4 @@
-"""Graph convolutions on tables of neighbours, and on PyG's edges."""
+"""Graph convolutions on tables of neighbours or on PyG's edges."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class _GraphConv(Leaf, abc.ABC):
-    """What the convolutions share: the two forms of a graph."""
+    """Base of the convolutions: check the arguments, then take the path for the form of the graph."""
 
     in_channels: int
     out_channels: int
@@ -43,14 +43,14 @@ class _GraphConv(Leaf, abc.ABC):
         batch: Tensor | None = None,
         ptr: Tensor | None = None,
     ) -> Tensor:
-        """Convolve features with their neighbours'.
+        """Convolve the features of each node with the features of its neighbours.
 
         Args:
             x: Features of shape (N, C) or (B, N, C).
-            index: Neighbours as `paper_layers.knn` returns them, int64 of shape (N, k) or (B, N, k); -1 is none.
+            index: Neighbours from `paper_layers.knn`, int64 of shape (N, k) or (B, N, k); -1 is no neighbour.
             edge_index: In place of `index`, for (N, C): edges as in PyG, int64 of shape (2, E), from sources (row 0)
                 to targets (row 1). Needs torch_geometric.
-            batch: Cloud of each row of (N, C), ascending, of shape (N,); instance norm and dropout keep clouds apart.
+            batch: For (N, C): the cloud of each row, ascending, of shape (N,). Instance norm and dropout are per cloud.
             ptr: In place of `batch`: where each cloud starts, of shape (B + 1,).
 
         Returns:
@@ -59,7 +59,7 @@ class _GraphConv(Leaf, abc.ABC):
         Raises:
             ImportError: `edge_index` is given and torch_geometric is not installed.
             TypeError: An argument has the wrong type or dtype.
-            ValueError: Not exactly one form of the graph is given, or shapes do not fit.
+            ValueError: Both `index` and `edge_index` are given, or neither, or a shape or a cloud is wrong.
         """
         checks.floating("x", x)
         if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
@@ -76,7 +76,7 @@ class _GraphConv(Leaf, abc.ABC):
             raise ValueError(f"edge_index: expected shape (2, E), got {got}")
         if x.dim() != 2:
             raise ValueError(f"x: expected shape (N, C) with edge_index, got {tuple(x.shape)}")
-        if edge_index.is_cpu:  # Other devices refuse in index_select, without a wait for them here.
+        if edge_index.is_cpu:  # On other devices index_select checks, without a wait.
             check_nodes(edge_index, len(x))
         return self._on_edges(x, edge_index, ptr)
 
@@ -88,16 +88,16 @@ class _GraphConv(Leaf, abc.ABC):
 
 
 def _scatter(values: Tensor, target: Tensor, nodes: int, reduction: str) -> Tensor:
-    """PyG's aggregation of edges at their targets, 0 where there are none."""
+    """Reduce the edges of each target as PyG does; 0 without edges."""
     from torch_geometric.utils import scatter
 
     return scatter(values, target, 0, nodes, reduction)
 
 
 class _PerceptronConv(_GraphConv):
-    """A convolution of one perceptron."""
+    """A convolution with one perceptron."""
 
-    _inputs: ClassVar[int] = 2  # of the perceptron, in those of the convolution
+    _inputs: ClassVar[int] = 2  # Inputs of the perceptron for each input of the convolution.
 
     def __init__(
         self,
@@ -112,19 +112,19 @@ class _PerceptronConv(_GraphConv):
         self.nn = Perceptron(self._inputs * in_channels, out_channels, dropout=dropout, **options)
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         self.nn.reset_parameters()
 
 
 class EdgeConv(_PerceptronConv):
-    r"""Edge convolution: the largest of a perceptron's outputs over each node's edges.
+    r"""Edge convolution: the maximum of a perceptron over each node's edges.
 
     .. math:: x_i' = \max_{j \in \mathcal{N}(i)} h([x_i, x_j - x_i])
 
     The convolution of ResGCN in Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019,
-    section 3.4, after Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019. A linear layer on an edge is
-    the sum of one on each of its nodes, so it costs k times less than the formula, and no edge is stored: neither
-    forward nor for the backward. Nodes without neighbours get 0.
+    section 3.4, after Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019. The linear layer runs on
+    nodes, not on edges, so it costs k times less than the formula. No edge is stored, forward or backward. Nodes
+    without neighbours get 0.
 
     Args:
         in_channels: Channels of the input.
@@ -142,7 +142,7 @@ class EdgeConv(_PerceptronConv):
     """
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The linear layer on [x_i, x_j - x_i], as a sum of terms of i and of j."""
+        """Split the linear layer on [x_i, x_j - x_i] into a term of i and a term of j."""
         own, difference = self.nn.linear.weight.chunk(2, 1)
         return F.linear(x, own - difference, self.nn.linear.bias), F.linear(x, difference)
 
@@ -204,7 +204,7 @@ class MRConv(_PerceptronConv):
     def _combine(self, x: Tensor, relative: Tensor, ptr: Tensor | None) -> Tensor:
         if not may_split_linear(self.nn):
             return call_perceptron(self.nn, torch.cat([x, relative], -1), ptr)
-        # The linear layer on both side by side, without putting them there.
+        # The linear layer on the concatenation, without the concatenation.
         own, difference = self.nn.linear.weight.chunk(2, 1)
         z = F.linear(x, own, self.nn.linear.bias) + F.linear(relative, difference)
         return self.nn.dropout_channels(self.nn.activate_and_normalize(z, ptr), ptr)
@@ -241,7 +241,7 @@ class GINConv(_PerceptronConv):
         self.eps = nn.Parameter(self.nn.linear.weight.new_zeros(1))
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         super().reset_parameters()
         nn.init.zeros_(self.eps)
 
@@ -257,27 +257,27 @@ class GINConv(_PerceptronConv):
 
 
 class SAGEConv(_GraphConv):
-    r"""GraphSAGE: a perceptron on each node and an aggregate of its transformed neighbours.
+    r"""GraphSAGE: a perceptron on each node and the maximum or mean of its transformed neighbours.
 
     .. math:: x_i' = h_2([x_i, \max_{j \in \mathcal{N}(i)} h_1(x_j)]) \quad \text{or} \quad
               x_i' = \frac{h_2([x_i, m_i]) + b}{\lVert h_2([x_i, m_i]) + b \rVert}, \;
               m_i = \operatorname{mean}_{j \in \mathcal{N}(i) \cup \{i\}} W x_j
 
     Hamilton, Ying, Leskovec, "Inductive Representation Learning on Large Graphs", NeurIPS 2017, in the two forms of the
-    official code of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019: the dense code's
-    maximum, and the sparse code's mean, whose result has length one where `norm` is not None.
+    official code of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019: the maximum of the
+    dense code, and the mean of the sparse code, whose output has length one unless `norm` is None.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         reduction: "max" or "mean".
-        relative: With "mean", average the differences :math:`x_j - x_i`.
+        relative: With "mean", take the mean of the differences :math:`x_j - x_i`.
         dropout: The probability that a channel is dropped.
         **options: act, norm (over all nodes, in :math:`h_1` over all edges), bias (also b), order, device and dtype of
             `Perceptron`.
 
     Raises:
-        ValueError: `reduction` or `relative` does not fit.
+        ValueError: `reduction` is unknown, or `relative` is True with "max".
 
     Example:
         >>> import torch, paper_layers
@@ -315,18 +315,18 @@ class SAGEConv(_GraphConv):
         self.bias = None if bias is None else nn.Parameter(torch.zeros_like(bias))
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         self.nn1.reset_parameters()
         self.nn2.reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """The aggregation."""
+        """Return the options of the reduction."""
         return f"reduction={self.reduction!r}, relative={self.relative}"
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        if self.reduction == "mean":  # Every node is its own neighbour, once.
+        if self.reduction == "mean":  # Every node is its own neighbour exactly once.
             own = torch.arange(x.shape[-2], device=x.device)[:, None].expand(*x.shape[:-1], 1)
             index = torch.cat([own, torch.where(index == own, -1, index)], -1)
             if self._mean_before_linear:
@@ -354,7 +354,7 @@ class SAGEConv(_GraphConv):
 
     @property
     def _mean_before_linear(self) -> bool:
-        """Return whether the mean of the linear layer's outputs is its output for the mean."""
+        """True where the linear layer may run on the mean in place of each neighbour."""
         layer = self.nn1
         return may_split_linear(layer) and layer.act is None and layer.norm is None
 

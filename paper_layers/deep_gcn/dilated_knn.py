@@ -1,4 +1,4 @@
-"""Graphs of dilated neighbours as a module."""
+"""Search for dilated nearest neighbours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paper_layers.ops.knn import METRICS, knn
 
 
 class DilatedKNN(Leaf):
-    r"""The graph of each point's dilated nearest neighbours.
+    r"""The dilated nearest neighbours of each point.
 
     .. math:: \mathcal{N}^{(d)}(v) = \{u_1, u_{1+d}, u_{1+2d}, \ldots, u_{1+(k-1)d}\}
 
@@ -24,14 +24,14 @@ class DilatedKNN(Leaf):
     Args:
         k: Neighbours of each point.
         dilation: d in the equation.
-        stochastic: Whether the ranks are sometimes random in training.
-        stochastic_probability: How often.
-        metric: As in `paper_layers.knn`.
-        include_self: Whether a point is its own first neighbour.
+        stochastic: Sometimes take random neighbours in training.
+        stochastic_probability: The probability of random neighbours.
+        metric: The metric of `paper_layers.knn`.
+        include_self: Count each point as its own first neighbour.
 
     Raises:
-        TypeError: k or dilation is no int.
-        ValueError: A value does not fit.
+        TypeError: k or dilation is not an int.
+        ValueError: A value is out of range or unknown.
 
     Example:
         >>> import torch

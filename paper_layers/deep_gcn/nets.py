@@ -1,4 +1,4 @@
-"""The deep network that labels points: a head, blocks whose outputs are all kept, and a prediction."""
+"""DeepGCN: a head, blocks, and a prediction from the outputs of all of them."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def _dilation_rates(dilations: Dilations | None, count: int, most: int | None) -
 
 
 class Prediction(nn.Sequential):
-    """Perceptrons, which may need to know the clouds, and dropout."""
+    """Perceptrons, which take `ptr`, and dropout."""
 
     def forward(self, input: Tensor, ptr: Tensor | None = None) -> Tensor:
-        """Predict from features (..., C), one after the other, with the clouds that start at `ptr`."""
+        """Run the layers one after the other on features (..., C), with clouds that start at `ptr`."""
         return run_layers(self, input, ptr)
 
 
@@ -50,7 +50,7 @@ known(Prediction)
 
 
 def run_layers(layers: Iterable[nn.Module], x: Tensor, ptr: Tensor | None) -> Tensor:
-    """Call layers one after the other, those of the package with the clouds."""
+    """Call layers one after the other; the layers of this package also take `ptr`."""
     for layer in layers:
         x = layer(x, ptr) if isinstance(layer, Prediction) else call_perceptron(layer, x, ptr)
     return x
@@ -86,23 +86,23 @@ class DeepGCN(Leaf):
         in_channels: Channels of the input, coordinates first.
         num_classes: Channels of the output.
         channels: Channels of head and blocks.
-        blocks: Head and blocks together: the layers of ResGCN-28.
-        block: "res", "dense" or "plain"; plain has no dilation unless `dilations` says so, and no stochastic one.
+        blocks: The number of blocks, the head included: 28 for ResGCN-28.
+        block: "res", "dense" or "plain". Plain blocks have dilation 1 unless `dilations` is given, never stochastic.
         conv: "edge", "mr", "gin" or "sage".
         k: Neighbours of each point.
-        growth: With "dense": channels that each block appends; default `channels`.
-        dilations: One for each block after the head, or a function of its number from 0; default 1, 2, 3, ....
-            Clouds should have ``k * dilation`` points; neighbours beyond are left out.
-        max_dilation: The most that any dilation may be.
+        growth: With "dense", the number of channels that each block appends; default `channels`.
+        dilations: One dilation for each block after the head, or a function of the block's number from 0; default 1, 2,
+            3, .... A cloud with fewer than ``k * dilation`` points has fewer neighbours.
+        max_dilation: An upper limit for all dilations.
         stochastic: Sometimes take random neighbours in training, see `DilatedKNN`.
         stochastic_probability: The probability of random neighbours.
         dropout: The probability that a feature is dropped before the last layer.
-        checkpointing: Compute the convolutions again in the backward pass and keep only their inputs.
+        checkpointing: Keep only the inputs of the blocks, and recompute the convolutions in the backward pass.
         **options: act, norm, bias, order, device and dtype of `Perceptron`.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A value does not fit.
+        ValueError: A value is out of range or unknown.
 
     Example:
         >>> import torch
@@ -112,7 +112,7 @@ class DeepGCN(Leaf):
         torch.Size([2, 512, 13])
     """
 
-    # What the head's convolution does otherwise than all others.
+    # Options that differ for the head.
     _head_options: ClassVar[BlockOptions] = {}
 
     def __init__(
@@ -179,7 +179,7 @@ class DeepGCN(Leaf):
         )
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         for module in (self.head, *self.blocks, self.fusion, *self.prediction):
             if isinstance(module, PlainGCNBlock | Perceptron):
                 module.reset_parameters()
@@ -199,7 +199,7 @@ class DeepGCN(Leaf):
         index: Tensor | None = None,
         edge_index: Tensor | None = None,
     ) -> Tensor:
-        """The outputs of head and blocks side by side, of shape (..., num_features); on a static graph where given."""
+        """Return the outputs of head and blocks, concatenated: (..., num_features). A static graph may be given."""
         if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
             expected = f"(N, {self.in_channels}) or (B, N, {self.in_channels})"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
@@ -222,13 +222,13 @@ class DeepGCN(Leaf):
         return checkpoint(run, x, use_reentrant=False)
 
     def predict(self, parts: list[Tensor], ptr: Tensor | None = None) -> Tensor:
-        """The prediction from parts that stand side by side, some of them the same for all points of a cloud."""
+        """Predict from the concatenation of parts, of which some have one row for all points of a cloud."""
         layers = list(self.prediction) if readable(self.prediction, Prediction, nn.Sequential) else [self.prediction]
         if not may_split_linear(layers[0]):
             rows = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
             return run_layers(layers, torch.cat([part.expand(*rows, -1) for part in parts], -1), ptr)
         first: Any = layers[0]
-        # The linear layer part by part: no copy of a cloud's for each of its points.
+        # The linear layer runs on each part, so a cloud's row is not copied to its points.
         weights = first.linear.weight.split([part.shape[-1] for part in parts], 1)
         terms = [F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)]
         z = sum(terms[1:], terms[0])

@@ -1,4 +1,4 @@
-"""A layer of a multi-layer perceptron over nodes or over the edges of a graph."""
+"""One layer of a multi-layer perceptron, with its norm over the nodes of clouds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
-from paper_layers.deep_gcn._clouds import ptr_of
+from paper_layers.deep_gcn._clouds import broadcast_to_rows, ptr_of
 from paper_layers.deep_gcn._edge_norm import BatchNorm, Order, batch_norm, instance_norm, may_fuse
 
 Act = Literal["relu", "leakyrelu", "prelu"]
@@ -32,20 +32,20 @@ class LayerOptions(TypedDict, total=False):
 class Perceptron(Leaf):
     """A linear layer with its activation and norm, on (..., in_channels).
 
-    The layer that the graph convolutions and heads of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as
-    CNNs?", ICCV 2019, are made of. Weights start as in the official code: He's normal distribution, biases at zero.
+    The building block of the graph convolutions and heads of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep
+    as CNNs?", ICCV 2019. As in the official code, weights start from He's normal distribution and biases from zero.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         act: "relu", "leakyrelu" (slope 0.2), "prelu" (one slope, 0.2 at first) or None.
-        norm: "batch", "instance" (over the nodes or edges of each cloud, without parameters) or None.
-        bias: Whether the linear layer has one.
-        order: "act_norm", as the dense official code and its checkpoints have it, or "norm_act".
-        dropout: The probability that a channel is dropped, for all nodes of a cloud in (B, N, C).
+        norm: "batch", "instance" (over each cloud, without parameters) or None.
+        bias: Give the linear layer a bias.
+        order: "act_norm", as in the dense official code and its checkpoints, or "norm_act".
+        dropout: The probability that a channel is dropped, for all nodes of a cloud at once.
 
     Raises:
-        ValueError: An argument is not one of those above.
+        ValueError: An option has an unknown value.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ class Perceptron(Leaf):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         nn.init.kaiming_normal_(self.linear.weight)
         if self.linear.bias is not None:
             nn.init.zeros_(self.linear.bias)
@@ -102,7 +102,7 @@ class Perceptron(Leaf):
             nn.init.constant_(self.act.weight, self.act.init)
 
     def extra_repr(self) -> str:
-        """What no submodule shows."""
+        """Return the options that no submodule shows."""
         parts = [f"order={self.order!r}"] if self.norm is not None or self.instance else []
         parts += ["norm='instance'"] if self.instance else []
         parts += [f"dropout={self.dropout}"] if self.dropout else []
@@ -126,30 +126,28 @@ class Perceptron(Leaf):
         return rows if self.norm is None else batch_norm(self.norm, rows)
 
     def dropout_channels(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
-        """Drop channels: of each row, but of whole clouds in (B, N, C) and where `ptr` says where they start."""
+        """Drop channels of whole clouds in (B, N, C) or with `ptr`, and of each row in (N, C)."""
         if not self.training or self.dropout == 0:
             return x
-        if x.dim() == 3:
-            return x * F.dropout(torch.ones_like(x[:, :1]), self.dropout)
-        if ptr is None:
+        if x.dim() == 2 and ptr is None:
             return F.dropout(x, self.dropout)
-        kept = F.dropout(x.new_ones(len(ptr) - 1, x.shape[1]), self.dropout)
-        return x * kept.repeat_interleave(ptr.diff(), 0, output_size=len(x))
+        scale = F.dropout(x.new_ones(len(x) if ptr is None else len(ptr) - 1, x.shape[-1]), self.dropout)
+        return x * broadcast_to_rows(scale, x, ptr)
 
 
 known(Perceptron)
 
 
 def may_split_linear(layer: nn.Module) -> TypeGuard[Perceptron]:
-    """Return True where a convolution may split the product of the perceptron's linear layer, and call the rest."""
+    """Return True where a convolution may compute the linear layer in parts and call activation and norm."""
     return readable(layer, Perceptron) and readable(cast(Perceptron, layer).linear, nn.Linear)
 
 
 def may_fuse_edges(layer: nn.Module) -> TypeGuard[Perceptron]:
-    """Return True where `edge_max` gives what calls of the perceptron give for each edge."""
+    """Return True where `edge_max` may replace a call of the perceptron for each edge."""
     return may_split_linear(layer) and may_fuse(layer.act, layer.norm)
 
 
 def call_perceptron(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
-    """Call the perceptron, or what takes its place, which knows no clouds."""
+    """Call the perceptron, or the layer in its place, which does not take `ptr`."""
     return layer(x, ptr=ptr) if isinstance(layer, Perceptron) else layer(x)

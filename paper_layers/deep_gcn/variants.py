@@ -1,4 +1,4 @@
-"""DeepGCN's forms for whole clouds, for parts of objects and for graphs that are given."""
+"""Variants of DeepGCN: classify clouds, segment parts of objects, and label the nodes of a static graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _leaky_prediction(inputs: int, num_classes: int, dropout: float, options: LayerOptions) -> Prediction:
-    """As the official code has it: leaky activations, and biases whatever the others do."""
+    """Return the official prediction: leaky activations, and always biases."""
     leaky: LayerOptions = {**options, "act": "leakyrelu", "bias": True}
     last: LayerOptions = {**leaky, "act": None, "norm": None}
     return Prediction(
@@ -80,7 +80,7 @@ class DeepGCNPartSegmenter(DeepGCN):
     .. math:: y_i = \log \operatorname{softmax} h([\max_i f(X)_i, \operatorname{mean}_i f(X)_i, f(X)_i])
 
     The network of the journal version, Li et al., "DeepGCNs: Making GCNs Go as Deep as CNNs", 2021, section 4.2. As in
-    the official code the output is the logarithm of probabilities; cross entropy takes it like any logits.
+    the official code, the output is the logarithm of probabilities; cross entropy accepts it as logits.
 
     Args:
         in_channels: Channels of the input, coordinates first.
@@ -123,18 +123,18 @@ class DeepGCNPartSegmenter(DeepGCN):
 
 
 class StaticDeepGCN(DeepGCN):
-    r"""DeepGCN on a graph that is given, labelling its nodes, as for PPI.
+    r"""DeepGCN that labels the nodes of a static graph, as for PPI.
 
     .. math:: y_i = h([X_i, \max_c f(X)_{ic}])
 
-    The network of the journal version, Li et al., "DeepGCNs: Making GCNs Go as Deep as CNNs", 2021, section 4.4; as in
-    the official code the maximum is over the channels of f.
+    The network of the journal version, Li et al., "DeepGCNs: Making GCNs Go as Deep as CNNs", 2021, section 4.4. As
+    in the official code, the maximum is over the channels of f.
 
     Args:
         in_channels: Channels of the input.
         num_classes: Channels of the output.
-        **options: Options of `DeepGCN`, of which those of nearest neighbours have no effect; by default 256 channels,
-            14 blocks, "mr" and a dropout of 0.2 between the last layers.
+        **options: Options of `DeepGCN`; by default 256 channels, 14 blocks, "mr" and a dropout of 0.2 between the last
+            layers. The options of the search for neighbours have no effect.
 
     Example:
         >>> import torch
@@ -169,7 +169,7 @@ class StaticDeepGCN(DeepGCN):
     def forward(  # type: ignore[override]
         self, x: Tensor, index: Tensor | None = None, *, edge_index: Tensor | None = None
     ) -> Tensor:
-        """Label the nodes (N, C) of a graph in either form, as in `EdgeConv`: (N, num_classes)."""
+        """Label the nodes (N, C) of a graph, given as in `EdgeConv`: (N, num_classes)."""
         if index is None and edge_index is None:
             raise ValueError("index: expected either index or edge_index, got none")
         features = self.features(x, index=index, edge_index=edge_index)

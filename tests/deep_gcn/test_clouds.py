@@ -1,4 +1,4 @@
-"""`batch` and `ptr`: the same clouds in every layer, and what is neither is refused."""
+"""Every layer accepts clouds as `batch` or as `ptr`, and refuses values that are neither."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_both_forms_are_the_same_clouds(name: str) -> None:
         call(layer, ptr=PTR, batch=BATCH)
 
 
-def test_clouds_of_one_size_need_neither() -> None:
+def test_clouds_of_one_size_take_neither() -> None:
     x, index = X.view(2, 6, 3), TABLE.view(2, 6, 3) % 6
     for call in (
         lambda: deep_gcn.EdgeConv(3, 4)(x, index, ptr=PTR),

@@ -1,4 +1,4 @@
-"""Batch norms over edges, in every state that torch's may be in."""
+"""Batch norms over edges, in every state of torch's batch norm, and instance norm over nodes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_norms_that_lack_a_part_compute_as_torch_does(change: Any, momentum: flo
     nn.init.normal_(norm.bias)
     change(norm)
     twin = copy.deepcopy(conv)
-    twin.nn.norm.register_forward_hook(lambda *_: None)  # It is called.
+    twin.nn.norm.register_forward_hook(lambda *_: None)  # The hook forces a call.
     for training in (True, True, False):
         a, b = (each.train(training)(x, index) for each in (conv, twin))
         assert_close(a, b)
