@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,6 @@ def edge_outputs(layer: nn.Module, rows: Tensor, ptr: Tensor | None) -> Tensor:
     if readable(layer, Perceptron):
         return cast(Perceptron, layer).activate_and_normalize(cast(Perceptron, layer).linear(rows), ptr)
     return call_perceptron(layer, rows, ptr)
-
-
-def edge_max_options(layer: Perceptron) -> dict[str, Any]:
-    """Return the arguments of `edge_max` that the perceptron holds."""
-    return {"act": layer.act, "norm": layer.norm, "instance": layer.instance, "order": layer.order}
 
 
 def dropout_channels(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,15 @@ from paper_layers.ops.edge_conv import edge_conv
 Order = Literal["act_norm", "norm_act"]
 BatchNorm = nn.BatchNorm1d | nn.SyncBatchNorm
 INSTANCE_EPS = 1e-5
+
+
+class ActNorm(NamedTuple):
+    """Activation and norm of edges, and their order; instance norm has no module."""
+
+    act: nn.Module | None
+    norm: BatchNorm | None
+    order: Order
+    instance: bool = False
 
 
 def may_fuse(act: Any, norm: nn.Module | None) -> bool:
@@ -65,44 +73,26 @@ def _moments(x: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor]:
     return mean, global_pool((x - broadcast_to_rows(mean, x, ptr)).square(), ptr, "mean")
 
 
-def edge_max(
-    center: Tensor,
-    neighbor: Tensor,
-    index: Tensor,
-    *,
-    act: nn.Module | None,
-    norm: BatchNorm | None,
-    instance: bool = False,
-    order: Order = "act_norm",
-    ptr: Tensor | None = None,
-) -> Tensor:
+def edge_max(center: Tensor, neighbor: Tensor, index: Tensor, act_norm: ActNorm, ptr: Tensor | None = None) -> Tensor:
     """Return each node's maximum over its edges ``center[i] + neighbor[j]``, activated and normalised; 0 without edges.
 
     Batch norm normalises over all edges, instance norm over the edges of each cloud.
     """
-    one_cloud = functools.partial(_edge_max_one_cloud, act=act, norm=norm, instance=instance, order=order)
-    if instance and ptr is not None:
+    if act_norm.instance and ptr is not None:
         check_starts("ptr", ptr, len(center))
         rows = [slice(first, last) for first, last in itertools.pairwise(ptr.tolist()) if first < last]
-        output = torch.cat([center[:0], *(one_cloud(center[r], neighbor, index[r]) for r in rows)])
-    elif instance and center.dim() == 3:
-        outputs = [one_cloud(*cloud) for cloud in zip(center, neighbor, index, strict=True)]
+        output = torch.cat([center[:0], *(_edge_max_one_cloud(center[r], neighbor, index[r], act_norm) for r in rows)])
+    elif act_norm.instance and center.dim() == 3:
+        outputs = [_edge_max_one_cloud(*cloud, act_norm) for cloud in zip(center, neighbor, index, strict=True)]
         output = torch.stack(outputs) if outputs else center
     else:
-        output = one_cloud(center, neighbor, index)
+        output = _edge_max_one_cloud(center, neighbor, index, act_norm)
     return output.where((index >= 0).any(-1, keepdim=True), 0)
 
 
-def _edge_max_one_cloud(
-    center: Tensor,
-    neighbor: Tensor,
-    index: Tensor,
-    act: nn.Module | None,
-    norm: BatchNorm | None,
-    instance: bool,
-    order: Order,
-) -> Tensor:
+def _edge_max_one_cloud(center: Tensor, neighbor: Tensor, index: Tensor, act_norm: ActNorm) -> Tensor:
     """Compute `edge_max` for edges that share their statistics."""
+    act, norm, order, instance = act_norm
     act_first = order == "act_norm" or (norm is None and not instance)
     slope = _negative_slope(act) if act_first else 1.0
     # Where the norm's weight is negative, the smallest edge becomes the largest.

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn._clouds import ptr_of
-from paper_layers.deep_gcn._each_edge import (
-    dropout_channels,
-    edge_max_options,
-    edge_outputs,
-    reduce_each_edge,
-    sort_by_cloud,
-)
+from paper_layers.deep_gcn._each_edge import dropout_channels, edge_outputs, reduce_each_edge, sort_by_cloud
 from paper_layers.deep_gcn._edge_norm import edge_max
 from paper_layers.deep_gcn.edges import check_nodes
 from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron, may_fuse_edges, may_split_linear
@@ -148,7 +142,7 @@ class EdgeConv(_PerceptronConv):
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
         if may_fuse_edges(self.nn):
-            output = edge_max(*self._terms(x), index, **edge_max_options(self.nn), ptr=ptr)
+            output = edge_max(*self._terms(x), index, self.nn.act_norm, ptr)
         else:
             output = reduce_each_edge(self.nn, x, index, ptr, "max", self._edge)
         return dropout_channels(self.nn, output, ptr)
@@ -333,7 +327,7 @@ class SAGEConv(_GraphConv):
                 return self._combine(x, self._mean(x, neighbor_reduce(x, index, "mean")), ptr)
         elif may_fuse_edges(self.nn1):
             terms = self.nn1.linear(x)
-            largest = edge_max(torch.zeros_like(terms), terms, index, **edge_max_options(self.nn1), ptr=ptr)
+            largest = edge_max(torch.zeros_like(terms), terms, index, self.nn1.act_norm, ptr)
             return self._combine(x, largest, ptr)
         return self._combine(x, reduce_each_edge(self.nn1, x, index, ptr, self.reduction, self._edge), ptr)
 

@@ -14,7 +14,7 @@ from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn._clouds import broadcast_to_rows, global_pool, ptr_of
-from paper_layers.deep_gcn.blocks import BlockOptions, Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
+from paper_layers.deep_gcn.blocks import Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
 from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron, may_split_linear
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class DeepGCN(Leaf):
     """
 
     # Options that differ for the head.
-    _head_options: ClassVar[BlockOptions] = {}
+    _head_options: ClassVar[LayerOptions] = {}
 
     def __init__(
         self,
@@ -144,27 +144,21 @@ class DeepGCN(Leaf):
             stochastic, dilations = False, dilations or (lambda i: 1)
         rates = _dilation_rates(dilations, blocks - 1, max_dilation)
         appended = (growth or channels) if block == "dense" else 0
-        graph: BlockOptions = {
-            **options,
-            "conv": conv,
-            "k": k,
-            "dilation": 1,
-            "stochastic": stochastic,
-            "stochastic_probability": stochastic_probability,
-        }
-        head: BlockOptions = {**graph, **self._head_options}
+        graph: dict[str, Any] = {"conv": conv, "k": k, "stochastic": stochastic, **options}
+        graph["stochastic_probability"] = stochastic_probability
         self.in_channels, self.checkpointing = in_channels, checkpointing
         self.num_features = channels * blocks + appended * (blocks * (blocks - 1) // 2)
-        self.head = PlainGCNBlock(in_channels, channels, **head)
+        self.head = PlainGCNBlock(in_channels, channels, **{**graph, **self._head_options})
         self.blocks = nn.ModuleList()
         for i, dilation in enumerate(rates):
-            dilated: BlockOptions = {**graph, "dilation": dilation}
             if block == "dense":
-                made: PlainGCNBlock = DenseGCNBlock(channels + appended * i, growth=appended, **dilated)
+                made: PlainGCNBlock = DenseGCNBlock(
+                    channels + appended * i, growth=appended, dilation=dilation, **graph
+                )
             elif block == "res":
-                made = ResGCNBlock(channels, **dilated)
+                made = ResGCNBlock(channels, dilation=dilation, **graph)
             else:
-                made = PlainGCNBlock(channels, channels, **dilated)
+                made = PlainGCNBlock(channels, channels, dilation=dilation, **graph)
             self.blocks.append(made)
         self._add_prediction(num_classes, dropout, options)
 
@@ -192,12 +186,7 @@ class DeepGCN(Leaf):
         return self.predict([broadcast_to_rows(pooled, features, ptr), features], ptr)
 
     def features(
-        self,
-        x: Tensor,
-        ptr: Tensor | None = None,
-        *,
-        index: Tensor | None = None,
-        edge_index: Tensor | None = None,
+        self, x: Tensor, ptr: Tensor | None = None, *, index: Tensor | None = None, edge_index: Tensor | None = None
     ) -> Tensor:
         """Return the outputs of head and blocks, concatenated: (..., num_features). A static graph may be given."""
         if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:

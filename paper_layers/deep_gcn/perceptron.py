@@ -12,7 +12,7 @@ from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn._clouds import broadcast_to_rows, ptr_of
-from paper_layers.deep_gcn._edge_norm import BatchNorm, Order, batch_norm, instance_norm, may_fuse
+from paper_layers.deep_gcn._edge_norm import ActNorm, BatchNorm, Order, batch_norm, instance_norm, may_fuse
 
 Act = Literal["relu", "leakyrelu", "prelu"]
 Norm = Literal["batch", "instance"]
@@ -124,6 +124,11 @@ class Perceptron(Leaf):
         if self.instance:
             return instance_norm(rows, ptr)
         return rows if self.norm is None else batch_norm(self.norm, rows)
+
+    @property
+    def act_norm(self) -> ActNorm:
+        """The activation and norm that follow the linear layer."""
+        return ActNorm(self.act, self.norm, self.order, self.instance)
 
     def dropout_channels(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
         """Drop channels of whole clouds in (B, N, C) or with `ptr`, and of each row in (N, C)."""

@@ -14,7 +14,7 @@ from torch_geometric.nn.models.mlp import MLP
 
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable, unchanged
-from paper_layers.deep_gcn._edge_norm import edge_max, may_fuse
+from paper_layers.deep_gcn._edge_norm import ActNorm, Order, edge_max, may_fuse
 from paper_layers.deep_gcn.edges import table_of_edges, to_edge_index
 from paper_layers.ops.knn import knn
 
@@ -64,15 +64,11 @@ class _FusedEdgeConv(pyg.MessagePassing):
         own, difference = linear.weight.chunk(2, 1)
         return F.linear(x[1], own - difference, linear.bias), F.linear(x[0], difference)
 
-    def _fused(self, layers: list[nn.Module]) -> tuple[nn.Module | None, Any, Any] | None:
+    def _fused(self, layers: list[nn.Module]) -> ActNorm | None:
         """Return activation, norm and their order, or None where `edge_max` can't compute them."""
         if not readable(self.aggr_module, MaxAggregation):
             return None
         return _act_and_norm([layer for layer in layers if not _is_identity(layer)])
-
-    def _on_table(self, x: Pair, index: Tensor, linear: Any, fused: tuple[nn.Module | None, Any, Any]) -> Tensor:
-        act, norm, order = fused
-        return edge_max(*self._terms(linear, x), index, act=act, norm=norm, order=order)
 
     def _on_edges(self, x: Pair, source: Tensor, target: Tensor, linear: Any, layers: list[nn.Module]) -> Tensor:
         center, neighbor = self._terms(linear, x)
@@ -106,7 +102,7 @@ class EdgeConv(_FusedEdgeConv, pyg.EdgeConv):
         most = int(degree.max()) if len(target) else 0
         if len(pair[1]) * most > _MAX_SLOTS_PER_EDGE * len(target):
             return self._on_edges(pair, source, target, linear, layers)
-        return self._on_table(pair, table_of_edges(source, target, degree, most), linear, fused)
+        return edge_max(*self._terms(linear, pair), table_of_edges(source, target, degree, most), fused)
 
     def _as_edge_index(self, x: Any, adjacency: Any) -> Any:
         """Return the edges of a COO adjacency that fits: PyG writes to it after its forward has saved the indices."""
@@ -171,7 +167,7 @@ class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
         split = self._split(pair)
         fused = None if split is None else self._fused(split[1])
         if split is not None and fused is not None:
-            return self._on_table(pair, index, split[0], fused)
+            return edge_max(*self._terms(split[0], pair), index, fused)
         edge_index = to_edge_index(index)
         if split is None:
             return self.propagate(edge_index, x=pair)
@@ -215,12 +211,12 @@ def _is_identity(layer: Any) -> bool:
     return readable(layer, nn.Identity)
 
 
-def _act_and_norm(layers: list[nn.Module]) -> tuple[nn.Module | None, Any, Any] | None:
+def _act_and_norm(layers: list[nn.Module]) -> ActNorm | None:
     """Return at most one activation and one batch norm, and their order; None for other layers."""
     parts: list[Any] = [p.module if readable(p, pyg.BatchNorm) and not p.allow_single_element else p for p in layers]
     acts = [p for p in parts if may_fuse(p, None)]
     norms = [p for p in parts if readable(p, nn.BatchNorm1d, nn.SyncBatchNorm)]
     if len(acts) > 1 or len(norms) > 1 or len(acts) + len(norms) != len(parts):
         return None
-    order = "act_norm" if parts and parts[0] in acts else "norm_act"
-    return acts[0] if acts else None, norms[0] if norms else None, order
+    order: Order = "act_norm" if parts and parts[0] in acts else "norm_act"
+    return ActNorm(acts[0] if acts else None, norms[0] if norms else None, order)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers.deep_gcn._clouds import broadcast_to_rows, global_pool, ptr_of
-from paper_layers.deep_gcn.blocks import BlockOptions
 from paper_layers.deep_gcn.nets import DeepGCN, NetOptions, Prediction
 from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron
 
@@ -16,18 +15,26 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _leaky_prediction(inputs: int, num_classes: int, dropout: float, options: LayerOptions) -> Prediction:
-    """Return the official prediction: leaky activations, and always biases."""
-    leaky: LayerOptions = {**options, "act": "leakyrelu", "bias": True}
-    last: LayerOptions = {**leaky, "act": None, "norm": None}
-    return Prediction(
-        Perceptron(inputs, 512, **leaky, dropout=dropout),
-        Perceptron(512, 256, **leaky, dropout=dropout),
-        Perceptron(256, num_classes, **last),
-    )
+class _PooledDeepGCN(DeepGCN):
+    """Base of the networks that predict from embeddings pooled by maximum and mean."""
+
+    _head_options: ClassVar[LayerOptions] = {"bias": False}
+    _num_parts: ClassVar[int]
+    embedding_dim: int
+
+    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
+        fusion: LayerOptions = {**options, "act": "leakyrelu", "bias": False}
+        leaky: LayerOptions = {**fusion, "bias": True}
+        last: LayerOptions = {**leaky, "act": None, "norm": None}
+        self.fusion = Perceptron(self.num_features, self.embedding_dim, **fusion)
+        self.prediction = Prediction(
+            Perceptron(self._num_parts * self.embedding_dim, 512, **leaky, dropout=dropout),
+            Perceptron(512, 256, **leaky, dropout=dropout),
+            Perceptron(256, num_classes, **last),
+        )
 
 
-class DeepGCNClassifier(DeepGCN):
+class DeepGCNClassifier(_PooledDeepGCN):
     r"""DeepGCN that classifies clouds, as for ModelNet40.
 
     .. math:: y = h([\max_i f(X)_i, \operatorname{mean}_i f(X)_i])
@@ -48,24 +55,14 @@ class DeepGCNClassifier(DeepGCN):
         torch.Size([2, 40])
     """
 
-    _head_options: ClassVar[BlockOptions] = {"bias": False}
+    _num_parts = 2
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        num_classes: int = 40,
-        *,
-        embedding_dim: int = 1024,
-        **options: Unpack[NetOptions],
+        self, in_channels: int = 3, num_classes: int = 40, *, embedding_dim: int = 1024, **options: Unpack[NetOptions]
     ):
         self.embedding_dim = embedding_dim
         published: NetOptions = {"blocks": 14, "k": 9, "dropout": 0.5, **options}
         super().__init__(in_channels, num_classes, **published)
-
-    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
-        fusion: LayerOptions = {**options, "act": "leakyrelu", "bias": False}
-        self.fusion = Perceptron(self.num_features, self.embedding_dim, **fusion)
-        self.prediction = _leaky_prediction(2 * self.embedding_dim, num_classes, dropout, options)
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Classify the clouds of (B, N, C), or of (N, C) with `batch` or `ptr`: (B, num_classes)."""
@@ -74,7 +71,7 @@ class DeepGCNClassifier(DeepGCN):
         return self.predict([global_pool(fused, ptr, "max"), global_pool(fused, ptr, "mean")])
 
 
-class DeepGCNPartSegmenter(DeepGCN):
+class DeepGCNPartSegmenter(_PooledDeepGCN):
     r"""DeepGCN that labels the parts of objects, as for PartNet.
 
     .. math:: y_i = \log \operatorname{softmax} h([\max_i f(X)_i, \operatorname{mean}_i f(X)_i, f(X)_i])
@@ -95,24 +92,12 @@ class DeepGCNPartSegmenter(DeepGCN):
         torch.Size([2, 256, 15])
     """
 
-    _head_options: ClassVar[BlockOptions] = {"bias": False}
+    _num_parts = 3
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        *,
-        embedding_dim: int = 1024,
-        **options: Unpack[NetOptions],
-    ):
+    def __init__(self, in_channels: int, num_classes: int, *, embedding_dim: int = 1024, **options: Unpack[NetOptions]):
         self.embedding_dim = embedding_dim
         published: NetOptions = {"k": 9, "dropout": 0.5, **options}
         super().__init__(in_channels, num_classes, **published)
-
-    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
-        fusion: LayerOptions = {**options, "act": "leakyrelu", "bias": False}
-        self.fusion = Perceptron(self.num_features, self.embedding_dim, **fusion)
-        self.prediction = _leaky_prediction(3 * self.embedding_dim, num_classes, dropout, options)
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Label the points of (B, N, C), or of (N, C) with `batch` or `ptr`: log-probabilities (..., num_classes)."""
@@ -145,12 +130,7 @@ class StaticDeepGCN(DeepGCN):
         torch.Size([100, 121])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        **options: Unpack[NetOptions],
-    ):
+    def __init__(self, in_channels: int, num_classes: int, **options: Unpack[NetOptions]):
         published: NetOptions = {"channels": 256, "blocks": 14, "conv": "mr", "dropout": 0.2, **options}
         super().__init__(in_channels, num_classes, **published)
 
