@@ -28,7 +28,7 @@ from benchmarks.claims import graphs, parts
 from benchmarks.claims.command import Options, main
 from benchmarks.claims.training import accuracy, parameter_count, train
 from benchmarks.command import text_table
-from paper_layers.deep_gcn import DeepGCN, Perceptron, StaticDeepGCN
+from paper_layers.deep_gcn import DeepGCN, LayerOptions, Perceptron, StaticDeepGCN
 
 CHANNELS, GROWTH, K, HIDDEN = 16, 4, 8, 64
 TRAIN, TEST = 1000, 200  # Clouds.
@@ -37,20 +37,20 @@ DEPTHS = (7, 14, 28, 56)
 GRAPH_DEPTH = 14  # Of the second claim.
 
 
-def _prediction(pooled: int, features: int, num_classes: int, dropout: float, layer: dict[str, Any]) -> nn.Sequential:
+def _prediction(pooled: int, features: int, num_classes: int, dropout: float, options: LayerOptions) -> nn.Sequential:
     return nn.Sequential(
-        Perceptron(pooled + features, HIDDEN, **layer),
+        Perceptron(pooled + features, HIDDEN, **options),
         nn.Dropout(dropout),
-        Perceptron(HIDDEN, num_classes, **{**layer, "act": None, "norm": None}),
+        Perceptron(HIDDEN, num_classes, **{**options, "act": None, "norm": None}),
     )
 
 
 class CloudNet(DeepGCN):
     """DeepGCN with a narrow prediction."""
 
-    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
-        self.fusion = Perceptron(self.num_features, HIDDEN, **layer)
-        self.prediction = _prediction(HIDDEN, self.num_features, num_classes, dropout, layer)
+    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
+        self.fusion = Perceptron(self.num_features, HIDDEN, **options)
+        self.prediction = _prediction(HIDDEN, self.num_features, num_classes, dropout, options)
 
 
 class FixedGraphNet(CloudNet):
@@ -63,9 +63,9 @@ class FixedGraphNet(CloudNet):
 class GraphNet(StaticDeepGCN):
     """StaticDeepGCN with a narrow prediction, on a pair of features and neighbours."""
 
-    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
-        self.fusion = Perceptron(self.num_features, HIDDEN, **{**layer, "norm": None})
-        self.prediction = _prediction(1, self.num_features, num_classes, dropout, layer)
+    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
+        self.fusion = Perceptron(self.num_features, HIDDEN, **{**options, "norm": None})
+        self.prediction = _prediction(1, self.num_features, num_classes, dropout, options)
 
     def forward(self, graph: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
         return super().forward(*graph)

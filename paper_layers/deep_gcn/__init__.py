@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from paper_layers.deep_gcn.blocks import DenseGCNBlock, PlainGCNBlock, ResGCNBlock
 from paper_layers.deep_gcn.checkpoints import load_official
 from paper_layers.deep_gcn.convs import EdgeConv, GINConv, MRConv, SAGEConv
+from paper_layers.deep_gcn.dilated_knn import DilatedKNN
 from paper_layers.deep_gcn.edges import from_edge_index, knn_graph, to_edge_index
-from paper_layers.deep_gcn.knn import DilatedKNN
 from paper_layers.deep_gcn.nets import DeepGCN
-from paper_layers.deep_gcn.perceptron import Perceptron
+from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron
 from paper_layers.deep_gcn.variants import DeepGCNClassifier, DeepGCNPartSegmenter, StaticDeepGCN
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "DilatedKNN",
     "EdgeConv",
     "GINConv",
+    "LayerOptions",
     "MRConv",
     "Perceptron",
     "PlainGCNBlock",

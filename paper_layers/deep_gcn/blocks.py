@@ -1,25 +1,37 @@
-"""Blocks of a graph convolution and, where the graph is dynamic, the search for its neighbours."""
+"""Blocks: a graph convolution on the nearest neighbours of its input, with or without a skip connection."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
-from paper_layers.deep_gcn.clouds import starts
+from paper_layers.deep_gcn._clouds import ptr_of
 from paper_layers.deep_gcn.convs import CONVS
-from paper_layers.deep_gcn.edge_norm import Order
-from paper_layers.deep_gcn.knn import DilatedKNN
-from paper_layers.deep_gcn.perceptron import Act, Norm
+from paper_layers.deep_gcn.dilated_knn import DilatedKNN
+from paper_layers.deep_gcn.perceptron import LayerOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Conv = Literal["edge", "mr", "gin", "sage"]
 
 
+class BlockOptions(LayerOptions, total=False):
+    """Keyword arguments of `PlainGCNBlock` that other blocks pass on to it."""
+
+    conv: Conv
+    k: int
+    dilation: int
+    stochastic: bool
+    stochastic_probability: float
+
+
 class PlainGCNBlock(Leaf):
-    r"""A graph convolution on the neighbours of its own input.
+    r"""A graph convolution on the nearest neighbours of its input.
 
     .. math:: x_{l+1} = \mathcal{F}(x_l)
 
@@ -30,18 +42,13 @@ class PlainGCNBlock(Leaf):
         out_channels: Channels of the output.
         conv: "edge", "mr", "gin" or "sage".
         k: Neighbours of each point.
-        dilation: Of the neighbours, as in `DilatedKNN`.
-        stochastic: As in `DilatedKNN`.
-        epsilon: As in `DilatedKNN`.
-        act: As in `Perceptron`, as are all that follow.
-        norm: Of the convolution.
-        bias: Whether the linear layer has one.
-        order: Of activation and norm.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        dilation: The dilation of the neighbours.
+        stochastic: Sometimes take random neighbours in training, see `DilatedKNN`.
+        stochastic_probability: The probability of random neighbours.
+        **options: act, norm, bias, order, device and dtype of `Perceptron`.
 
     Raises:
-        ValueError: An argument is not one of those above.
+        ValueError: An option has an unknown value.
 
     Example:
         >>> import torch
@@ -54,26 +61,21 @@ class PlainGCNBlock(Leaf):
         self,
         in_channels: int,
         out_channels: int,
+        *,
         conv: Conv = "edge",
         k: int = 16,
         dilation: int = 1,
         stochastic: bool = False,
-        epsilon: float = 0.2,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        stochastic_probability: float = 0.2,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__()
         checks.choice("conv", conv, CONVS)
-        self.knn = DilatedKNN(k, dilation, stochastic, epsilon)
-        settings: dict[str, Any] = {"act": act, "norm": norm, "bias": bias, "order": order}
-        self.conv: Any = CONVS[conv](in_channels, out_channels, **settings, device=device, dtype=dtype)
+        self.knn = DilatedKNN(k, dilation, stochastic=stochastic, stochastic_probability=stochastic_probability)
+        self.conv: Any = CONVS[conv](in_channels, out_channels, **options)
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         self.conv.reset_parameters()
 
     def forward(
@@ -85,17 +87,17 @@ class PlainGCNBlock(Leaf):
         batch: Tensor | None = None,
         ptr: Tensor | None = None,
     ) -> Tensor:
-        """Apply the block to (B, N, C), or to (N, C) of one cloud or of those of `batch` or `ptr`.
+        """Apply the block to (B, N, C), or to (N, C) of one cloud or of the clouds of `batch` or `ptr`.
 
-        A static graph, `index` or `edge_index` as in `EdgeConv`, takes the place of the nearest neighbours.
+        `index` or `edge_index`, as in `EdgeConv`, gives a static graph in place of the nearest neighbours.
         """
-        ptr = starts(x, batch, ptr)
+        ptr = ptr_of(x, batch, ptr)
         if index is None and edge_index is None:
             index = self.knn(x, ptr=ptr)
         return self.combine(x, self.conv(x, index, edge_index=edge_index, ptr=ptr))
 
     def combine(self, x: Tensor, output: Tensor) -> Tensor:
-        """What becomes of the convolution's output."""
+        """Combine the block's input with the convolution's output."""
         return output
 
 
@@ -108,7 +110,7 @@ class ResGCNBlock(PlainGCNBlock):
 
     Args:
         channels: Channels of input and output.
-        **settings: All else as in `PlainGCNBlock`.
+        **options: All other options of `PlainGCNBlock`.
 
     Example:
         >>> import torch
@@ -117,11 +119,11 @@ class ResGCNBlock(PlainGCNBlock):
         torch.Size([2, 1024, 64])
     """
 
-    def __init__(self, channels: int, **settings: Any):
-        super().__init__(channels, channels, **settings)
+    def __init__(self, channels: int, **options: Unpack[BlockOptions]):
+        super().__init__(channels, channels, **options)
 
     def combine(self, x: Tensor, output: Tensor) -> Tensor:
-        """Add the input."""
+        """Add the input to the output."""
         return output + x
 
 
@@ -134,8 +136,8 @@ class DenseGCNBlock(PlainGCNBlock):
 
     Args:
         in_channels: Channels of the input.
-        growth: Channels that are appended.
-        **settings: All else as in `PlainGCNBlock`.
+        growth: The number of appended channels.
+        **options: All other options of `PlainGCNBlock`.
 
     Example:
         >>> import torch
@@ -144,9 +146,9 @@ class DenseGCNBlock(PlainGCNBlock):
         torch.Size([2, 1024, 96])
     """
 
-    def __init__(self, in_channels: int, growth: int = 64, **settings: Any):
-        super().__init__(in_channels, growth, **settings)
+    def __init__(self, in_channels: int, *, growth: int = 64, **options: Unpack[BlockOptions]):
+        super().__init__(in_channels, growth, **options)
 
     def combine(self, x: Tensor, output: Tensor) -> Tensor:
-        """Append to the input."""
+        """Append the output to the input."""
         return torch.cat([x, output], -1)

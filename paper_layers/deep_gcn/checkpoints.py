@@ -1,4 +1,4 @@
-"""Published DeepGCN checkpoints: their keys into ours."""
+"""Load published DeepGCN checkpoints."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from paper_layers.deep_gcn.perceptron import Perceptron
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# What official names wrap convolutions in, and where their networks' parts have other names.
+# Official names have an extra `gconv.` or `body.`, and call two parts differently.
 _WRAPPER = re.compile(r"(?<![^.])(gconv|body)\.")
-# The last layer, where dropout is not counted as one.
+# Some official networks do not count dropout as a layer, so the last layer has number 2.
 _LAST = re.compile(r"^prediction\.2\.")
 _PARTS = {"blocks": "backbone", "fusion": "fusion_block"}
 
@@ -24,24 +24,23 @@ _PARTS = {"blocks": "backbone", "fusion": "fusion_block"}
 def load_official(module: _Module, state_dict: StateDict) -> _Module:
     """Load a checkpoint of the official DeepGCN code into a network, a block or a convolution of this package.
 
-    For Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019, in the dense form (1x1
-    convolutions) and the sparse one (linear layers). The place of the norm's keys tells the `order` that the module
-    must have: ``nn.2`` is "act_norm", ``nn.1`` "norm_act". Nothing is loaded unless all fits.
+    For the dense code (1x1 convolutions) and the sparse code (linear layers) of Li, Müller, Thabet, Ghanem, "DeepGCNs:
+    Can GCNs Go as Deep as CNNs?", ICCV 2019. The module needs the checkpoint's `order`: "act_norm" if the norm's keys
+    begin with ``nn.2``, "norm_act" if they begin with ``nn.1``. Nothing is loaded unless all keys and shapes fit.
 
     Args:
         module: The module to load into.
-        state_dict: The official state dict, of tensors or NumPy arrays. It may stand within
-            ``{"state_dict": ...}``, and have DataParallel's ``module.`` before each key. Or the
-            path of a file that holds one, written by torch.save or, as in model zoos, by pickle. Nothing in a file is
-            run: anything but tensors, arrays, numbers, strings and containers is refused.
+        state_dict: The official state dict of tensors or NumPy arrays, or the path of its file, written by torch.save
+            or, as in model zoos, by pickle. It may be inside ``{"state_dict": ...}``, with DataParallel's ``module.``
+            before each key. No code in a file runs: only tensors, arrays, numbers, strings and containers are read.
 
     Returns:
         `module`.
 
     Raises:
         TypeError: `state_dict` is neither a mapping nor a path, or a key is not a string.
-        pickle.UnpicklingError: A file holds anything else.
-        ValueError: Keys are missing or unexpected, shapes differ, or a value holds no numbers that can be copied.
+        pickle.UnpicklingError: A file holds an object of another type.
+        ValueError: Keys are missing or unexpected, shapes differ, or a value can't be copied as numbers.
 
     Example:
         >>> import torch
@@ -67,8 +66,8 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
 
 
 def _names(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """What each parameter and buffer is called in the official code, without wrappers, and here."""
-    means = {path for path, m in module.named_modules() if isinstance(m, SAGEConv) and m.aggr == "mean"}
+    """Yield the official name, without wrappers, and our name of each parameter and buffer."""
+    means = {path for path, m in module.named_modules() if isinstance(m, SAGEConv) and m.reduction == "mean"}
     for path, part in module.named_modules():
         parent, _, last = path.rpartition(".")
         official = _official(path)
@@ -86,7 +85,7 @@ def _names(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _perceptron_names(part: Perceptron, path: str, official: str) -> Iterator[tuple[str, str]]:
-    """A sequence of the linear layer and, in the module's order, activation and norm."""
+    """Yield both names for a perceptron, which the official code numbers: linear, then by `order` act and norm."""
     rest = ["act", "norm"] if part.order == "act_norm" else ["norm", "act"]
     layers = ["linear", *(name for name in rest if getattr(part, name) is not None)]
     for number, name in enumerate(layers):
@@ -95,8 +94,8 @@ def _perceptron_names(part: Perceptron, path: str, official: str) -> Iterator[tu
 
 
 def _transposed(module: nn.Module) -> set[str]:
-    """What is stored as (in, out) in the official code."""
-    means = (path for path, m in module.named_modules() if isinstance(m, SAGEConv) and m.aggr == "mean")
+    """Return the names of weights that the official code stores as (in, out)."""
+    means = (path for path, m in module.named_modules() if isinstance(m, SAGEConv) and m.reduction == "mean")
     return {_join(path, "nn1.linear.weight") for path in means}
 
 

@@ -1,27 +1,29 @@
-"""Graph convolutions on tables of neighbours, and on PyG's edges."""
+"""Graph convolutions on tables of neighbours or on PyG's edges."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers._core import checks
-from paper_layers._core.fusing import readable
 from paper_layers._core.tracing import Leaf
-from paper_layers.deep_gcn.clouds import starts
-from paper_layers.deep_gcn.edge_norm import Order
-from paper_layers.deep_gcn.edges import check_nodes, to_edge_index
-from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, fuses, splits
+from paper_layers.deep_gcn._clouds import ptr_of
+from paper_layers.deep_gcn._each_edge import dropout_channels, edge_outputs, reduce_each_edge, sort_by_cloud
+from paper_layers.deep_gcn._edge_norm import edge_max
+from paper_layers.deep_gcn.edges import check_nodes
+from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron, may_fuse_edges, may_split_linear
 from paper_layers.ops.neighbor_reduce import neighbor_reduce
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class _GraphConv(Leaf, abc.ABC):
-    """What the convolutions share: the two forms of a graph."""
+    """Base of the convolutions: check the arguments, then take the path for the form of the graph."""
 
     in_channels: int
     out_channels: int
@@ -32,16 +34,18 @@ class _GraphConv(Leaf, abc.ABC):
         index: Tensor | None = None,
         *,
         edge_index: Tensor | None = None,
+        batch: Tensor | None = None,
         ptr: Tensor | None = None,
     ) -> Tensor:
-        """Convolve features with their neighbours'.
+        """Convolve the features of each node with the features of its neighbours.
 
         Args:
             x: Features of shape (N, C) or (B, N, C).
-            index: Neighbours as `paper_layers.knn` returns them, int64 of shape (N, k) or (B, N, k); -1 is none.
+            index: Neighbours from `paper_layers.knn`, int64 of shape (N, k) or (B, N, k); -1 is no neighbour.
             edge_index: In place of `index`, for (N, C): edges as in PyG, int64 of shape (2, E), from sources (row 0)
                 to targets (row 1). Needs torch_geometric.
-            ptr: Where the clouds of (N, C) start, of shape (B + 1,); instance norm and dropout keep them apart.
+            batch: For (N, C): the cloud of each row, ascending, of shape (N,). Instance norm and dropout are per cloud.
+            ptr: In place of `batch`: where each cloud starts, of shape (B + 1,).
 
         Returns:
             Features of shape (N, out_channels) or (B, N, out_channels).
@@ -49,13 +53,13 @@ class _GraphConv(Leaf, abc.ABC):
         Raises:
             ImportError: `edge_index` is given and torch_geometric is not installed.
             TypeError: An argument has the wrong type or dtype.
-            ValueError: Not exactly one form of the graph is given, or shapes do not fit.
+            ValueError: Both `index` and `edge_index` are given, or neither, or a shape or a cloud is wrong.
         """
         checks.floating("x", x)
         if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
             expected = f"(N, {self.in_channels}) or (B, N, {self.in_channels})"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
-        ptr = starts(x, None, ptr)
+        ptr = ptr_of(x, batch, ptr)
         if (index is None) == (edge_index is None):
             raise ValueError(f"index: expected either index or edge_index, got {'none' if index is None else 'both'}")
         if edge_index is None:
@@ -66,7 +70,7 @@ class _GraphConv(Leaf, abc.ABC):
             raise ValueError(f"edge_index: expected shape (2, E), got {got}")
         if x.dim() != 2:
             raise ValueError(f"x: expected shape (N, C) with edge_index, got {tuple(x.shape)}")
-        if edge_index.is_cpu:  # Other devices refuse in index_select, without a wait for them here.
+        if edge_index.is_cpu:  # On other devices index_select checks, without a wait.
             check_nodes(edge_index, len(x))
         return self._on_edges(x, edge_index, ptr)
 
@@ -77,99 +81,50 @@ class _GraphConv(Leaf, abc.ABC):
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor: ...
 
 
-def _scatter(values: Tensor, target: Tensor, nodes: int, reduce: str) -> Tensor:
-    """PyG's aggregation of edges at their targets, 0 where there are none."""
+def _scatter(values: Tensor, target: Tensor, nodes: int, reduction: str) -> Tensor:
+    """Reduce the edges of each target as PyG does; 0 without edges."""
     from torch_geometric.utils import scatter
 
-    return scatter(values, target, 0, nodes, reduce)
-
-
-def _edge_ptr(target: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """An order of the edges by their target's cloud, and where the clouds start in it."""
-    if ptr is None:
-        return torch.arange(len(target), device=target.device), None
-    cloud, order = torch.searchsorted(ptr, target, right=True).sort(stable=True)
-    return order, torch.searchsorted(cloud, torch.arange(1, len(ptr) + 1, device=ptr.device))
-
-
-def _messages(layer: nn.Module, rows: Tensor, ptr: Tensor | None) -> Tensor:
-    """Call the perceptron on rows; a plain one leaves dropout to `_drop`."""
-    if readable(layer, Perceptron):
-        return cast(Perceptron, layer).activate_and_normalize(cast(Perceptron, layer).linear(rows), ptr)
-    return call(layer, rows, ptr)
-
-
-def _drop(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
-    return cast(Perceptron, layer).drop(x, ptr) if readable(layer, Perceptron) else x
-
-
-def _each_edge(
-    layer: nn.Module,
-    x: Tensor,
-    index: Tensor,
-    ptr: Tensor | None,
-    reduce: str,
-    rows: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Call the perceptron on a row for each edge of a table, and reduce its outputs at each node."""
-    nodes = x.flatten(0, -2)
-    source, target = to_edge_index(index)
-    if x.dim() == 3:
-        ptr = torch.arange(len(x) + 1, device=x.device) * x.shape[1]
-    messages = _messages(layer, rows(nodes[target], nodes[source]), _edge_ptr(target, ptr)[1])
-    # The number of each edge, where the table has an edge.
-    table = index.flatten(0, -2)
-    numbers = (table >= 0).flatten().cumsum(0).view_as(table) - 1
-    output = neighbor_reduce(messages, numbers.where(table >= 0, -1), reduce)
-    return output.view(*x.shape[:-1], output.shape[-1])
+    return scatter(values, target, 0, nodes, reduction)
 
 
 class _PerceptronConv(_GraphConv):
-    """A convolution of one perceptron."""
+    """A convolution with one perceptron."""
 
-    _inputs: ClassVar[int] = 2  # of the perceptron, in those of the convolution
+    _inputs: ClassVar[int] = 2  # Inputs of the perceptron for each input of the convolution.
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
+        *,
         dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.nn = Perceptron(self._inputs * in_channels, out_channels, act, norm, bias, order, dropout, device, dtype)
+        self.nn = Perceptron(self._inputs * in_channels, out_channels, dropout=dropout, **options)
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         self.nn.reset_parameters()
 
 
 class EdgeConv(_PerceptronConv):
-    r"""Edge convolution: the largest of a perceptron's outputs over each node's edges.
+    r"""Edge convolution: the maximum of a perceptron over each node's edges.
 
     .. math:: x_i' = \max_{j \in \mathcal{N}(i)} h([x_i, x_j - x_i])
 
     The convolution of ResGCN in Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019,
-    section 3.4, after Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019. A linear layer on an edge is
-    the sum of one on each of its nodes, so it costs k times less than the formula, and no edge is stored: neither
-    forward nor for the backward. Nodes without neighbours get 0.
+    section 3.4, after Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019. The linear layer runs on
+    nodes, not on edges, so it costs k times less than the formula. No edge is stored, forward or backward. Nodes
+    without neighbours get 0.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        act: As in `Perceptron`, as are all that follow.
-        norm: Over all edges.
-        bias: Whether the linear layer has one.
-        order: Of activation and norm.
         dropout: The probability that a channel is dropped.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        **options: act, norm (over all edges), bias, order, device and dtype of `Perceptron`.
 
     Example:
         >>> import torch, paper_layers
@@ -181,26 +136,28 @@ class EdgeConv(_PerceptronConv):
     """
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The linear layer on [x_i, x_j - x_i], as a sum of terms of i and of j."""
+        """Split the linear layer on [x_i, x_j - x_i] into a term of i and a term of j."""
         own, difference = self.nn.linear.weight.chunk(2, 1)
         return F.linear(x, own - difference, self.nn.linear.bias), F.linear(x, difference)
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        if fuses(self.nn):
-            return self.nn.drop(self.nn.max_over_edges(*self._terms(x), index, ptr), ptr)
-        return _drop(self.nn, _each_edge(self.nn, x, index, ptr, "max", self._edge), ptr)
+        if may_fuse_edges(self.nn):
+            output = edge_max(*self._terms(x), index, self.nn.act_norm, ptr)
+        else:
+            output = reduce_each_edge(self.nn, x, index, ptr, "max", self._edge)
+        return dropout_channels(self.nn, output, ptr)
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
-        order, edge_ptr = _edge_ptr(edge_index[1], ptr)
+        order, edge_ptr = sort_by_cloud(edge_index[1], ptr)
         source, target = edge_index[:, order]
-        if splits(self.nn):
+        if may_split_linear(self.nn):
             center, neighbor = self._terms(x)
             edges = self.nn.activate_and_normalize(
                 center.index_select(0, target) + neighbor.index_select(0, source), edge_ptr
             )
         else:
-            edges = _messages(self.nn, self._edge(x.index_select(0, target), x.index_select(0, source)), edge_ptr)
-        return _drop(self.nn, _scatter(edges, target, len(x), "max"), ptr)
+            edges = edge_outputs(self.nn, self._edge(x.index_select(0, target), x.index_select(0, source)), edge_ptr)
+        return dropout_channels(self.nn, _scatter(edges, target, len(x), "max"), ptr)
 
     def _edge(self, center: Tensor, neighbor: Tensor) -> Tensor:
         return torch.cat([center, neighbor - center], -1)
@@ -217,13 +174,8 @@ class MRConv(_PerceptronConv):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        act: As in `Perceptron`, as are all that follow.
-        norm: Over all nodes.
-        bias: Whether the linear layer has one.
-        order: Of activation and norm.
         dropout: The probability that a channel is dropped.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        **options: act, norm (over all nodes), bias, order, device and dtype of `Perceptron`.
 
     Example:
         >>> import torch, paper_layers
@@ -244,12 +196,12 @@ class MRConv(_PerceptronConv):
         )
 
     def _combine(self, x: Tensor, relative: Tensor, ptr: Tensor | None) -> Tensor:
-        if not splits(self.nn):
-            return call(self.nn, torch.cat([x, relative], -1), ptr)
-        # The linear layer on both side by side, without putting them there.
+        if not may_split_linear(self.nn):
+            return call_perceptron(self.nn, torch.cat([x, relative], -1), ptr)
+        # The linear layer on the concatenation, without the concatenation.
         own, difference = self.nn.linear.weight.chunk(2, 1)
         z = F.linear(x, own, self.nn.linear.bias) + F.linear(relative, difference)
-        return self.nn.drop(self.nn.activate_and_normalize(z, ptr), ptr)
+        return self.nn.dropout_channels(self.nn.activate_and_normalize(z, ptr), ptr)
 
 
 class GINConv(_PerceptronConv):
@@ -264,13 +216,8 @@ class GINConv(_PerceptronConv):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        act: As in `Perceptron`, as are all that follow.
-        norm: Over all nodes.
-        bias: Whether the linear layer has one.
-        order: Of activation and norm.
         dropout: The probability that a channel is dropped.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        **options: act, norm (over all nodes), bias, order, device and dtype of `Perceptron`.
 
     Example:
         >>> import torch, paper_layers
@@ -283,12 +230,12 @@ class GINConv(_PerceptronConv):
 
     _inputs = 1
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, in_channels: int, out_channels: int, *, dropout: float = 0.0, **options: Unpack[LayerOptions]):
+        super().__init__(in_channels, out_channels, dropout=dropout, **options)
         self.eps = nn.Parameter(self.nn.linear.weight.new_zeros(1))
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         super().reset_parameters()
         nn.init.zeros_(self.eps)
 
@@ -300,35 +247,31 @@ class GINConv(_PerceptronConv):
         return self._combine(x, _scatter(x.index_select(0, source), target, len(x), "sum"), ptr)
 
     def _combine(self, x: Tensor, total: Tensor, ptr: Tensor | None) -> Tensor:
-        return call(self.nn, (1 + self.eps) * x + total, ptr)
+        return call_perceptron(self.nn, (1 + self.eps) * x + total, ptr)
 
 
 class SAGEConv(_GraphConv):
-    r"""GraphSAGE: a perceptron on each node and an aggregate of its transformed neighbours.
+    r"""GraphSAGE: a perceptron on each node and the maximum or mean of its transformed neighbours.
 
     .. math:: x_i' = h_2([x_i, \max_{j \in \mathcal{N}(i)} h_1(x_j)]) \quad \text{or} \quad
               x_i' = \frac{h_2([x_i, m_i]) + b}{\lVert h_2([x_i, m_i]) + b \rVert}, \;
               m_i = \operatorname{mean}_{j \in \mathcal{N}(i) \cup \{i\}} W x_j
 
     Hamilton, Ying, Leskovec, "Inductive Representation Learning on Large Graphs", NeurIPS 2017, in the two forms of the
-    official code of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019: the dense code's
-    maximum, and the sparse code's mean, whose result has length one where `norm` is not None.
+    official code of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as CNNs?", ICCV 2019: the maximum of the
+    dense code, and the mean of the sparse code, whose output has length one unless `norm` is None.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        aggr: "max" or "mean".
-        relative: With "mean", average the differences :math:`x_j - x_i`.
-        act: As in `Perceptron`, as are all that follow.
-        norm: Over all nodes; in :math:`h_1` over all edges.
-        bias: Whether the linear layers have one, and with "mean" b.
-        order: Of activation and norm.
+        reduction: "max" or "mean".
+        relative: With "mean", take the mean of the differences :math:`x_j - x_i`.
         dropout: The probability that a channel is dropped.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        **options: act, norm (over all nodes, in :math:`h_1` over all edges), bias (also b), order, device and dtype of
+            `Perceptron`.
 
     Raises:
-        ValueError: `aggr` or `relative` does not fit.
+        ValueError: `reduction` is unknown, or `relative` is True with "max".
 
     Example:
         >>> import torch, paper_layers
@@ -343,88 +286,80 @@ class SAGEConv(_GraphConv):
         self,
         in_channels: int,
         out_channels: int,
-        aggr: str = "max",
+        *,
+        reduction: Literal["max", "mean"] = "max",
         relative: bool = False,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
         dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__()
-        if aggr not in ("max", "mean"):
-            raise ValueError(f"aggr: expected max or mean, got {aggr!r}")
-        if relative and aggr == "max":
-            raise ValueError("relative: expected False with aggr='max', got True")
+        checks.choice("reduction", reduction, ("max", "mean"))
+        if relative and reduction == "max":
+            raise ValueError("relative: expected False with reduction='max', got True")
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.aggr, self.relative, self.normalize = aggr, relative, aggr == "mean" and norm is not None
-        placement: dict[str, Any] = {"device": device, "dtype": dtype}
-        if aggr == "max":
-            self.nn1 = Perceptron(in_channels, in_channels, act, norm, bias, order, 0.0, **placement)
+        self.reduction, self.relative = reduction, relative
+        self.normalize = reduction == "mean" and options.get("norm", "batch") is not None
+        linear: LayerOptions = {**options, "act": None, "norm": None, "bias": False}
+        if reduction == "max":
+            self.nn1 = Perceptron(in_channels, in_channels, **options)
         else:
-            self.nn1 = Perceptron(in_channels, out_channels, None, None, False, order, 0.0, **placement)
-        width = in_channels + self.nn1.linear.out_features
-        self.nn2 = Perceptron(width, out_channels, act, norm, bias, order, dropout, **placement)
-        self.bias = nn.Parameter(torch.zeros(out_channels, **placement)) if aggr == "mean" and bias else None
+            self.nn1 = Perceptron(in_channels, out_channels, **linear)
+        self.nn2 = Perceptron(in_channels + self.nn1.linear.out_features, out_channels, dropout=dropout, **options)
+        bias = self.nn2.linear.bias if reduction == "mean" else None
+        self.bias = None if bias is None else nn.Parameter(torch.zeros_like(bias))
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         self.nn1.reset_parameters()
         self.nn2.reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """The aggregation."""
-        return f"aggr={self.aggr!r}, relative={self.relative}"
+        """Return the options of the reduction."""
+        return f"reduction={self.reduction!r}, relative={self.relative}"
 
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
-        if self.aggr == "max":
-            if not fuses(self.nn1):
-                return self._combine(x, _each_edge(self.nn1, x, index, ptr, "max", self._edge), ptr)
+        if self.reduction == "mean":  # Every node is its own neighbour exactly once.
+            own = torch.arange(x.shape[-2], device=x.device)[:, None].expand(*x.shape[:-1], 1)
+            index = torch.cat([own, torch.where(index == own, -1, index)], -1)
+            if self._mean_before_linear:
+                return self._combine(x, self._mean(x, neighbor_reduce(x, index, "mean")), ptr)
+        elif may_fuse_edges(self.nn1):
             terms = self.nn1.linear(x)
-            return self._combine(x, self.nn1.max_over_edges(torch.zeros_like(terms), terms, index, ptr), ptr)
-        # Every node is its own neighbour, once.
-        own = torch.arange(x.shape[-2], device=x.device)[:, None].expand(*x.shape[:-1], 1)
-        index = torch.cat([own, torch.where(index == own, -1, index)], -1)
-        if not self._averages_first:
-            return self._combine(x, _each_edge(self.nn1, x, index, ptr, "mean", self._edge), ptr)
-        return self._combine(x, self._mean(x, neighbor_reduce(x, index, "mean")), ptr)
+            largest = edge_max(torch.zeros_like(terms), terms, index, self.nn1.act_norm, ptr)
+            return self._combine(x, largest, ptr)
+        return self._combine(x, reduce_each_edge(self.nn1, x, index, ptr, self.reduction, self._edge), ptr)
 
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor:
-        if self.aggr == "max":
-            order, edge_ptr = _edge_ptr(edge_index[1], ptr)
-            source, target = edge_index[:, order]
-            if splits(self.nn1):
-                edges = self.nn1.activate_and_normalize(self.nn1.linear(x).index_select(0, source), edge_ptr)
-            else:
-                edges = _messages(self.nn1, x.index_select(0, source), edge_ptr)
-            return self._combine(x, _scatter(edges, target, len(x), "max"), ptr)
-        own = torch.arange(len(x), device=x.device).expand(2, -1)
-        source, target = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], own], 1)
-        if not self._averages_first:
-            order, edge_ptr = _edge_ptr(target, ptr)
-            source, target = source[order], target[order]
-            edges = _messages(self.nn1, self._edge(x.index_select(0, target), x.index_select(0, source)), edge_ptr)
-            return self._combine(x, _scatter(edges, target, len(x), "mean"), ptr)
-        return self._combine(x, self._mean(x, _scatter(x.index_select(0, source), target, len(x), "mean")), ptr)
+        if self.reduction == "mean":
+            own = torch.arange(len(x), device=x.device).expand(2, -1)
+            edge_index = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], own], 1)
+            if self._mean_before_linear:
+                source, target = edge_index
+                return self._combine(x, self._mean(x, _scatter(x.index_select(0, source), target, len(x), "mean")), ptr)
+        order, edge_ptr = sort_by_cloud(edge_index[1], ptr)
+        source, target = edge_index[:, order]
+        if self.reduction == "max" and may_split_linear(self.nn1):
+            edges = self.nn1.activate_and_normalize(self.nn1.linear(x).index_select(0, source), edge_ptr)
+        else:
+            edges = edge_outputs(self.nn1, self._edge(x.index_select(0, target), x.index_select(0, source)), edge_ptr)
+        return self._combine(x, _scatter(edges, target, len(x), self.reduction), ptr)
 
     @property
-    def _averages_first(self) -> bool:
-        """Return whether the mean of the linear layer's outputs is its output for the mean."""
+    def _mean_before_linear(self) -> bool:
+        """True where the linear layer may run on the mean in place of each neighbour."""
         layer = self.nn1
-        return splits(layer) and layer.act is None and layer.norm is None
+        return may_split_linear(layer) and layer.act is None and layer.norm is None
 
     def _edge(self, center: Tensor, neighbor: Tensor) -> Tensor:
         return neighbor - center if self.relative else neighbor
 
     def _mean(self, x: Tensor, mean: Tensor) -> Tensor:
-        return self.nn1.linear(mean - x if self.relative else mean)
+        return self.nn1.linear(self._edge(x, mean))
 
     def _combine(self, x: Tensor, aggregate: Tensor, ptr: Tensor | None) -> Tensor:
-        output = call(self.nn2, torch.cat([x, aggregate], -1), ptr)
+        output = call_perceptron(self.nn2, torch.cat([x, aggregate], -1), ptr)
         if self.bias is not None:
             output = output + self.bias
         return F.normalize(output, dim=-1) if self.normalize else output

@@ -1,4 +1,4 @@
-"""Tables of neighbours, as `paper_layers.knn` returns them, to and from PyG's `edge_index`."""
+"""Convert tables of neighbours, as `paper_layers.knn` returns them, to PyG's `edge_index` and back."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
     Args:
         index: Neighbours of each node, int64 or int32 of shape (N, k), or (B, N, k) counting within each of B clouds
             of N nodes; -1 is no neighbour.
-        flow: PyG's: with "source_to_target" row 0 holds the neighbours and row 1 the centres, with
-            "target_to_source" the other way round.
+        flow: PyG's name: with "source_to_target", row 0 holds the neighbours and row 1 the centres; with
+            "target_to_source", row 0 holds the centres.
 
     Returns:
         Edges of shape (2, E), centre by centre, in the order of the table.
 
     Raises:
         TypeError: `index` is neither an int64 nor an int32 tensor.
-        ValueError: Its shape or `flow` does not fit.
+        ValueError: `index` has a wrong shape or a number below -1, or `flow` is unknown.
 
     Example:
         >>> import torch
@@ -41,7 +41,7 @@ def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
     if index.dim() not in (2, 3):
         raise ValueError(f"index: expected shape (N, k) or (B, N, k), got {tuple(index.shape)}")
     there = index >= 0
-    # Neighbours of (N, k) may be nodes of another table, of any number of rows.
+    # Neighbours of (N, k) may be rows of another tensor, whose size is unknown here.
     check_nodes(index.where(index != -1, 0), index.shape[1] if index.dim() == 3 else None, "index")
     if index.dim() == 3:
         index = index + torch.arange(index.shape[0], device=index.device)[:, None, None] * index.shape[1]
@@ -57,15 +57,16 @@ def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, fl
     Args:
         edge_index: Edges of shape (2, E), int64 or int32.
         num_nodes: The number of nodes N.
-        k: Columns of the table; default as many as the node with the most neighbours needs.
-        flow: PyG's; which of the rows holds the centres, see `to_edge_index`.
+        k: Columns of the table; default the largest number of neighbours.
+        flow: See `to_edge_index`.
 
     Returns:
-        Neighbours of shape (N, k) in the order of the edges, then -1.
+        Neighbours of shape (N, k) in the order of the edges; -1 fills each row.
 
     Raises:
         TypeError: `edge_index` is neither an int64 nor an int32 tensor.
-        ValueError: Shapes or `flow` do not fit, an edge names no node, or a node has more than k neighbours.
+        ValueError: A shape is wrong, `flow` is unknown, an edge names a node that does not exist, or a node has more
+            than k neighbours.
 
     Example:
         >>> import torch
@@ -91,7 +92,7 @@ def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, fl
 
 
 def table_of_edges(neighbor: Tensor, center: Tensor, degree: Tensor, k: int) -> Tensor:
-    """The table of k columns of edges to centres that have so many neighbours each."""
+    """Return the table of k columns, from the edges and the number of neighbours of each centre."""
     center, order = center.sort(stable=True)
     first = degree.cumsum(0) - degree
     table = neighbor.new_full((len(degree), k), -1)
@@ -113,17 +114,17 @@ def knn_graph(
     Args:
         x: Features of shape (N, C).
         k: Neighbours of each node.
-        batch: The cloud of each node, as in `paper_layers.knn`.
-        loop: Whether a node may be its own neighbour.
-        flow: As in `to_edge_index`.
-        cosine: Whether the nearest are those of the smallest angle.
+        batch: The cloud of each node, ascending, of shape (N,).
+        loop: Let a node be its own neighbour.
+        flow: See `to_edge_index`.
+        cosine: Compare angles in place of Euclidean distances.
 
     Returns:
-        Edges of shape (2, E), nearest first for each node; fewer than k where a cloud has too few nodes.
+        Edges of shape (2, E), nearest first for each node; fewer than k for each node of a small cloud.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes or values do not fit.
+        ValueError: A shape or a value is wrong.
 
     Example:
         >>> import torch
@@ -142,7 +143,7 @@ def _int64(name: str, value: Tensor) -> Tensor:
 
 
 def check_nodes(nodes: Tensor, count: int | None, name: str = "edge_index") -> None:
-    """Refuse numbers of nodes that don't exist; while torch traces, none are known."""
+    """Refuse nodes that do not exist. While torch traces, the values are unknown and pass."""
     if nodes.numel() == 0 or torch.compiler.is_compiling() or nodes.is_meta:
         return
     least, most = (int(t) for t in nodes.aminmax())

@@ -1,9 +1,9 @@
-"""The deep network that labels points: a head, blocks whose outputs are all kept, and a prediction."""
+"""DeepGCN: a head, blocks, and a prediction from the outputs of all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +13,18 @@ from torch.utils.checkpoint import checkpoint
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
+from paper_layers.deep_gcn._clouds import broadcast_to_rows, global_pool, ptr_of
 from paper_layers.deep_gcn.blocks import Conv, DenseGCNBlock, PlainGCNBlock, ResGCNBlock
-from paper_layers.deep_gcn.clouds import pool, spread, starts
-from paper_layers.deep_gcn.edge_norm import Order
-from paper_layers.deep_gcn.perceptron import Act, Norm, Perceptron, call, splits
+from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron, may_split_linear
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Block = Literal["res", "dense", "plain"]
 Dilations = Sequence[int] | Callable[[int], int]
 
 
-def _rates(dilations: Dilations | None, count: int, most: int | None) -> list[int]:
+def _dilation_rates(dilations: Dilations | None, count: int, most: int | None) -> list[int]:
     if most is not None and most < 1:
         raise ValueError(f"max_dilation: expected at least 1, got {most}")
     if dilations is None:
@@ -37,10 +39,10 @@ def _rates(dilations: Dilations | None, count: int, most: int | None) -> list[in
 
 
 class Prediction(nn.Sequential):
-    """Perceptrons, which may need to know the clouds, and dropout."""
+    """Perceptrons, which take `ptr`, and dropout."""
 
     def forward(self, input: Tensor, ptr: Tensor | None = None) -> Tensor:
-        """Predict from features (..., C), one after the other, with the clouds that start at `ptr`."""
+        """Run the layers one after the other on features (..., C), with clouds that start at `ptr`."""
         return run_layers(self, input, ptr)
 
 
@@ -48,10 +50,27 @@ known(Prediction)
 
 
 def run_layers(layers: Iterable[nn.Module], x: Tensor, ptr: Tensor | None) -> Tensor:
-    """Call layers one after the other, those of the package with the clouds."""
+    """Call layers one after the other; the layers of this package also take `ptr`."""
     for layer in layers:
-        x = layer(x, ptr) if isinstance(layer, Prediction) else call(layer, x, ptr)
+        x = layer(x, ptr) if isinstance(layer, Prediction) else call_perceptron(layer, x, ptr)
     return x
+
+
+class NetOptions(LayerOptions, total=False):
+    """Keyword arguments of `DeepGCN` that its variants pass on to it."""
+
+    channels: int
+    blocks: int
+    block: Block
+    conv: Conv
+    k: int
+    growth: int | None
+    dilations: Dilations | None
+    max_dilation: int | None
+    stochastic: bool
+    stochastic_probability: float
+    dropout: float
+    checkpointing: bool
 
 
 class DeepGCN(Leaf):
@@ -67,28 +86,23 @@ class DeepGCN(Leaf):
         in_channels: Channels of the input, coordinates first.
         num_classes: Channels of the output.
         channels: Channels of head and blocks.
-        blocks: Head and blocks together: the layers of ResGCN-28.
-        block: "res", "dense" or "plain"; plain has no dilation unless `dilations` says so, and no stochastic one.
+        blocks: The number of blocks, the head included: 28 for ResGCN-28.
+        block: "res", "dense" or "plain". Plain blocks have dilation 1 unless `dilations` is given, never stochastic.
         conv: "edge", "mr", "gin" or "sage".
         k: Neighbours of each point.
-        growth: With "dense": channels that each block appends; default `channels`.
-        dilations: One for each block after the head, or a function of its number from 0; default 1, 2, 3, ....
-            Clouds should have ``k * dilation`` points; neighbours beyond are left out.
-        max_dilation: The most that any dilation may be.
-        stochastic: As in `DilatedKNN`.
-        epsilon: As in `DilatedKNN`.
-        act: As in `Perceptron`.
-        norm: As in `Perceptron`.
-        bias: As in `Perceptron`.
-        order: As in `Perceptron`.
+        growth: With "dense", the number of channels that each block appends; default `channels`.
+        dilations: One dilation for each block after the head, or a function of the block's number from 0; default 1, 2,
+            3, .... A cloud with fewer than ``k * dilation`` points has fewer neighbours.
+        max_dilation: An upper limit for all dilations.
+        stochastic: Sometimes take random neighbours in training, see `DilatedKNN`.
+        stochastic_probability: The probability of random neighbours.
         dropout: The probability that a feature is dropped before the last layer.
-        checkpointing: Compute the convolutions again in the backward pass and keep only their inputs.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        checkpointing: Keep only the inputs of the blocks, and recompute the convolutions in the backward pass.
+        **options: act, norm, bias, order, device and dtype of `Perceptron`.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A value does not fit.
+        ValueError: A value is out of range or unknown.
 
     Example:
         >>> import torch
@@ -98,13 +112,14 @@ class DeepGCN(Leaf):
         torch.Size([2, 512, 13])
     """
 
-    # What the head's convolution does otherwise than all others.
-    _head: ClassVar[dict[str, Any]] = {}
+    # Options that differ for the head.
+    _head_options: ClassVar[LayerOptions] = {}
 
     def __init__(
         self,
         in_channels: int,
         num_classes: int,
+        *,
         channels: int = 64,
         blocks: int = 28,
         block: Block = "res",
@@ -114,15 +129,10 @@ class DeepGCN(Leaf):
         dilations: Dilations | None = None,
         max_dilation: int | None = None,
         stochastic: bool = True,
-        epsilon: float = 0.2,
-        act: Act | None = "relu",
-        norm: Norm | None = "batch",
-        bias: bool = True,
-        order: Order = "act_norm",
+        stochastic_probability: float = 0.2,
         dropout: float = 0.3,
         checkpointing: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__()
         if block not in ("res", "dense", "plain"):
@@ -132,56 +142,53 @@ class DeepGCN(Leaf):
             raise ValueError(f"growth: expected None with block={block!r}, got {growth}")
         if block == "plain":
             stochastic, dilations = False, dilations or (lambda i: 1)
-        rates = _rates(dilations, blocks - 1, max_dilation)
+        rates = _dilation_rates(dilations, blocks - 1, max_dilation)
         appended = (growth or channels) if block == "dense" else 0
-        layer: dict[str, Any] = {"act": act, "norm": norm, "bias": bias, "order": order}
-        layer |= {"device": device, "dtype": dtype}
-        graph = {"conv": conv, "k": k, "stochastic": stochastic, "epsilon": epsilon, **layer}
+        graph: dict[str, Any] = {"conv": conv, "k": k, "stochastic": stochastic, **options}
+        graph["stochastic_probability"] = stochastic_probability
         self.in_channels, self.checkpointing = in_channels, checkpointing
         self.num_features = channels * blocks + appended * (blocks * (blocks - 1) // 2)
-        self.head = PlainGCNBlock(in_channels, channels, **{**graph, **self._head})
+        self.head = PlainGCNBlock(in_channels, channels, **{**graph, **self._head_options})
         self.blocks = nn.ModuleList()
         for i, dilation in enumerate(rates):
             if block == "dense":
-                made: PlainGCNBlock = DenseGCNBlock(channels + appended * i, appended, dilation=dilation, **graph)
+                made: PlainGCNBlock = DenseGCNBlock(
+                    channels + appended * i, growth=appended, dilation=dilation, **graph
+                )
             elif block == "res":
                 made = ResGCNBlock(channels, dilation=dilation, **graph)
             else:
                 made = PlainGCNBlock(channels, channels, dilation=dilation, **graph)
             self.blocks.append(made)
-        self._add_prediction(num_classes, dropout, layer)
+        self._add_prediction(num_classes, dropout, options)
 
-    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
-        self.fusion = Perceptron(self.num_features, 1024, **layer)
+    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
+        last: LayerOptions = {**options, "act": None, "norm": None}
+        self.fusion = Perceptron(self.num_features, 1024, **options)
         self.prediction = Prediction(
-            Perceptron(1024 + self.num_features, 512, **layer),
-            Perceptron(512, 256, **layer),
+            Perceptron(1024 + self.num_features, 512, **options),
+            Perceptron(512, 256, **options),
             nn.Dropout(dropout),
-            Perceptron(256, num_classes, **{**layer, "act": None, "norm": None}),
+            Perceptron(256, num_classes, **last),
         )
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         for module in (self.head, *self.blocks, self.fusion, *self.prediction):
             if isinstance(module, PlainGCNBlock | Perceptron):
                 module.reset_parameters()
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Label the points of (B, N, C), or of (N, C) with the clouds of `batch` or `ptr`: (..., num_classes)."""
-        ptr = starts(x, batch, ptr)
+        ptr = ptr_of(x, batch, ptr)
         features = self.features(x, ptr)
-        pooled = pool(call(self.fusion, features, ptr), ptr, "max")
-        return self.predict([spread(pooled, features, ptr), features], ptr)
+        pooled = global_pool(call_perceptron(self.fusion, features, ptr), ptr, "max")
+        return self.predict([broadcast_to_rows(pooled, features, ptr), features], ptr)
 
     def features(
-        self,
-        x: Tensor,
-        ptr: Tensor | None = None,
-        *,
-        index: Tensor | None = None,
-        edge_index: Tensor | None = None,
+        self, x: Tensor, ptr: Tensor | None = None, *, index: Tensor | None = None, edge_index: Tensor | None = None
     ) -> Tensor:
-        """The outputs of head and blocks side by side, of shape (..., num_features); on a static graph where given."""
+        """Return the outputs of head and blocks, concatenated: (..., num_features). A static graph may be given."""
         if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
             expected = f"(N, {self.in_channels}) or (B, N, {self.in_channels})"
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
@@ -190,10 +197,10 @@ class DeepGCN(Leaf):
         for block in (self.head, *self.blocks):
             if not static:
                 index = block.knn(x[..., :3] if block is self.head else outputs[-1], ptr=ptr)
-            outputs.append(self._run(block, outputs[-1], index, edge_index, ptr))
+            outputs.append(self._run_block(block, outputs[-1], index, edge_index, ptr))
         return torch.cat(outputs[1:], -1)
 
-    def _run(
+    def _run_block(
         self, block: nn.Module, x: Tensor, index: Tensor | None, edge_index: Tensor | None, ptr: Tensor | None
     ) -> Tensor:
         def run(x: Tensor) -> Tensor:
@@ -204,16 +211,16 @@ class DeepGCN(Leaf):
         return checkpoint(run, x, use_reentrant=False)
 
     def predict(self, parts: list[Tensor], ptr: Tensor | None = None) -> Tensor:
-        """The prediction from parts that stand side by side, some of them the same for all points of a cloud."""
+        """Predict from the concatenation of parts, of which some have one row for all points of a cloud."""
         layers = list(self.prediction) if readable(self.prediction, Prediction, nn.Sequential) else [self.prediction]
-        if not splits(layers[0]):
+        if not may_split_linear(layers[0]):
             rows = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
             return run_layers(layers, torch.cat([part.expand(*rows, -1) for part in parts], -1), ptr)
         first: Any = layers[0]
-        # The linear layer part by part: no copy of a cloud's for each of its points.
+        # The linear layer runs on each part, so a cloud's row is not copied to its points.
         weights = first.linear.weight.split([part.shape[-1] for part in parts], 1)
         terms = [F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)]
         z = sum(terms[1:], terms[0])
         if first.linear.bias is not None:
             z = z + first.linear.bias
-        return run_layers(layers[1:], first.drop(first.activate_and_normalize(z, ptr), ptr), ptr)
+        return run_layers(layers[1:], first.dropout_channels(first.activate_and_normalize(z, ptr), ptr), ptr)

@@ -1,8 +1,8 @@
-"""A layer of a multi-layer perceptron over nodes or over the edges of a graph."""
+"""One layer of a multi-layer perceptron, with its norm over the nodes of clouds."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, Literal, TypedDict, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,32 +11,41 @@ from torch import Tensor, nn
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
-from paper_layers.deep_gcn.clouds import starts
-from paper_layers.deep_gcn.edge_norm import BatchNorm, Order, batch_norm, max_over_edges, may_fuse
+from paper_layers.deep_gcn._clouds import broadcast_to_rows, ptr_of
+from paper_layers.deep_gcn._edge_norm import ActNorm, BatchNorm, Order, batch_norm, instance_norm, may_fuse
 
 Act = Literal["relu", "leakyrelu", "prelu"]
 Norm = Literal["batch", "instance"]
 
 
+class LayerOptions(TypedDict, total=False):
+    """Keyword arguments of `Perceptron` that convolutions, blocks and networks pass on to it."""
+
+    act: Act | None
+    norm: Norm | None
+    bias: bool
+    order: Order
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
 class Perceptron(Leaf):
     """A linear layer with its activation and norm, on (..., in_channels).
 
-    The layer that the graph convolutions and heads of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep as
-    CNNs?", ICCV 2019, are made of. Weights start as in the official code: He's normal distribution, biases at zero.
+    The building block of the graph convolutions and heads of Li, Müller, Thabet, Ghanem, "DeepGCNs: Can GCNs Go as Deep
+    as CNNs?", ICCV 2019. As in the official code, weights start from He's normal distribution and biases from zero.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         act: "relu", "leakyrelu" (slope 0.2), "prelu" (one slope, 0.2 at first) or None.
-        norm: "batch", "instance" (over the nodes or edges of each cloud, without parameters) or None.
-        bias: Whether the linear layer has one.
-        order: "act_norm", as the dense official code and its checkpoints have it, or "norm_act".
-        dropout: The probability that a channel is dropped, for all nodes of a cloud in (B, N, C).
-        device: Where the parameters are.
-        dtype: Their dtype.
+        norm: "batch", "instance" (over each cloud, without parameters) or None.
+        bias: Give the linear layer a bias.
+        order: "act_norm", as in the dense official code and its checkpoints, or "norm_act".
+        dropout: The probability that a channel is dropped, for all nodes of a cloud at once.
 
     Raises:
-        ValueError: An argument is not one of those above.
+        ValueError: An option has an unknown value.
 
     Example:
         >>> import torch
@@ -49,12 +58,13 @@ class Perceptron(Leaf):
         self,
         in_channels: int,
         out_channels: int,
+        *,
         act: Act | None = "relu",
         norm: Norm | None = "batch",
         bias: bool = True,
         order: Order = "act_norm",
         dropout: float = 0.0,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -64,8 +74,7 @@ class Perceptron(Leaf):
             raise ValueError(f"act: expected relu, leakyrelu, prelu or None, got {act!r}")
         if norm not in ("batch", "instance", None):
             raise ValueError(f"norm: expected batch, instance or None, got {norm!r}")
-        if order not in ("act_norm", "norm_act"):
-            raise ValueError(f"order: expected act_norm or norm_act, got {order!r}")
+        checks.choice("order", order, ("act_norm", "norm_act"))
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout: expected a probability, got {dropout}")
         placement: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -83,7 +92,7 @@ class Perceptron(Leaf):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialise all parameters again, as in the official code."""
         nn.init.kaiming_normal_(self.linear.weight)
         if self.linear.bias is not None:
             nn.init.zeros_(self.linear.bias)
@@ -93,74 +102,57 @@ class Perceptron(Leaf):
             nn.init.constant_(self.act.weight, self.act.init)
 
     def extra_repr(self) -> str:
-        """What no submodule shows."""
+        """Return the options that no submodule shows."""
         parts = [f"order={self.order!r}"] if self.norm is not None or self.instance else []
         parts += ["norm='instance'"] if self.instance else []
         parts += [f"dropout={self.dropout}"] if self.dropout else []
         return ", ".join(parts)
 
-    def forward(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
-        """Apply the layer to (B, N, C), or (N, C) of one cloud or of those that start at `ptr`."""
-        ptr = starts(x, None, ptr)
-        return self.drop(self.activate_and_normalize(self.linear(x), ptr), ptr)
+    def forward(self, x: Tensor, *, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
+        """Apply the layer to (B, N, C), or to (N, C) of one cloud or of the clouds of `batch` or `ptr`."""
+        ptr = ptr_of(x, batch, ptr)
+        return self.dropout_channels(self.activate_and_normalize(self.linear(x), ptr), ptr)
 
     def activate_and_normalize(self, z: Tensor, ptr: Tensor | None = None) -> Tensor:
-        """All that follows the linear layer, without dropout."""
+        """Apply the activation and the norm, which follow the linear layer."""
         act = self.act or nn.Identity()
-        if self.norm is None and not self.instance:
-            return act(z)
-        act_first = self.order == "act_norm"
-        if self.norm is not None and not readable(self.norm, nn.SyncBatchNorm):
-            rows = z.flatten(0, -2)
-            rows = batch_norm(self.norm, act(rows)) if act_first else act(batch_norm(self.norm, rows))
-            return rows.view(z.shape)
-        if not may_fuse(self.act, None):
-            z = act(z) if act_first else z
-            z = self._normalize(z, None, ptr)
-            return z if act_first else act(z)
-        return self._normalize(z, self.act, ptr)
+        rows = z if self.norm is None else z.flatten(0, -2)
+        rows = act(self._normalize(rows, ptr)) if self.order == "norm_act" else self._normalize(act(rows), ptr)
+        return rows.view(z.shape)
 
-    def _normalize(self, z: Tensor, act: nn.Module | None, ptr: Tensor | None) -> Tensor:
-        # Every row is a node with one edge, to a neighbour that is zero.
-        rows = z if self.instance else z.flatten(0, -2)
-        index = torch.zeros((1,) * rows.dim(), dtype=torch.int64, device=z.device).expand(*rows.shape[:-1], 1)
-        zero = z.new_zeros(*rows.shape[:-2], 1, z.shape[-1])
-        return max_over_edges(rows, zero, index, act, self._edge_norm, self.order, ptr).view(z.shape)
-
-    def max_over_edges(self, center: Tensor, neighbor: Tensor, index: Tensor, ptr: Tensor | None = None) -> Tensor:
-        """Activate and normalise the edges ``center[i] + neighbor[j]``: the largest of each node, 0 for none."""
-        kept = max_over_edges(center, neighbor, index, self.act, self._edge_norm, self.order, ptr)
-        return kept.where((index >= 0).any(-1, keepdim=True), 0)
+    def _normalize(self, rows: Tensor, ptr: Tensor | None) -> Tensor:
+        if self.instance:
+            return instance_norm(rows, ptr)
+        return rows if self.norm is None else batch_norm(self.norm, rows)
 
     @property
-    def _edge_norm(self) -> BatchNorm | Literal["instance"] | None:
-        return "instance" if self.instance else self.norm
+    def act_norm(self) -> ActNorm:
+        """The activation and norm that follow the linear layer."""
+        return ActNorm(self.act, self.norm, self.order, self.instance)
 
-    def drop(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
-        """Drop channels: of each row, but of whole clouds in (B, N, C) and where `ptr` says where they start."""
+    def dropout_channels(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
+        """Drop channels of whole clouds in (B, N, C) or with `ptr`, and of each row in (N, C)."""
         if not self.training or self.dropout == 0:
             return x
-        if x.dim() == 3:
-            return x * F.dropout(torch.ones_like(x[:, :1]), self.dropout)
-        if ptr is None:
+        if x.dim() == 2 and ptr is None:
             return F.dropout(x, self.dropout)
-        kept = F.dropout(x.new_ones(len(ptr) - 1, x.shape[1]), self.dropout)
-        return x * kept.repeat_interleave(ptr.diff(), 0, output_size=len(x))
+        scale = F.dropout(x.new_ones(len(x) if ptr is None else len(ptr) - 1, x.shape[-1]), self.dropout)
+        return x * broadcast_to_rows(scale, x, ptr)
 
 
 known(Perceptron)
 
 
-def splits(layer: nn.Module) -> TypeGuard[Perceptron]:
-    """Return True where a convolution may split the product of the perceptron's linear layer, and call the rest."""
+def may_split_linear(layer: nn.Module) -> TypeGuard[Perceptron]:
+    """Return True where a convolution may compute the linear layer in parts and call activation and norm."""
     return readable(layer, Perceptron) and readable(cast(Perceptron, layer).linear, nn.Linear)
 
 
-def fuses(layer: nn.Module) -> TypeGuard[Perceptron]:
-    """Return True where `Perceptron.max_over_edges` gives what calls of the perceptron give for each edge."""
-    return splits(layer) and may_fuse(layer.act, layer.norm)
+def may_fuse_edges(layer: nn.Module) -> TypeGuard[Perceptron]:
+    """Return True where `edge_max` may replace a call of the perceptron for each edge."""
+    return may_split_linear(layer) and may_fuse(layer.act, layer.norm)
 
 
-def call(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
-    """Call the perceptron, or what takes its place, which knows no clouds."""
-    return layer(x, ptr) if isinstance(layer, Perceptron) else layer(x)
+def call_perceptron(layer: nn.Module, x: Tensor, ptr: Tensor | None) -> Tensor:
+    """Call the perceptron, or the layer in its place, which does not take `ptr`."""
+    return layer(x, ptr=ptr) if isinstance(layer, Perceptron) else layer(x)

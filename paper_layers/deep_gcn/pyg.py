@@ -1,4 +1,4 @@
-"""PyG's edge convolutions, computed as ours are; `paper_layers.swap.graph_conv` turns a model's into these."""
+"""PyG's edge convolutions on our ops; `paper_layers.swap.graph_conv` changes a model's convolutions into these."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch_geometric.nn.models.mlp import MLP
 
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable, unchanged
-from paper_layers.deep_gcn.edge_norm import max_over_edges, may_fuse
+from paper_layers.deep_gcn._edge_norm import ActNorm, Order, edge_max, may_fuse
 from paper_layers.deep_gcn.edges import table_of_edges, to_edge_index
 from paper_layers.ops.knn import knn
 
 Pair = tuple[Tensor, Tensor]
-# What a table may have more places than there are edges.
-_SPARSE = 2
+# Use a table only if it has at most this many slots per edge.
+_MAX_SLOTS_PER_EDGE = 2
 _STEPS = ("propagate", "message", "aggregate", "update")
 _HOOKS = tuple(f"_{step}_forward{when}_hooks" for step in _STEPS[:3] for when in ("_pre", ""))
 
@@ -28,18 +28,18 @@ known(pyg.Linear, MLP, pyg.BatchNorm, MaxAggregation, pyg.EdgeConv, pyg.DynamicE
 
 
 def _methods(kind: Any) -> tuple[Any, ...]:
-    """Return what the class computes its messages with."""
+    """Return the methods with which the class computes its messages."""
     return kind.message, kind.aggregate, kind.update
 
 
 class _FusedEdgeConv(pyg.MessagePassing):
-    """Messages from a linear layer on each node in place of each edge, and where the rest allows it no edge at all."""
+    """Run the first linear layer on nodes in place of edges, and compute a maximum without storing any edge."""
 
     nn: Any
-    _usual: ClassVar[tuple[Any, ...]]
+    _host_methods: ClassVar[tuple[Any, ...]]
 
     def _split(self, x: Any) -> tuple[Any, list[nn.Module]] | None:
-        """The linear layer that comes first and the layers after it; None where PyG's own path must be taken."""
+        """Return the first linear layer and the layers after it; None where PyG's own path must be taken."""
         if self.node_dim not in (-2, 0) or self.decomposed_layers > 1 or self._is_watched():
             return None
         layers = list(_layers(self.nn))
@@ -50,29 +50,25 @@ class _FusedEdgeConv(pyg.MessagePassing):
         return (layers[0], layers[1:]) if fits and width % 2 == 0 and x[0].dtype == x[1].dtype else None
 
     def _is_watched(self) -> bool:
-        """Return whether an explainer, a hook or a method set on the object or its class waits for PyG's steps."""
+        """Return True where an explainer, a hook or a changed method needs PyG's steps."""
         own = self.__dict__
-        if self.explain or _methods(type(self)) != self._usual or any(own[hooks] for hooks in _HOOKS):
+        if self.explain or _methods(type(self)) != self._host_methods or any(own[hooks] for hooks in _HOOKS):
             return True
         changed = [step for step in _STEPS if step in own]
-        # Explaining leaves the class's own `propagate` on the object.
+        # An explainer leaves the class's own `propagate` on the object.
         usual = [getattr(type(self), name, None) for name in ("_jinja_propagate", "_orig_propagate")]
         return any(step != "propagate" or getattr(own[step], "__func__", None) not in usual for step in changed)
 
     def _terms(self, linear: Any, x: Pair) -> Pair:
-        """The linear layer on [x_i, x_j - x_i], as a sum of terms of i and of j."""
+        """Split the linear layer on [x_i, x_j - x_i] into a term of i and a term of j."""
         own, difference = linear.weight.chunk(2, 1)
         return F.linear(x[1], own - difference, linear.bias), F.linear(x[0], difference)
 
-    def _fused(self, layers: list[nn.Module]) -> tuple[nn.Module | None, Any, Any] | None:
-        """Activation, norm and their order, where the largest of each node can be found without the edges."""
+    def _fused(self, layers: list[nn.Module]) -> ActNorm | None:
+        """Return activation, norm and their order, or None where `edge_max` can't compute them."""
         if not readable(self.aggr_module, MaxAggregation):
             return None
-        return _act_and_norm([layer for layer in layers if not _does_nothing(layer)])
-
-    def _on_table(self, x: Pair, index: Tensor, linear: Any, fused: tuple[nn.Module | None, Any, Any]) -> Tensor:
-        output = max_over_edges(*self._terms(linear, x), index, *fused)
-        return output.where((index >= 0).any(-1, keepdim=True), 0)
+        return _act_and_norm([layer for layer in layers if not _is_identity(layer)])
 
     def _on_edges(self, x: Pair, source: Tensor, target: Tensor, linear: Any, layers: list[nn.Module]) -> Tensor:
         center, neighbor = self._terms(linear, x)
@@ -83,33 +79,33 @@ class _FusedEdgeConv(pyg.MessagePassing):
 
 
 class EdgeConv(_FusedEdgeConv, pyg.EdgeConv):
-    """PyG's EdgeConv with fewer products and without edges in memory."""
+    """PyG's EdgeConv with fewer multiplications and without edges in memory."""
 
-    _usual = _methods(pyg.EdgeConv)
-    propagate = pyg.MessagePassing.propagate  # PyG would take its host's generated one, without explanations, for it.
+    _host_methods = _methods(pyg.EdgeConv)
+    propagate = pyg.MessagePassing.propagate  # Otherwise PyG takes the generated method, which can't explain.
 
     def forward(self, x: Tensor | Pair, edge_index: Any) -> Tensor:
-        """As in PyG."""
+        """Convolve as PyG's EdgeConv does."""
         pair = (x, x) if isinstance(x, Tensor) else x
-        edge_index = self._listed(pair, edge_index)
+        edge_index = self._as_edge_index(pair, edge_index)
         split = self._split(pair) if unchanged(pyg.EdgeConv) else None
         if split is None or not _are_edges(edge_index):
             return pyg.EdgeConv.forward(self, x, edge_index)
         source, target = edge_index.long() if self.flow == "source_to_target" else edge_index.long().flip(0)
         if not (_are_below(source, len(pair[0])) and _are_below(target, len(pair[1]))):
-            return pyg.EdgeConv.forward(self, x, edge_index)  # Which says what is wrong.
+            return pyg.EdgeConv.forward(self, x, edge_index)  # It raises the error.
         linear, layers = split
         fused = self._fused(layers)
         if fused is None:
             return self._on_edges(pair, source, target, linear, layers)
         degree = torch.bincount(target, minlength=len(pair[1]))
         most = int(degree.max()) if len(target) else 0
-        if len(pair[1]) * most > _SPARSE * len(target):
+        if len(pair[1]) * most > _MAX_SLOTS_PER_EDGE * len(target):
             return self._on_edges(pair, source, target, linear, layers)
-        return self._on_table(pair, table_of_edges(source, target, degree, most), linear, fused)
+        return edge_max(*self._terms(linear, pair), table_of_edges(source, target, degree, most), fused)
 
-    def _listed(self, x: Any, adjacency: Any) -> Any:
-        """List the edges of a COO adjacency that fits: PyG writes to it after its forward has saved its indices."""
+    def _as_edge_index(self, x: Any, adjacency: Any) -> Any:
+        """Return the edges of a COO adjacency that fits: PyG writes to it after its forward has saved the indices."""
         if type(adjacency) is not Tensor or adjacency.layout != torch.sparse_coo or self.flow != "source_to_target":
             return adjacency
         sizes = [part.shape[self.node_dim] for part in x if isinstance(part, Tensor)]
@@ -117,22 +113,22 @@ class EdgeConv(_FusedEdgeConv, pyg.EdgeConv):
 
 
 class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
-    r"""PyG's DynamicEdgeConv with exact neighbours, fewer products and without edges in memory.
+    r"""PyG's DynamicEdgeConv with exact neighbours, fewer multiplications and without edges in memory.
 
     .. math:: x_i' = \max_{j \in \mathrm{kNN}(x_i)} h([x_i, x_j - x_i])
 
-    The layer of Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019, for models with PyG: it needs
-    neither pyg-lib nor torch-cluster. Neighbours are found among the features x themselves.
+    The layer of Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019, for models with PyG. It needs
+    neither pyg-lib nor torch-cluster. Neighbours are the nearest by the features x.
 
     Args:
         nn: The network h, on 2 C channels.
         k: Neighbours of each point.
         aggr: "max", "mean", "add" or another of PyG's aggregations.
-        num_workers: As PyG has it; without effect.
-        **kwargs: As in PyG's `MessagePassing`.
+        num_workers: For PyG's signature; without effect.
+        **kwargs: Other arguments of PyG's `MessagePassing`.
 
     Raises:
-        TypeError: k is no int.
+        TypeError: k is not an int.
         ValueError: k is less than 1, or the features don't have two dimensions.
 
     Example:
@@ -144,34 +140,34 @@ class DynamicEdgeConv(_FusedEdgeConv, pyg.DynamicEdgeConv):
         torch.Size([100, 64])
     """
 
-    _usual = _methods(pyg.DynamicEdgeConv)
+    _host_methods = _methods(pyg.DynamicEdgeConv)
     propagate = pyg.MessagePassing.propagate
 
     def __init__(self, nn: Any, k: int, aggr: Any = "max", num_workers: int = 1, **kwargs: Any):
         checks.integer("k", k, 1)
-        # PyG's own refuses where neither pyg-lib nor torch-cluster is installed.
+        # PyG's own constructor needs pyg-lib or torch-cluster.
         pyg.MessagePassing.__init__(self, aggr=aggr, flow="source_to_target", **kwargs)
         self.nn, self.k, self.num_workers = nn, int(k), num_workers
         self.reset_parameters()
 
     def forward(self, x: Tensor | Pair, batch: Tensor | tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:
-        """As in PyG; needs neither pyg-lib nor torch-cluster."""
+        """Convolve as PyG's DynamicEdgeConv does."""
         if not unchanged(pyg.DynamicEdgeConv):
             return pyg.DynamicEdgeConv.forward(self, x, batch)  # type: ignore[arg-type]
         pair = (x, x) if isinstance(x, Tensor) else x
         if pair[0].dim() != 2:
             raise ValueError(f"x: expected shape (N, C), as the graph is dynamic, got {tuple(pair[0].shape)}")
         both = batch if isinstance(batch, tuple) else (batch, batch)
-        of_points, of_queries = (None if some is None else some.long() for some in both)
+        points_batch, query_batch = (None if some is None else some.long() for some in both)
         query, points = pair[1].detach(), None if pair[0] is pair[1] else pair[0].detach()
         batches: dict[str, Any] = (
-            {"batch": of_queries} if points is None else {"batch": of_queries, "points_batch": of_points}
+            {"batch": query_batch} if points is None else {"batch": query_batch, "points_batch": points_batch}
         )
         index = knn(query, points, k=self.k, **batches)[0]
         split = self._split(pair)
         fused = None if split is None else self._fused(split[1])
         if split is not None and fused is not None:
-            return self._on_table(pair, index, split[0], fused)
+            return edge_max(*self._terms(split[0], pair), index, fused)
         edge_index = to_edge_index(index)
         if split is None:
             return self.propagate(edge_index, x=pair)
@@ -183,7 +179,7 @@ def _is_rows(x: Any, channels: int) -> bool:
 
 
 def _are_edges(edge_index: Any) -> bool:
-    """Return whether this is the usual form of edges: neither sparse nor one of PyG's own tensors."""
+    """Return True for a plain tensor of edges, not a sparse one or one of PyG's own."""
     if type(edge_index) is not Tensor or edge_index.layout != torch.strided:
         return False
     return edge_index.dtype in (torch.int64, torch.int32) and edge_index.dim() == 2 and len(edge_index) == 2
@@ -209,18 +205,18 @@ def _layers(module: Any) -> Iterator[Any]:
         yield module
 
 
-def _does_nothing(layer: Any) -> bool:
+def _is_identity(layer: Any) -> bool:
     if readable(layer, nn.Dropout):
         return layer.p == 0 or not layer.training
     return readable(layer, nn.Identity)
 
 
-def _act_and_norm(layers: list[nn.Module]) -> tuple[nn.Module | None, Any, Any] | None:
-    """At most one activation and one batch norm, and their order; None for anything else."""
+def _act_and_norm(layers: list[nn.Module]) -> ActNorm | None:
+    """Return at most one activation and one batch norm, and their order; None for other layers."""
     parts: list[Any] = [p.module if readable(p, pyg.BatchNorm) and not p.allow_single_element else p for p in layers]
     acts = [p for p in parts if may_fuse(p, None)]
     norms = [p for p in parts if readable(p, nn.BatchNorm1d, nn.SyncBatchNorm)]
     if len(acts) > 1 or len(norms) > 1 or len(acts) + len(norms) != len(parts):
         return None
-    order = "act_norm" if parts and parts[0] in acts else "norm_act"
-    return acts[0] if acts else None, norms[0] if norms else None, order
+    order: Order = "act_norm" if parts and parts[0] in acts else "norm_act"
+    return ActNorm(acts[0] if acts else None, norms[0] if norms else None, order)

@@ -1,4 +1,4 @@
-"""PyG's edge convolutions become ours."""
+"""Replace PyG's edge convolutions by ours."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from paper_layers._core.surgery import Filter, check_names, exactly, matching_mo
 def graph_conv(model: nn.Module, *, filter_fn: Filter | None = None) -> nn.Module:
     """Turn every PyG `EdgeConv` and `DynamicEdgeConv` of a finished model into one that stores no edge.
 
-    For the DGCNN of Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019, and its kin; see
-    `paper_layers.deep_gcn.EdgeConv` for the equation. The neighbours are exact and need neither pyg-lib nor
-    torch-cluster. PyG builds its `DynamicEdgeConv` only where one of the two is installed: where neither is, build
-    `paper_layers.deep_gcn.DynamicEdgeConv`, a subclass, in its place; models that were built elsewhere are swapped as
-    they are. A network whose first layer is linear costs k times less there. With a maximum over a linear layer,
-    at most one activation (ReLU, leaky or parametric) and at most one batch norm, no edge is stored; other layers run
-    edge by edge, as in PyG. Of edges that are equal, the first takes the gradient, where PyG shares it out. Parameters,
-    state-dict keys and hooks stay. Layers inside are called as before where they are more than plain layers (with
-    hooks, subclasses, adapters, pruned, parametrised, quantised, sharded, off-loaded), and PyG's own path is taken
-    where its hooks, an explainer, `decomposed_layers` or a method that is set on the convolution need it.
+    For DGCNN (Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019) and similar models; see
+    `paper_layers.deep_gcn.EdgeConv` for the equation. The search for neighbours is exact and needs neither pyg-lib nor
+    torch-cluster. PyG can't build its `DynamicEdgeConv` without one of the two: there, build the subclass
+    `paper_layers.deep_gcn.DynamicEdgeConv`, and in place of PyG's `knn_graph` call `paper_layers.deep_gcn.knn_graph`.
 
-    Models that call PyG's `knn_graph` take `paper_layers.deep_gcn.knn_graph` in its place.
+    If the network's first layer is linear, this layer costs k times less. For the maximum over a linear layer, at most
+    one activation (ReLU, leaky or parametric) and at most one batch norm, no edge is stored; other layers run on each
+    edge, as in PyG. The first of several equal edges takes the gradient; PyG divides it among them. Parameters,
+    state-dict keys and hooks stay. A layer with hooks, a subclass, or a layer that is adapted, pruned, parametrised,
+    quantised, sharded or off-loaded is called as before. PyG's own path is taken where its hooks, an explainer,
+    `decomposed_layers` or a method that is set on the convolution need it.
 
     Args:
         model: Any module; changed in place.
-        filter_fn: ``filter_fn(module, name) -> bool``, which convolutions to swap; default all.
+        filter_fn: ``filter_fn(module, name) -> bool`` selects the convolutions; default all.
 
     Returns:
         `model`; unchanged if it already holds one of ours and `filter_fn` accepts no further convolution.
@@ -33,7 +32,7 @@ def graph_conv(model: nn.Module, *, filter_fn: Filter | None = None) -> nn.Modul
     Raises:
         ImportError: torch_geometric is not installed.
         TypeError: `model` is not a module.
-        ValueError: Nothing to swap.
+        ValueError: No convolution to swap.
 
     Example:
         >>> import torch

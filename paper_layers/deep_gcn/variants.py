@@ -1,28 +1,40 @@
-"""DeepGCN's forms for whole clouds, for parts of objects and for graphs that are given."""
+"""Variants of DeepGCN: classify clouds, segment parts of objects, and label the nodes of a static graph."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers.deep_gcn.clouds import pool, spread, starts
-from paper_layers.deep_gcn.nets import DeepGCN, Prediction
-from paper_layers.deep_gcn.perceptron import Perceptron, call
+from paper_layers.deep_gcn._clouds import broadcast_to_rows, global_pool, ptr_of
+from paper_layers.deep_gcn.nets import DeepGCN, NetOptions, Prediction
+from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-def _leaky_prediction(inputs: int, num_classes: int, dropout: float, layer: dict[str, Any]) -> Prediction:
-    """As the official code has it: leaky activations, and biases whatever the others do."""
-    leaky = {**layer, "act": "leakyrelu", "bias": True}
-    return Prediction(
-        Perceptron(inputs, 512, **leaky, dropout=dropout),
-        Perceptron(512, 256, **leaky, dropout=dropout),
-        Perceptron(256, num_classes, **{**leaky, "act": None, "norm": None}),
-    )
+class _PooledDeepGCN(DeepGCN):
+    """Base of the networks that predict from embeddings pooled by maximum and mean."""
+
+    _head_options: ClassVar[LayerOptions] = {"bias": False}
+    _num_parts: ClassVar[int]
+    embedding_dim: int
+
+    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
+        fusion: LayerOptions = {**options, "act": "leakyrelu", "bias": False}
+        leaky: LayerOptions = {**fusion, "bias": True}
+        last: LayerOptions = {**leaky, "act": None, "norm": None}
+        self.fusion = Perceptron(self.num_features, self.embedding_dim, **fusion)
+        self.prediction = Prediction(
+            Perceptron(self._num_parts * self.embedding_dim, 512, **leaky, dropout=dropout),
+            Perceptron(512, 256, **leaky, dropout=dropout),
+            Perceptron(256, num_classes, **last),
+        )
 
 
-class DeepGCNClassifier(DeepGCN):
+class DeepGCNClassifier(_PooledDeepGCN):
     r"""DeepGCN that classifies clouds, as for ModelNet40.
 
     .. math:: y = h([\max_i f(X)_i, \operatorname{mean}_i f(X)_i])
@@ -33,10 +45,8 @@ class DeepGCNClassifier(DeepGCN):
         in_channels: Channels of the input, coordinates first.
         num_classes: Channels of the output.
         embedding_dim: Channels of f.
-        blocks: As in `DeepGCN`.
-        k: As in `DeepGCN`.
-        dropout: Between the last layers.
-        **settings: All else as in `DeepGCN`.
+        **options: Options of `DeepGCN`; by default 14 blocks, 9 neighbours and a dropout of 0.5 between the last
+            layers.
 
     Example:
         >>> import torch
@@ -45,48 +55,35 @@ class DeepGCNClassifier(DeepGCN):
         torch.Size([2, 40])
     """
 
-    _head: ClassVar[dict[str, Any]] = {"bias": False}
+    _num_parts = 2
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        num_classes: int = 40,
-        *,
-        embedding_dim: int = 1024,
-        blocks: int = 14,
-        k: int = 9,
-        dropout: float = 0.5,
-        **settings: Any,
+        self, in_channels: int = 3, num_classes: int = 40, *, embedding_dim: int = 1024, **options: Unpack[NetOptions]
     ):
         self.embedding_dim = embedding_dim
-        super().__init__(in_channels, num_classes, blocks=blocks, k=k, dropout=dropout, **settings)
-
-    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
-        self.fusion = Perceptron(self.num_features, self.embedding_dim, **{**layer, "act": "leakyrelu", "bias": False})
-        self.prediction = _leaky_prediction(2 * self.embedding_dim, num_classes, dropout, layer)
+        published: NetOptions = {"blocks": 14, "k": 9, "dropout": 0.5, **options}
+        super().__init__(in_channels, num_classes, **published)
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Classify the clouds of (B, N, C), or of (N, C) with `batch` or `ptr`: (B, num_classes)."""
-        ptr = starts(x, batch, ptr)
-        fused = call(self.fusion, self.features(x, ptr), ptr)
-        return self.predict([pool(fused, ptr, "max"), pool(fused, ptr, "mean")])
+        ptr = ptr_of(x, batch, ptr)
+        fused = call_perceptron(self.fusion, self.features(x, ptr), ptr)
+        return self.predict([global_pool(fused, ptr, "max"), global_pool(fused, ptr, "mean")])
 
 
-class DeepGCNPartSegmenter(DeepGCN):
+class DeepGCNPartSegmenter(_PooledDeepGCN):
     r"""DeepGCN that labels the parts of objects, as for PartNet.
 
     .. math:: y_i = \log \operatorname{softmax} h([\max_i f(X)_i, \operatorname{mean}_i f(X)_i, f(X)_i])
 
     The network of the journal version, Li et al., "DeepGCNs: Making GCNs Go as Deep as CNNs", 2021, section 4.2. As in
-    the official code the output is the logarithm of probabilities; cross entropy takes it like any logits.
+    the official code, the output is the logarithm of probabilities; cross entropy accepts it as logits.
 
     Args:
         in_channels: Channels of the input, coordinates first.
         num_classes: Channels of the output.
         embedding_dim: Channels of f.
-        k: As in `DeepGCN`.
-        dropout: Between the last layers.
-        **settings: All else as in `DeepGCN`.
+        **options: Options of `DeepGCN`; by default 9 neighbours and a dropout of 0.5 between the last layers.
 
     Example:
         >>> import torch
@@ -95,49 +92,34 @@ class DeepGCNPartSegmenter(DeepGCN):
         torch.Size([2, 256, 15])
     """
 
-    _head: ClassVar[dict[str, Any]] = {"bias": False}
+    _num_parts = 3
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        *,
-        embedding_dim: int = 1024,
-        k: int = 9,
-        dropout: float = 0.5,
-        **settings: Any,
-    ):
+    def __init__(self, in_channels: int, num_classes: int, *, embedding_dim: int = 1024, **options: Unpack[NetOptions]):
         self.embedding_dim = embedding_dim
-        super().__init__(in_channels, num_classes, k=k, dropout=dropout, **settings)
-
-    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
-        self.fusion = Perceptron(self.num_features, self.embedding_dim, **{**layer, "act": "leakyrelu", "bias": False})
-        self.prediction = _leaky_prediction(3 * self.embedding_dim, num_classes, dropout, layer)
+        published: NetOptions = {"k": 9, "dropout": 0.5, **options}
+        super().__init__(in_channels, num_classes, **published)
 
     def forward(self, x: Tensor, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Label the points of (B, N, C), or of (N, C) with `batch` or `ptr`: log-probabilities (..., num_classes)."""
-        ptr = starts(x, batch, ptr)
-        fused = call(self.fusion, self.features(x, ptr), ptr)
-        pooled = [spread(pool(fused, ptr, reduce), fused, ptr) for reduce in ("max", "mean")]
+        ptr = ptr_of(x, batch, ptr)
+        fused = call_perceptron(self.fusion, self.features(x, ptr), ptr)
+        pooled = [broadcast_to_rows(global_pool(fused, ptr, reduction), fused, ptr) for reduction in ("max", "mean")]
         return F.log_softmax(self.predict([*pooled, fused], ptr), -1)
 
 
 class StaticDeepGCN(DeepGCN):
-    r"""DeepGCN on a graph that is given, labelling its nodes, as for PPI.
+    r"""DeepGCN that labels the nodes of a static graph, as for PPI.
 
     .. math:: y_i = h([X_i, \max_c f(X)_{ic}])
 
-    The network of the journal version, Li et al., "DeepGCNs: Making GCNs Go as Deep as CNNs", 2021, section 4.4; as in
-    the official code the maximum is over the channels of f.
+    The network of the journal version, Li et al., "DeepGCNs: Making GCNs Go as Deep as CNNs", 2021, section 4.4. As
+    in the official code, the maximum is over the channels of f.
 
     Args:
         in_channels: Channels of the input.
         num_classes: Channels of the output.
-        channels: As in `DeepGCN`.
-        blocks: As in `DeepGCN`.
-        conv: As in `DeepGCN`.
-        dropout: Between the last layers.
-        **settings: All else as in `DeepGCN`; those of nearest neighbours mean nothing here.
+        **options: Options of `DeepGCN`; by default 256 channels, 14 blocks, "mr" and a dropout of 0.2 between the last
+            layers. The options of the search for neighbours have no effect.
 
     Example:
         >>> import torch
@@ -148,33 +130,26 @@ class StaticDeepGCN(DeepGCN):
         torch.Size([100, 121])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        channels: int = 256,
-        blocks: int = 14,
-        *,
-        conv: Any = "mr",
-        dropout: float = 0.2,
-        **settings: Any,
-    ):
-        super().__init__(in_channels, num_classes, channels, blocks, conv=conv, dropout=dropout, **settings)
+    def __init__(self, in_channels: int, num_classes: int, **options: Unpack[NetOptions]):
+        published: NetOptions = {"channels": 256, "blocks": 14, "conv": "mr", "dropout": 0.2, **options}
+        super().__init__(in_channels, num_classes, **published)
 
-    def _add_prediction(self, num_classes: int, dropout: float, layer: dict[str, Any]) -> None:
-        self.fusion = Perceptron(self.num_features, 1024, **{**layer, "norm": None})
+    def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
+        fusion: LayerOptions = {**options, "norm": None}
+        last: LayerOptions = {**fusion, "act": None}
+        self.fusion = Perceptron(self.num_features, 1024, **fusion)
         self.prediction = Prediction(
-            Perceptron(1 + self.num_features, 512, **layer),
+            Perceptron(1 + self.num_features, 512, **options),
             nn.Dropout(dropout),
-            Perceptron(512, 256, **layer),
+            Perceptron(512, 256, **options),
             nn.Dropout(dropout),
-            Perceptron(256, num_classes, **{**layer, "act": None, "norm": None}),
+            Perceptron(256, num_classes, **last),
         )
 
     def forward(  # type: ignore[override]
         self, x: Tensor, index: Tensor | None = None, *, edge_index: Tensor | None = None
     ) -> Tensor:
-        """Label the nodes (N, C) of a graph in either form, as in `EdgeConv`: (N, num_classes)."""
+        """Label the nodes (N, C) of a graph, given as in `EdgeConv`: (N, num_classes)."""
         if index is None and edge_index is None:
             raise ValueError("index: expected either index or edge_index, got none")
         features = self.features(x, index=index, edge_index=edge_index)

@@ -1,4 +1,4 @@
-"""What the official dense code computes, written from the paper's formulas on (B, C, N, 1), for any dtype."""
+"""The official dense code, written from the paper's formulas on (B, C, N, 1), for any dtype."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def layer(
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """(B, C, N, 1) and (B, N, k) to (B, C, N, k)."""
+    """Gather the neighbours (B, N, k) from (B, C, N, 1): (B, C, N, k)."""
     start = torch.arange(len(x), device=x.device)[:, None, None] * x.shape[2]
     rows = x[..., 0].mT.flatten(0, 1)[(index + start).flatten()]
     return rows.unflatten(0, index.shape).permute(0, 3, 1, 2).contiguous()
 
 
 def ends(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of both ends of each edge, nodes and neighbours, gathered alike as in the official code."""
+    """Return the features of both ends of each edge, both gathered, as in the official code."""
     own = torch.arange(x.shape[2], device=x.device)[:, None].expand(index.shape)
     return gather(x, own), gather(x, index)
 
@@ -44,7 +44,7 @@ Search = Callable[[Tensor, int, int], Tensor]
 
 
 def neighbors(x: Tensor, k: int, dilation: int) -> Tensor:
-    """By differences; the official code, with products, loses neighbours far from the origin."""
+    """Search by differences. The official code uses products, which lose neighbours far from the origin."""
     points = x[..., 0].mT
     distance = (points[:, :, None] - points[:, None]).square().sum(-1)
     return distance.sort(stable=True, dim=-1).indices[..., : k * dilation : dilation]
@@ -90,7 +90,7 @@ CONVS = {"edge": Edge, "mr": MaxRelative, "gin": Isomorphism, "sage": Sage}
 
 
 class Wrapped(nn.Module):
-    """The official nesting of names."""
+    """Nest names as the official code does."""
 
     def __init__(self, gconv: nn.Module):
         super().__init__()
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """form: "points" (S3DIS), "cloud" (ModelNet40) or "parts" (PartNet)."""
+    """The official network; form is "points" (S3DIS), "cloud" (ModelNet40) or "parts" (PartNet)."""
 
     def __init__(
         self, form: str, inputs: int, classes: int, channels: int, blocks: int, kind: str = "res", conv: str = "edge",
@@ -147,7 +147,7 @@ class Net(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, N, 1) to (B, classes, N), or (B, classes)."""
+        """Map (B, C, N, 1) to (B, classes, N), or (B, classes)."""
         features = [self.head(x, self.search(x[:, :3], self.k, 1))]
         for block in self.backbone:
             features.append(block(features[-1]))
@@ -163,7 +163,7 @@ class Net(nn.Module):
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Parameters and statistics as after training: norms' weights of both signs, biases that are not zero."""
+    """Set parameters and statistics as after training: norm weights of both signs, biases other than zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for part in module.modules():

@@ -100,7 +100,7 @@ def by_branches(norm: Any, x: Tensor) -> Tensor:
 
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Run]] = {
-    "Perceptron": (lambda: deep_gcn.Perceptron(4, 6, "prelu", **FACTORY), (12, 4), lambda m, x: m(x)),
+    "Perceptron": (lambda: deep_gcn.Perceptron(4, 6, act="prelu", **FACTORY), (12, 4), lambda m, x: m(x)),
     "EdgeConv": (lambda: deep_gcn.EdgeConv(4, 6, **FACTORY), (12, 4), on_table),
     "EdgeConv on edges": (lambda: deep_gcn.EdgeConv(4, 6, order="norm_act", **FACTORY), (12, 4), on_edges),
     "EdgeConv without norm": (lambda: deep_gcn.EdgeConv(4, 6, norm=None, **FACTORY), (12, 4), on_table),
@@ -110,11 +110,15 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Run]] = {
     "GINConv": (lambda: deep_gcn.GINConv(4, 6, **FACTORY), (12, 4), on_table),
     "SAGEConv": (lambda: deep_gcn.SAGEConv(4, 6, **FACTORY), (12, 4), on_table),
     "SAGEConv on edges": (lambda: deep_gcn.SAGEConv(4, 6, **FACTORY), (12, 4), on_edges),
-    "SAGEConv of means": (lambda: deep_gcn.SAGEConv(4, 6, "mean", norm=None, **FACTORY), (12, 4), on_table),
-    "SAGEConv of differences": (lambda: deep_gcn.SAGEConv(4, 6, "mean", True, **FACTORY), (12, 4), on_edges),
+    "SAGEConv of means": (lambda: deep_gcn.SAGEConv(4, 6, reduction="mean", norm=None, **FACTORY), (12, 4), on_table),
+    "SAGEConv of differences": (
+        lambda: deep_gcn.SAGEConv(4, 6, reduction="mean", relative=True, **FACTORY),
+        (12, 4),
+        on_edges,
+    ),
     "PlainGCNBlock": (lambda: deep_gcn.PlainGCNBlock(4, 6, k=3, **FACTORY), (12, 4), on_clouds),
     "ResGCNBlock": (lambda: deep_gcn.ResGCNBlock(6, k=3, **FACTORY), (12, 6), on_clouds),
-    "DenseGCNBlock": (lambda: deep_gcn.DenseGCNBlock(4, 6, k=3, **FACTORY), (12, 4), on_clouds),
+    "DenseGCNBlock": (lambda: deep_gcn.DenseGCNBlock(4, growth=6, k=3, **FACTORY), (12, 4), on_clouds),
     "DeepGCN": (lambda: narrow(deep_gcn.DeepGCN(4, 3, **NET), 20), (12, 4), on_clouds),
     "DeepGCNClassifier": (
         lambda: deep_gcn.DeepGCNClassifier(4, 3, embedding_dim=8, **NET),
@@ -520,7 +524,7 @@ def test_spectral_norm_beside_other_parametrisations() -> None:
 )
 def test_perceptrons_of_a_changed_class_are_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, old = made(name), deep_gcn.Perceptron.forward
-    monkeypatch.setattr(deep_gcn.Perceptron, "forward", lambda *a: called.append(a[0]) or old(*a))
+    monkeypatch.setattr(deep_gcn.Perceptron, "forward", lambda *a, **k: called.append(a[0]) or old(*a, **k))
     called.clear()
     MODULES[name][2](model, features(*MODULES[name][1]).double())
     assert {*called} == {m for m in model.modules() if isinstance(m, deep_gcn.Perceptron)}

@@ -19,7 +19,7 @@ convs = pytest.mark.parametrize("name", CONVS)
 
 
 def pair(name: str, inputs: int = 6, outputs: int = 5, **settings: Any) -> tuple[nn.Module, nn.Module]:
-    """The formula and our module, in float64, with the same weights."""
+    """Return the formula and our module, in float64, with the same weights."""
     theirs = official.randomize(official.CONVS[name](inputs, outputs, **settings)).double()
     ours = CONVS[name](inputs, outputs, **settings).double()
     return theirs, load_official(ours, theirs.state_dict())
@@ -50,7 +50,7 @@ def test_equals_official(name: str, act: str | None, norm: str | None, training:
 
 
 def load_names(theirs: nn.Module, ours: nn.Module, buffers: bool = False) -> list[tuple[str, str]]:
-    """Our name and the official one, by loading numbers in place of values."""
+    """Return pairs of our name and the official name, by loading numbers in place of values."""
     numbered = {key: torch.full_like(value, i) for i, (key, value) in enumerate(theirs.state_dict().items())}
     names = list(numbered)
     probe = load_official(copy.deepcopy(ours), numbered)
@@ -63,7 +63,7 @@ def load_names(theirs: nn.Module, ours: nn.Module, buffers: bool = False) -> lis
 @pytest.mark.parametrize(("act", "slope"), [("relu", 0.0), ("prelu", -0.7), ("prelu", 1.8), (None, 1.0)])
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_edges_agree_with_table(name: str, order: str, act: str | None, slope: float, norm: str) -> None:
-    """Every edge by itself, as PyG does it, in a graph of two clouds with nodes that have no neighbours."""
+    """Two clouds, with nodes that don't have neighbours; PyG runs on each edge."""
     conv = CONVS[name](6, 5, act=act, order=order, norm=norm).double()
     for module in conv.modules():
         if isinstance(module, nn.BatchNorm1d):
@@ -86,7 +86,7 @@ def test_edges_agree_with_table(name: str, order: str, act: str | None, slope: f
 
 
 @convs
-def test_nodes_without_neighbours(name: str) -> None:
+def test_nodes_without_neighbors(name: str) -> None:
     conv = CONVS[name](4, 3, norm=None)
     x = features(3, 4)
     none = conv(x, torch.full((3, 2), -1))
@@ -100,7 +100,7 @@ def test_nodes_without_neighbours(name: str) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("norm", ["batch", None])
 def test_mean_sage_of_the_sparse_code(relative: bool, bias: bool, norm: str | None) -> None:
-    conv = SAGEConv(6, 5, "mean", relative, norm=norm, bias=bias).double()
+    conv = SAGEConv(6, 5, reduction="mean", relative=relative, norm=norm, bias=bias).double()
     generator = torch.Generator().manual_seed(0)
     state = {"weight": torch.randn(6, 5, generator=generator), "nn.0.weight": torch.randn(5, 11, generator=generator)}
     if bias:
@@ -173,7 +173,7 @@ def test_copies_and_meta(name: str) -> None:
 
 
 def test_edge_conv_keeps_its_digits_and_stores_no_edge() -> None:
-    """An offset of 1e4 beside a variance of 1; and nothing of N x k x C, nor of N x k x anything."""
+    """An offset of 1e4 and a variance of 1; no saved tensor is as large as N x k x C."""
     conv = EdgeConv(8, 16)
     x = features(400, 8)
     index = knn(x, k=30)[0]
@@ -181,7 +181,7 @@ def test_edge_conv_keeps_its_digits_and_stores_no_edge() -> None:
     with torch.no_grad():
         shifted.nn.linear.bias += 1e4
     exact = copy.deepcopy(shifted).double()(x.double(), index)
-    torch.testing.assert_close(shifted(x, index).double(), exact, rtol=0, atol=5e-3)  # 1e-3 is one bit of 1e4
+    torch.testing.assert_close(shifted(x, index).double(), exact, rtol=0, atol=5e-3)  # One bit of 1e4 is 1e-3.
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         conv(x.requires_grad_(), index)
@@ -196,7 +196,7 @@ def test_running_statistics_are_those_of_all_edges() -> None:
     z = conv.nn.linear(torch.cat([x[edges[1]], x[edges[0]] - x[edges[1]]], 1))
     torch.testing.assert_close(conv.nn.norm.running_mean, 0.1 * z.mean(0))
     torch.testing.assert_close(conv.nn.norm.running_var, 0.9 + 0.1 * z.var(0))
-    conv.nn.norm.momentum = None  # the average of all batches
+    conv.nn.norm.momentum = None  # The mean of all batches.
     conv.nn.norm.reset_running_stats()
     for _ in range(3):
         conv(x, index)
@@ -269,7 +269,7 @@ def test_edge_index_of_either_order() -> None:
 )
 @pytest.mark.parametrize("norm", ["batch", "instance", None])
 def test_largest_edge_of_any_activation(order: str, act: nn.Module | None, norm: str | None) -> None:
-    """Also of one that falls, where the smallest edge may become the largest, and of one that a user puts in."""
+    """Also of a decreasing activation, where the smallest edge may become the largest, and of a user's own."""
     torch.manual_seed(0)
     for kind in (EdgeConv, SAGEConv):
         conv = kind(5, 5, norm=norm, order=order).double()
@@ -322,7 +322,7 @@ def test_statistics_stay_on_graphs_without_edges(form: str, momentum: float | No
     batches = before.pop("nn.norm.num_batches_tracked")
     for name, buffer in before.items():
         assert torch.equal(conv.get_buffer(name), buffer)
-    nn.BatchNorm1d(3)(torch.zeros(0, 3))  # as torch's, which counts it
+    nn.BatchNorm1d(3)(torch.zeros(0, 3))  # Torch counts an empty batch too.
     assert conv.nn.norm.num_batches_tracked == batches + len(empty_graphs(form))
     assert conv(**empty_graphs(form)[0]).isfinite().all()
 

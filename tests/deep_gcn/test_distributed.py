@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from paper_layers.deep_gcn import DeepGCN, EdgeConv
 from tests.ops.test_neighbor_reduce import features
 
-SIZES = (40, 56)  # uneven, so that ranks must weigh their statistics
+SIZES = (40, 56)  # Uneven, so ranks must weight their statistics.
 
 
 def network(order: str = "act_norm") -> nn.Module:
@@ -33,7 +33,7 @@ def worker(rank: int, folder: str, order: str, synchronized: bool) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     net: Any = network(order)
     x = clouds()[rank]
-    if synchronized:  # DDP itself takes SyncBatchNorm on GPUs alone
+    if synchronized:  # DDP takes SyncBatchNorm on GPUs only.
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         output = net(x)
         output.square().sum().backward()
@@ -44,7 +44,7 @@ def worker(rank: int, folder: str, order: str, synchronized: bool) -> None:
         output = net(x)
         output.square().sum().backward()
         for p in net.parameters():
-            p.grad *= 2  # a mean over ranks
+            p.grad *= 2  # DDP takes the mean over ranks.
         net = net.module
     torch.save((output, [p.grad for p in net.parameters()], list(net.buffers())), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -71,7 +71,7 @@ def worker_without_edges(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     conv: Any = nn.SyncBatchNorm.convert_sync_batchnorm(EdgeConv(6, 3).double())
     results = []
-    for sizes in ((20, 0), (20, 1), (0, 0)):  # Edges of each rank; one alone is enough where others have some.
+    for sizes in ((20, 0), (20, 1), (0, 0)):  # Edges of each rank. One edge is enough where another rank has edges.
         index = torch.full((20, 1), -1)
         index[: sizes[rank]] = 3
         output = conv(features(20, 6).double(), index)

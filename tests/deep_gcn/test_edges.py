@@ -20,7 +20,7 @@ def test_there_and_back(flow: str) -> None:
     assert torch.equal(from_edge_index(shuffled, 50, flow=flow), index)
 
 
-def test_rows_are_neighbours_and_centres() -> None:
+def test_rows_are_neighbors_and_centers() -> None:
     edges = to_edge_index(torch.tensor([[2], [2], [-1]]))
     assert edges.tolist() == [[2, 2], [0, 1]]
     assert to_edge_index(torch.tensor([[2], [2], [-1]]), FLOWS[1]).tolist() == [[0, 1], [2, 2]]

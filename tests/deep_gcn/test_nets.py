@@ -33,7 +33,7 @@ def count(module: nn.Module) -> int:
 
 
 def test_parameter_counts() -> None:
-    """Those of the official models."""
+    """The counts of the official models."""
     expected = {
         "ResGCN": ([DeepGCN(9, 13, blocks=n, device="meta") for n in (7, 14, 28, 56, 112)],
                    [1_403_853, 2_150_669, 3_644_301, 6_631_565, 12_606_093]),
@@ -45,7 +45,7 @@ def test_parameter_counts() -> None:
                        [1_703_848, 2_221_288, 3_256_168]),
         "PartNet": ([DeepGCNPartSegmenter(3, 15, device="meta")], [3_774_031]),
         "PPI": (
-            [StaticDeepGCN(50, 121, c, n, block=b, device="meta")
+            [StaticDeepGCN(50, 121, channels=c, blocks=n, block=b, device="meta")
              for b, n, c in (("res", 14, 64), ("res", 28, 256), ("res", 112, 256), ("dense", 14, 256))],
             [1_657_849, 14_762_105, 58_866_809, 53_417_593]),
     }  # fmt: skip
@@ -57,7 +57,7 @@ def test_parameter_counts() -> None:
 @pytest.mark.parametrize("kind", ["res", "dense", "plain"])
 @pytest.mark.parametrize("conv", ["edge", "mr"])
 def test_equals_official(form: str, kind: str, conv: str) -> None:
-    """In float64: float32 networks on dynamic graphs are chaotic."""
+    """In float64: networks on dynamic graphs amplify the rounding of float32."""
     theirs = official.randomize(official.Net(form, 6, 5, 8, 4, kind, conv, drop=0)).double()
     ours = FORMS[form](6, 5, channels=8, blocks=4, block=kind, conv=conv, k=8, dropout=0, stochastic=False).double()
     load_official(ours, theirs.state_dict())
@@ -85,7 +85,7 @@ def test_equals_official(form: str, kind: str, conv: str) -> None:
 
 
 def test_ragged_clouds_do_not_touch() -> None:
-    """In eval mode each cloud's labels are those that it has alone."""
+    """In eval mode, a cloud gets the same labels alone and among others."""
     clouds = [features(n, 6) for n in (30, 1, 45)]
     x, ptr = torch.cat(clouds).double(), torch.tensor([0, 30, 31, 76])
     for form in FORMS.values():
@@ -98,7 +98,7 @@ def test_static_graph() -> None:
     edges = to_edge_index(table(40, 6, rows=40))
     index, x = from_edge_index(edges, 40), features(40, 10).double()
     for block in ("res", "dense", "plain"):
-        net = StaticDeepGCN(10, 4, 8, 4, block=block, conv="mr", dropout=0, order="norm_act").double()
+        net = StaticDeepGCN(10, 4, channels=8, blocks=4, block=block, conv="mr", dropout=0, order="norm_act").double()
         output = net(x, index)
         torch.testing.assert_close(net(x, edge_index=edges), output)
         assert output.shape == (40, 4)
@@ -110,7 +110,7 @@ def test_blocks() -> None:
     x = features(2, 50, 8)
     settings: dict[str, Any] = {"k": 5, "dilation": 3}
     index = knn(x, k=5, dilation=3)[0]
-    for block in (PlainGCNBlock(8, 6, **settings), ResGCNBlock(8, **settings), DenseGCNBlock(8, 6, **settings)):
+    for block in (PlainGCNBlock(8, 6, **settings), ResGCNBlock(8, **settings), DenseGCNBlock(8, growth=6, **settings)):
         block.eval()
         y = block.conv(x, index)
         expected = x + y if isinstance(block, ResGCNBlock) else y
@@ -140,14 +140,14 @@ def test_dilations() -> None:
 def test_stochastic_dilation() -> None:
     x = features(2, 200, 3)
     every = knn(x, k=24)[0]
-    graph = DilatedKNN(6, 4, stochastic=True, epsilon=0.5)
+    graph = DilatedKNN(6, 4, stochastic=True, stochastic_probability=0.5)
     torch.manual_seed(0)
     kinds = []
     for _ in range(200):
         index = graph(x)
         stride = torch.equal(index, every[..., ::4])
         columns = [(every[0, 0] == j).nonzero().item() for j in index[0, 0]]
-        assert torch.equal(index, every[..., columns])  # the same ranks for all points and clouds
+        assert torch.equal(index, every[..., columns])  # The same positions for all points and clouds.
         assert len(set(columns)) == 6
         kinds.append(stride)
     assert 70 < sum(kinds) < 130
@@ -180,7 +180,7 @@ def test_checkpointing_changes_nothing(form: type[nn.Module]) -> None:
     for a, b in zip(grads, same, strict=True):
         torch.testing.assert_close(a, b)
     for (name, a), b in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name  # running statistics follow once
+        assert torch.equal(a, b), name  # Running statistics are updated once.
     assert less < most
 
 
@@ -207,7 +207,7 @@ def test_copies() -> None:
 
 
 def test_too_few_points() -> None:
-    """Neighbours that a cloud does not have are left out."""
+    """Small clouds have fewer neighbours."""
     net = DeepGCN(3, 2, channels=8, blocks=4, k=16).eval()
     for n in (1, 2, 20):
         assert net(features(2, n, 3)).isfinite().all()
@@ -235,7 +235,11 @@ def test_bad_inputs() -> None:
         (lambda: DeepGCN(6, 3, max_dilation=0), ValueError, "max_dilation: expected at least 1, got 0"),
         (lambda: DilatedKNN(0), ValueError, "k: expected at least 1, got 0"),
         (lambda: DilatedKNN(4, 1.5), TypeError, "dilation: expected an int, got 1.5"),
-        (lambda: DilatedKNN(4, 2, epsilon=-1), ValueError, "epsilon: expected a probability, got -1"),
+        (
+            lambda: DilatedKNN(4, 2, stochastic_probability=-1),
+            ValueError,
+            "stochastic_probability: expected a probability, got -1",
+        ),
         (lambda: DilatedKNN(4, metric="l1"), ValueError, "metric: .*got 'l1'"),
     ]
     for call, error, message in bad:
@@ -248,7 +252,7 @@ def test_bad_inputs() -> None:
 def test_clouds_without_points(form: type[nn.Module], training: bool) -> None:
     net = form(3, 2, channels=8, blocks=2, k=3).train(training)
     per_cloud = form is DeepGCNClassifier
-    if not (training and per_cloud):  # One cloud is one value for each channel of the classifier's norms.
+    if not (training and per_cloud):  # One cloud gives the classifier's norms one value per channel.
         output = net(torch.zeros(0, 3))
         assert output.shape == ((1, 2) if per_cloud else (0, 2))
         assert output.isfinite().all()

@@ -1,4 +1,4 @@
-"""Surgery on PyG's models."""
+"""swap.graph_conv on PyG's models, and knn_graph."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.ops.test_neighbor_reduce import features
 
 
 class Dynamic(pyg.DynamicEdgeConv):
-    """PyG's dynamic convolution without pyg-lib: neighbours by all distances in float64, messages as in PyG."""
+    """PyG's dynamic convolution without pyg-lib: neighbours from all distances in float64, PyG's messages."""
 
     def __init__(self, network: nn.Module, k: int, aggr: str = "max"):
         pyg.MessagePassing.__init__(self, aggr)
@@ -38,7 +38,7 @@ class Dynamic(pyg.DynamicEdgeConv):
 
 
 def unpickled(model: nn.Module) -> nn.Module:
-    """The model as it comes from a computer that has pyg-lib: PyG's constructor refuses here."""
+    """Return the model as from a computer with pyg-lib: PyG's constructor raises an error here."""
     for module in model.modules():
         if isinstance(module, Dynamic):
             module.__class__ = pyg.DynamicEdgeConv
@@ -46,7 +46,7 @@ def unpickled(model: nn.Module) -> nn.Module:
 
 
 class DGCNN(nn.Module):
-    """The classifier of PyG's examples, smaller."""
+    """A smaller version of the classifier of PyG's examples."""
 
     def __init__(self, aggr: str = "max"):
         super().__init__()
@@ -81,7 +81,7 @@ def negate_some(module: nn.Module) -> None:
 
 
 def check_same(host: nn.Module, inputs: tuple[Any, ...], x: Tensor) -> None:
-    """Outputs, gradients, buffers; training and evaluation."""
+    """Compare outputs, gradients and buffers in training and in evaluation."""
     host = host.double()
     negate_some(host)
     swapped = swap.graph_conv(unpickled(copy.deepcopy(host)))
@@ -102,7 +102,7 @@ def test_edge_conv(name: str, aggr: str) -> None:
     torch.manual_seed(0)
     x = features(60, 4).double().requires_grad_()
     edges = knn_graph(x, 5)
-    edges = edges[:, torch.randperm(edges.shape[1])][:, 10:]  # any order, and not the same number everywhere
+    edges = edges[:, torch.randperm(edges.shape[1])][:, 10:]  # In any order, not the same number for each node.
     check_same(pyg.EdgeConv(NETWORKS[name](), aggr), (x, edges), x)
     check_same(pyg.EdgeConv(NETWORKS[name](), aggr, flow="target_to_source"), (x, edges.flip(0)), x)
 
@@ -159,7 +159,7 @@ def test_keeps_what_the_host_had() -> None:
     host.conv2.nn.register_forward_hook(lambda *_: called.append("container"))
     torch.testing.assert_close(host(x, batch), expected)
     assert called[2:] == ["inside", "conv1", "container"]
-    assert swap.graph_conv(host) is host  # nothing left to do
+    assert swap.graph_conv(host) is host  # Nothing is left to swap.
     torch.testing.assert_close(copy.deepcopy(host)(x, batch), expected)
     assert "DynamicEdgeConv(nn=MLP(6, 16, 16), k=6)" in repr(host)
     conv = swap.graph_conv(pyg.EdgeConv(nn.Linear(6, 4)))
@@ -215,7 +215,7 @@ def test_knn_graph(loop: bool, cosine: bool) -> None:
 
 
 def test_a_dynamic_convolution_of_our_own() -> None:
-    """Without pyg-lib and torch-cluster, which this environment doesn't have."""
+    """This environment has neither pyg-lib nor torch-cluster."""
     with pytest.raises(ImportError, match="requires 'pyg-lib"):
         pyg.DynamicEdgeConv(nn.Linear(6, 4), k=3)
     torch.manual_seed(0)
@@ -237,7 +237,7 @@ def test_a_dynamic_convolution_of_our_own() -> None:
 
 
 class Adapter(nn.Linear):
-    """A subclass with a forward of its own, as microsoft/LoRA's."""
+    """A subclass with its own forward, like microsoft/LoRA's."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
@@ -278,7 +278,7 @@ CHANGES = {
 
 
 def double(module: nn.Module, inputs: Any, output: Any = None) -> Any:
-    """A hook of PyG's or a pre-hook of PyG's."""
+    """Double the values in a hook or pre-hook of PyG."""
     if isinstance(output, Tensor):
         return output * 2
     if len(inputs) == 3:

@@ -1,4 +1,4 @@
-"""The same graph as a table, as edges with PyG on a CPU, and with torch-scatter, which PyG takes on a GPU."""
+"""One graph as a table, as edges with PyG on a CPU, and as edges with torch-scatter, PyG's choice on a GPU."""
 
 from __future__ import annotations
 
