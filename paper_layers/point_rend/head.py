@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
+from paper_layers.point_rend._repr import options
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -93,10 +94,8 @@ class PointRendHead(Leaf):
 
     def extra_repr(self) -> str:
         """All arguments."""
-        return (
-            f"{self.in_channels}, {self.num_classes}, fc_dim={self.fc_dim}, num_fc={self.num_fc}, "
-            f"coarse_pred_each_layer={self.coarse_pred_each_layer}, class_agnostic={self.class_agnostic}"
-        )
+        shown = options(self, "fc_dim", "num_fc", "coarse_pred_each_layer", "class_agnostic")
+        return f"{self.in_channels}, {self.num_classes}, {shown}"
 
     def forward(self, fine: Tensor, coarse: Tensor, labels: Tensor | None = None) -> Tensor:
         """Label the points.

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from paper_layers._core import checks
-from paper_layers._core.fusing import forward_method
+from paper_layers._core.fusing import forward_method, within
 from paper_layers._core.tracing import Leaf
-from paper_layers.point_rend.boxes import BoxMasks
+from paper_layers.ops.point_sample import point_sample
+from paper_layers.point_rend import _boxes
+from paper_layers.point_rend._boxes import Boxes, Features, Labels, Predict, Refinement
+from paper_layers.point_rend._repr import options
 from paper_layers.point_rend.coarse import BoxHead
-from paper_layers.point_rend.targets import Boxes
+from paper_layers.point_rend.subdivision import Step, grid_sizes
+from paper_layers.point_rend.targets import mask_loss, sample_masks
 
 _FREQUENCIES = 128
 _L2 = 1e-5
@@ -86,10 +90,7 @@ class ImplicitPointHead(Leaf):
 
     def extra_repr(self) -> str:
         """All arguments."""
-        return (
-            f"{self.in_channels}, {self.num_classes}, fc_dim={self.fc_dim}, num_fc={self.num_fc}, "
-            f"class_agnostic={self.class_agnostic}"
-        )
+        return f"{self.in_channels}, {self.num_classes}, {options(self, 'fc_dim', 'num_fc', 'class_agnostic')}"
 
     def forward(self, parameters: Tensor, fine: Tensor, points: Tensor, labels: Tensor | None = None) -> Tensor:
         """Label the points.
@@ -135,7 +136,7 @@ class ImplicitPointHead(Leaf):
         return torch.cat([t.sin(), t.cos()], 2)
 
 
-class ImplicitPointRendMask(BoxMasks):
+class ImplicitPointRendMask(Leaf):
     """Predict the masks of boxes: a head predicts each box's own perceptron of points; the losses and the inference.
 
     Implicit PointRend, section 5 of Cheng, Parkhi, Kirillov, "Pointly-Supervised Instance Segmentation", CVPR 2022:
@@ -193,7 +194,11 @@ class ImplicitPointRendMask(BoxMasks):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(spatial_scale, num_points, subdivision_num_points)
+        super().__init__()
+        self.spatial_scale = spatial_scale
+        self.num_points, self.subdivision_num_points = checks.positive(
+            num_points=num_points, subdivision_num_points=subdivision_num_points
+        )
         self.point_head = ImplicitPointHead(in_channels, num_classes, fc_dim, num_fc, class_agnostic, device, dtype)
         self.parameter_head = BoxHead(
             in_channels, self.point_head.num_params, parameter_conv_dim, parameter_fc_dim, device, dtype
@@ -206,40 +211,76 @@ class ImplicitPointRendMask(BoxMasks):
 
     def extra_repr(self) -> str:
         """What the heads do not show."""
-        return (
-            f"spatial_scale={self.spatial_scale}, num_points={self.num_points}, "
-            f"subdivision_num_points={self.subdivision_num_points}"
-        )
+        return options(self, "spatial_scale", "num_points", "subdivision_num_points")
 
     @property
     def num_classes(self) -> int:
         """Classes K."""
         return self.point_head.num_classes
 
-    @forward_method
-    def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
-        """The parameters (R, num_params) of the boxes' perceptrons, from the features on a regular grid in each."""
-        return self._look(self.parameter_head, features, boxes)
-
-    @property
-    def _coarse_shape(self) -> tuple[int | str, ...]:
-        return (self.point_head.num_params,)
-
-    def _draw(self, coarse: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-        # As torch.rand does, which knows no symbolic sizes with a generator.
-        points = coarse.new_empty(coarse.shape[0], self.num_points, 2, dtype=torch.float32)
-        return points.uniform_(generator=generator)
-
-    def _logits(self, coarse: Tensor, fine: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-        return self.point_head(coarse, fine, points, labels)
-
-    def _losses(
+    def forward(
         self,
-        coarse: Tensor,
-        labels: Tensor,
-        masks: Sequence[Tensor],
-        boxes: Sequence[Tensor],
-        matched: Sequence[Tensor] | None,
-    ) -> dict[str, Tensor]:
-        square = coarse.to(torch.promote_types(coarse.dtype, torch.float32)).square().sum()
-        return {"loss_l2": _L2 * square / max(coarse.numel(), 1)}
+        features: Features,
+        boxes: Boxes,
+        labels: Labels,
+        masks: Sequence[Tensor] | None = None,
+        *,
+        matched: Sequence[Tensor] | None = None,
+        size: int = 224,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Predict the masks of the boxes, or compute the losses; arguments as in `PointRendMask`."""
+        parameters = within(self, "predict_parameters")(features, boxes)
+        if masks is None:
+            return within(self, "refine")(parameters, features, boxes, labels, size)
+        if isinstance(boxes, Tensor):
+            raise ValueError("boxes: expected a tensor for each image where there are masks, got one for all")
+        rois, classes = _boxes.flatten(boxes, labels, self.num_classes, parameters.device)
+        rois = _boxes.finite(rois)
+        # As `torch.rand`, which takes no symbolic sizes with a generator.
+        points = parameters.new_empty(rois.shape[0], self.num_points, 2, dtype=torch.float32)
+        points = points.uniform_(generator=generator)
+        fine = point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale)
+        logits = self.point_head(parameters, fine, points, classes)[:, 0]
+        square = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).square().sum()
+        return {
+            "loss_l2": _L2 * square / max(parameters.numel(), 1),
+            "loss_mask_point": mask_loss(logits, sample_masks(masks, points, boxes, matched)),
+        }
+
+    @forward_method
+    def predict_parameters(self, features: Features, boxes: Boxes) -> Tensor:
+        """Predict the parameters (R, num_params) of the boxes' perceptrons."""
+        return self.parameter_head(
+            _boxes.grid_features(features, boxes, 2 * self.parameter_head.side, self.spatial_scale)
+        )
+
+    @forward_method
+    def refine(self, parameters: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int = 224) -> Tensor:
+        """Predict the masks (R, 1, size, size) by perceptrons with these parameters."""
+        return self._refinement(parameters, features, boxes, labels, size).masks()
+
+    def steps(
+        self, parameters: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int = 224
+    ) -> Iterator[Step]:
+        """Yield each map of `refine`, first the regular grid's."""
+        return self._refinement(parameters, features, boxes, labels, size).steps()
+
+    def _refinement(
+        self, parameters: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int
+    ) -> Refinement:
+        size = checks.integer("size", size, 1)
+        rois, classes = _boxes.flatten(boxes, labels, self.num_classes, parameters.device)
+        expected = (rois.shape[0], self.point_head.num_params)
+        if parameters.shape != expected:
+            raise ValueError(f"parameters: expected shape {expected}, got {tuple(parameters.shape)}")
+
+        def predictor(parameters: Tensor, rois: Tensor, classes: Tensor) -> Predict:
+            def predict(points: Tensor) -> Tensor:
+                fine = point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale)
+                return self.point_head(parameters, fine, points, classes)
+
+            return predict
+
+        sizes = grid_sizes(int(size), 1, self.subdivision_num_points)
+        return Refinement(predictor, (parameters, rois, classes), sizes, self.subdivision_num_points)

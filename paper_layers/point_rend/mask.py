@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from paper_layers._core.fusing import forward_method, readable
+from paper_layers._core import checks
+from paper_layers._core.fusing import forward_method, readable, within
+from paper_layers._core.tracing import Leaf
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.uncertain_points.samples import sample_uncertain_points
-from paper_layers.point_rend.boxes import BoxMasks, Sampler
+from paper_layers.point_rend import _boxes
+from paper_layers.point_rend._boxes import Boxes, Features, Labels, Predict, Refinement
+from paper_layers.point_rend._repr import options
 from paper_layers.point_rend.coarse import CoarseMaskHead
 from paper_layers.point_rend.head import PointRendHead
-from paper_layers.point_rend.targets import Boxes, cell_labels, mask_loss
+from paper_layers.point_rend.subdivision import Step, grid_sizes
+from paper_layers.point_rend.targets import cell_labels, mask_loss, sample_masks
 
 
-class PointRendMask(BoxMasks):
+class PointRendMask(Leaf):
     """Predict the masks of boxes: a coarse one, refined at its uncertain points; the losses and the inference.
 
     Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, sections 3 and 4. In inference
@@ -83,7 +88,11 @@ class PointRendMask(BoxMasks):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(spatial_scale, num_points, subdivision_num_points, init_resolution)
+        super().__init__()
+        self.spatial_scale = spatial_scale
+        self.num_points, self.init_resolution, self.subdivision_num_points = checks.positive(
+            num_points=num_points, init_resolution=init_resolution, subdivision_num_points=subdivision_num_points
+        )
         self.oversample_ratio, self.importance_sample_ratio = oversample_ratio, importance_sample_ratio
         self.coarse_head = CoarseMaskHead(
             in_channels, num_classes, coarse_conv_dim, coarse_fc_dim, device=device, dtype=dtype
@@ -99,73 +108,126 @@ class PointRendMask(BoxMasks):
 
     def extra_repr(self) -> str:
         """What the heads do not show."""
-        return (
-            f"spatial_scale={self.spatial_scale}, num_points={self.num_points}, "
-            f"oversample_ratio={self.oversample_ratio}, importance_sample_ratio={self.importance_sample_ratio}, "
-            f"init_resolution={self.init_resolution}, subdivision_num_points={self.subdivision_num_points}"
-        )
+        sampling = options(self, "num_points", "oversample_ratio", "importance_sample_ratio")
+        inference = options(self, "init_resolution", "subdivision_num_points")
+        return f"spatial_scale={self.spatial_scale}, {sampling}, {inference}"
 
     @property
     def num_classes(self) -> int:
         """Classes K."""
         return self.coarse_head.num_classes
 
-    @forward_method
-    def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
-        """The coarse logits (R, num_classes, 7, 7) of the boxes, from the features on a regular grid in each."""
-        return self._look(self.coarse_head, features, boxes)
+    def forward(
+        self,
+        features: Features,
+        boxes: Boxes,
+        labels: Labels,
+        masks: Sequence[Tensor] | None = None,
+        *,
+        matched: Sequence[Tensor] | None = None,
+        size: int = 224,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Predict the masks of the boxes, or compute the losses where there are true masks.
 
-    @property
-    def _coarse_shape(self) -> tuple[int | str, ...]:
-        return self.coarse_head.num_classes, "h", "w"
+        Args:
+            features: Maps of shape (N, C_l, H_l, W_l), one or a list.
+            boxes: Corners (x1, y1, x2, y2) in pixels of the image, a tensor (R_i, 4) for each image; without masks also
+                (R, 5) with the image's number first.
+            labels: The class of each box, integers from 0 to K - 1: a tensor (R_i,) for each image, or one (R,) of all.
+            masks: The true masks of each image, (M_i, H_i, W_i) of any dtype at the size of the image, values from 0
+                to 1; -1 is a pixel that does not count. Divide masks of 0 and 255 by 255.
+            matched: For each image the number of each box's mask, integers (R_i,); default the box's own number.
+            size: Side of the masks in pixels; any.
+            generator: Draws the points to train on; default torch's own.
 
-    def _draw(self, coarse: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-        return sample_uncertain_points(
+        Returns:
+            Logits of the boxes' own classes, of shape (R, 1, size, size); or two losses by name. They are zero where
+            there are no boxes.
+
+        Raises:
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: Shapes do not fit; a label, a mask's value or number is out of range; a box to train on is not
+                finite. On CUDA wrong values are found after the call, as an index out of range is.
+        """
+        coarse = within(self, "coarse")(features, boxes)
+        if masks is None:
+            return within(self, "refine")(coarse, features, boxes, labels, size)
+        if isinstance(boxes, Tensor):
+            raise ValueError("boxes: expected a tensor for each image where there are masks, got one for all")
+        rois, classes = _boxes.flatten(boxes, labels, self.num_classes, coarse.device)
+        rois = _boxes.finite(rois)
+        points = sample_uncertain_points(
             coarse,
             self.num_points,
-            labels=labels,
+            labels=classes,
             oversample_ratio=self.oversample_ratio,
             importance_sample_ratio=self.importance_sample_ratio,
             generator=generator,
         )
+        fine = point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale)
+        logits = self.point_head(fine, point_sample(coarse, points), classes)[:, 0]
+        own = coarse[torch.arange(classes.shape[0], device=classes.device), classes]
+        return {
+            "loss_mask": mask_loss(own, cell_labels(masks, self.coarse_head.side, boxes, matched)),
+            "loss_mask_point": mask_loss(logits, sample_masks(masks, points, boxes, matched)),
+        }
 
-    def _logits(self, coarse: Tensor, fine: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-        return self.point_head(fine, point_sample(coarse, points), labels)
+    @forward_method
+    def coarse(self, features: Features, boxes: Boxes) -> Tensor:
+        """Predict the coarse logits (R, num_classes, 7, 7) of the boxes."""
+        return self.coarse_head(_boxes.grid_features(features, boxes, 2 * self.coarse_head.side, self.spatial_scale))
 
-    def _losses(
-        self,
-        coarse: Tensor,
-        labels: Tensor,
-        masks: Sequence[Tensor],
-        boxes: Sequence[Tensor],
-        matched: Sequence[Tensor] | None,
-    ) -> dict[str, Tensor]:
-        own = coarse[torch.arange(labels.shape[0], device=labels.device), labels]
-        return {"loss_mask": mask_loss(own, cell_labels(masks, self.coarse_head.side, boxes, matched))}
+    @forward_method
+    def refine(self, coarse: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int = 224) -> Tensor:
+        """Predict the masks (R, 1, size, size) from coarse logits (R, num_classes, h, w)."""
+        return self._refinement(coarse, features, boxes, labels, size).masks()
 
-    @property
-    def _splits(self) -> bool:
-        """Return whether the point head's products may be taken on maps, in place of a call of the head at points."""
-        return readable(self.point_head, PointRendHead) and self.point_head.splits
+    def steps(
+        self, coarse: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int = 224
+    ) -> Iterator[Step]:
+        """Yield each map of `refine`, first the regular grid's."""
+        return self._refinement(coarse, features, boxes, labels, size).steps()
 
-    def _fine(self, features: Tensor | Sequence[Tensor], count: int) -> Sampler:
-        """The features' share of the first layer at points: the product before or after sampling, which is smaller."""
-        if not self._splits:
-            return super()._fine(features, count)
-        maps = [features] if isinstance(features, Tensor) else list(features)
+    def _refinement(self, coarse: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int) -> Refinement:
+        size = checks.integer("size", size, 1)
+        rois, classes = _boxes.flatten(boxes, labels, self.num_classes, coarse.device)
+        if coarse.dim() != 4 or coarse.shape[:2] != (rois.shape[0], self.num_classes):
+            expected = f"({rois.shape[0]}, {self.num_classes}, h, w)"
+            raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
+        sizes = grid_sizes(int(size), self.init_resolution, self.subdivision_num_points)
         head = self.point_head
-        sample = functools.partial(point_sample, spatial_scale=self.spatial_scale)
-        # What is exported may be for any number of boxes.
+        if readable(head, PointRendHead) and head.splits:
+            count = rois.shape[0] * sum(_boxes.points_per_map(sizes, self.subdivision_num_points))
+            fine = self._fine_product(features, count)
+
+            def predictor(coarse: Tensor, rois: Tensor, classes: Tensor) -> Predict:
+                products = list(head.coarse_shares(coarse, classes))
+                return lambda points: head.finish(
+                    fine(points, rois), (point_sample(product, points) for product in products), classes
+                )
+        else:
+
+            def predictor(coarse: Tensor, rois: Tensor, classes: Tensor) -> Predict:
+                return lambda points: head(
+                    point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale),
+                    point_sample(coarse, points),
+                    classes,
+                )
+
+        return Refinement(predictor, (coarse, rois, classes), sizes, self.subdivision_num_points)
+
+    def _fine_product(self, features: Features, count: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the features' product in the first layer at points of boxes, for `count` points in all.
+
+        The features are multiplied before or after sampling, whichever is cheaper.
+        """
+        maps = [features] if isinstance(features, Tensor) else list(features)
+        head, sample = self.point_head, functools.partial(point_sample, spatial_scale=self.spatial_scale)
+        # An exported program is for any number of boxes.
         if torch.compiler.is_exporting() or sum(m.shape[0] * m.shape[2] * m.shape[3] for m in maps) > count:
             return lambda points, rois: head.fine_shares([sample(maps, points, boxes=rois)])[0]
-        shares = head.fine_shares(maps)
+        products = head.fine_shares(maps)
         return lambda points, rois: functools.reduce(
-            torch.add, sample(shares, points, boxes=rois).chunk(len(shares), 1)
+            torch.add, sample(products, points, boxes=rois).chunk(len(products), 1)
         )
-
-    def _predictor(self, coarse: Tensor, rois: Tensor, labels: Tensor, fine: Sampler) -> Callable[[Tensor], Tensor]:
-        if not self._splits:
-            return super()._predictor(coarse, rois, labels, fine)
-        head = self.point_head
-        shares = list(head.coarse_shares(coarse, labels))
-        return lambda points: head.finish(fine(points, rois), (point_sample(share, points) for share in shares), labels)

@@ -15,6 +15,7 @@ from paper_layers._core.fusing import forward_method
 from paper_layers._core.tracing import Leaf
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.uncertain_points.samples import sample_uncertain_points
+from paper_layers.point_rend._repr import options
 from paper_layers.point_rend.head import PointRendHead
 from paper_layers.point_rend.subdivision import Size, Step, halvings, last, subdivide
 
@@ -101,11 +102,8 @@ class PointRendSemantic(Leaf):
 
     def extra_repr(self) -> str:
         """What the point head does not show."""
-        return (
-            f"num_points={self.num_points}, oversample_ratio={self.oversample_ratio}, "
-            f"importance_sample_ratio={self.importance_sample_ratio}, "
-            f"subdivision_num_points={self.subdivision_num_points}, ignore_index={self.ignore_index}"
-        )
+        sampling = options(self, "num_points", "oversample_ratio", "importance_sample_ratio")
+        return f"{sampling}, {options(self, 'subdivision_num_points', 'ignore_index')}"
 
     def forward(
         self,

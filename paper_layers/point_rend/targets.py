@@ -1,43 +1,16 @@
-"""Boxes, and the true masks in them: what the masks' losses are taken against."""
+"""True masks in boxes, and the loss of predicted masks against them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers._core import checks, values
+from paper_layers._core import values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.point_rend.cells import covered_share
-
-Boxes = Tensor | Sequence[Tensor]
-
-
-def rows(boxes: Boxes, labels: Tensor | Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """All boxes (R, 5), with the image's number first, and their classes (R,), int64."""
-    if isinstance(boxes, Tensor):
-        parts = [boxes]
-    else:
-        parts = [F.pad(part, (1, 0), value=number) for number, part in enumerate(boxes)]
-    for part in parts:
-        if part.dim() != 2 or part.shape[1] != 5:
-            raise ValueError(f"boxes: expected shape (R_i, 4) for each image or (R, 5), got {tuple(part.shape)}")
-    rois = torch.cat(parts) if parts else torch.empty(0, 5, device=device)
-    if not isinstance(labels, Tensor):
-        labels = torch.cat(list(labels)) if labels else torch.empty(0, dtype=torch.int64, device=device)
-    labels = values.integers("labels", labels, rois.shape[0])
-    checks.same_device("labels", labels, "boxes", rois)
-    return rois, labels
-
-
-def finite(boxes: Tensor) -> Tensor:
-    """Boxes (R, 5) to train on, none of which would make the losses NaN."""
-    largest = sys.float_info.max
-    corners = values.within("boxes", boxes[:, 1:], -largest, largest, "finite numbers")
-    return boxes.where(corners.isfinite().all(1, keepdim=True), 0)  # All are: so a compiler keeps the check.
 
 
 def mask_loss(logits: Tensor, labels: Tensor) -> Tensor:

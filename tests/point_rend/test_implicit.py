@@ -20,10 +20,10 @@ from paper_layers.point_rend import (
     ImplicitPointHead,
     ImplicitPointRendMask,
     PointRendMask,
+    _boxes,
     load_official,
 )
-from paper_layers.point_rend import boxes as boxes_module
-from paper_layers.point_rend.targets import rows
+from paper_layers.point_rend._boxes import flatten
 from tests.point_rend import official
 from tests.point_rend.test_heads import LAYOUTS, arranged, numbers
 from tests.point_rend.test_mask import CLASSES, Fixed, inputs, true_masks
@@ -149,7 +149,7 @@ def test_inference_equals_official(agnostic: bool, init: int, steps: int, count:
     ours, theirs = pair(agnostic=agnostic, subdivision_num_points=count)
     features, boxes, labels = inputs()
     parameters = box_parameters(theirs, features, boxes)
-    torch.testing.assert_close(ours.coarse(features, boxes), parameters, **CLOSE)
+    torch.testing.assert_close(ours.predict_parameters(features, boxes), parameters, **CLOSE)
     expected = official.mask_inference(
         parameters, features, boxes, torch.cat(labels), theirs.point_head, steps, init, count,
         mask_points=official.implicit_points,
@@ -167,8 +167,8 @@ def test_inference_equals_official(agnostic: bool, init: int, steps: int, count:
 def test_steps_and_any_size(size: int) -> None:
     ours, theirs = pair()
     features, boxes, labels = inputs()
-    rois, classes = rows(boxes, labels, features.device)
-    parameters = ours.coarse(features, boxes)
+    rois, classes = flatten(boxes, labels, CLASSES, features.device)
+    parameters = ours.predict_parameters(features, boxes)
     steps = list(ours.steps(parameters, features, boxes, labels, size=size))
     assert torch.equal(steps[-1].logits, ours(features, boxes, labels, size=size))
     assert steps[-1].logits.shape == (5, 1, size, size)
@@ -192,14 +192,14 @@ def test_two_maps_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pair(channels=8, spatial_scale=(0.25, 0.125))
     features, boxes, labels = inputs()
     maps = [features, numbers(3, 2, 10, 15, seed=8)]
-    parameters = ours.coarse(maps, boxes)
+    parameters = ours.predict_parameters(maps, boxes)
     steps = list(ours.steps(parameters, maps, boxes, labels, size=24))
     points = steps[0].points
     fine = [official.box_sample(m, boxes, points, s) for m, s in zip(maps, (0.25, 0.125), strict=True)]
     expected = theirs.point_head(parameters, torch.cat(fine, 1), points)
     torch.testing.assert_close(steps[0].logits.flatten(2), official.of_class(expected, torch.cat(labels)), **CLOSE)
     for chunk in (1, 36 * 2, 36 * 100):
-        monkeypatch.setattr(boxes_module, "_CHUNK", chunk)
+        monkeypatch.setattr(_boxes, "_CHUNK", chunk)
         torch.testing.assert_close(ours(maps, boxes, labels, size=24), steps[-1].logits)
 
 
@@ -242,8 +242,10 @@ def test_matched_and_ignored_masks() -> None:
     each[0] = torch.full_like(each[0], -1)
     some = ours(features, boxes, labels, each, generator=torch.Generator().manual_seed(0))
     points = torch.rand(5, 20, 2, generator=torch.Generator().manual_seed(0))[2:]
-    fine = point_sample(features, points, boxes=rows(boxes, labels, features.device)[0][2:], spatial_scale=0.25)
-    logits = ours.point_head(ours.coarse(features, boxes)[2:], fine, points, labels[2])
+    fine = point_sample(
+        features, points, boxes=flatten(boxes, labels, CLASSES, features.device)[0][2:], spatial_scale=0.25
+    )
+    logits = ours.point_head(ours.predict_parameters(features, boxes)[2:], fine, points, labels[2])
     true = official.true_masks(boxes[1:], each[1:], points)
     torch.testing.assert_close(some["loss_mask_point"], F.binary_cross_entropy_with_logits(logits[:, 0], true), **CLOSE)
 
@@ -314,7 +316,7 @@ def test_compile() -> None:
 def test_export() -> None:
     ours, _ = pair()
     features, boxes, labels = inputs()
-    rois, classes = rows(boxes, labels, features.device)
+    rois, classes = flatten(boxes, labels, CLASSES, features.device)
     count = {0: torch.export.Dim("rows", min=2, max=100)}
     program = torch.export.export(Fixed(ours), (features, rois, classes), dynamic_shapes=(None, count, count))
     for some in (slice(0, 2), slice(0, 5)):
@@ -378,7 +380,7 @@ def test_bad_inputs() -> None:
     features, boxes, labels = inputs()
     parameters, fine, points = numbers(2, head.num_params), numbers(2, 6, 5), numbers(2, 5, 2)
     masks, joined = true_masks(), torch.cat(labels)
-    rois = rows(boxes, labels, features.device)[0]
+    rois = flatten(boxes, labels, CLASSES, features.device)[0]
     bad: list[tuple[Any, type[Exception], str]] = [
         (lambda: head(parameters[:, 1:], fine, points), ValueError, r"parameters: expected shape \(2, 2284\), got"),
         (lambda: head(parameters[:1], fine, points), ValueError, r"parameters: expected shape \(2, 2284\), got \(1,"),
@@ -396,7 +398,7 @@ def test_bad_inputs() -> None:
         (
             lambda: ours.refine(parameters, features, boxes, labels),
             ValueError,
-            r"coarse: expected shape \(5, 2284\), got \(2, 2284\)",
+            r"parameters: expected shape \(5, 2284\), got \(2, 2284\)",
         ),
         (lambda: ImplicitPointRendMask(6, 4, num_points=0), ValueError, "num_points: expected at least 1, got 0"),
         (lambda: ImplicitPointRendMask(6, 4, parameter_fc_dim=0), ValueError, "fc_dim: expected at least 1, got 0"),

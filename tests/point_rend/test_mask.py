@@ -12,8 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers.point_rend import PointRendMask, cells, load_official
-from paper_layers.point_rend import boxes as boxes_module
+from paper_layers.point_rend import PointRendMask, _boxes, cells, load_official
 from paper_layers.point_rend.targets import cell_labels, mask_loss, sample_masks
 from tests.point_rend import official
 from tests.point_rend.test_heads import numbers
@@ -122,7 +121,7 @@ def test_chunks_change_nothing(counts: tuple[int, ...], monkeypatch: pytest.Monk
     coarse = ours.coarse(features, boxes)
     whole = list(ours.steps(coarse, features, boxes, labels, size=24))[-1].logits
     for chunk in (1, 36, 36 * 2, 36 * 100):
-        monkeypatch.setattr(boxes_module, "_CHUNK", chunk)
+        monkeypatch.setattr(_boxes, "_CHUNK", chunk)
         torch.testing.assert_close(ours(features, boxes, labels, size=24), whole)
 
 
