@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paper_layers._core import checks, values
 from paper_layers.ops.point_sample import point_sample
-from paper_layers.point_rend.subdivision import Size, Step, last, regular_grid, subdivide
+from paper_layers.point_rend._subdivision import RefinementStep, Size, last, regular_grid, subdivide
 
 Features = Tensor | Sequence[Tensor]
 Boxes = Tensor | Sequence[Tensor]
@@ -79,12 +79,12 @@ class Refinement(NamedTuple):
     sizes: list[Size]
     num_points: int
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Iterator[RefinementStep]:
         """Yield the maps of all boxes, smallest first."""
         predict = self.predictor(*self.inputs)
         points = regular_grid(self.inputs[0].shape[0], self.sizes[0], self.inputs[0].device).flatten(1, 2)
         logits = predict(points).unflatten(2, self.sizes[0])
-        yield Step(logits, points)
+        yield RefinementStep(logits, points)
         yield from subdivide(logits, self.sizes[1:], self.num_points, predict)
 
     def masks(self) -> Tensor:

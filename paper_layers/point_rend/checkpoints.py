@@ -65,7 +65,7 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
         >>> from paper_layers.point_rend import PointRendHead
         >>> names = {"fc1.weight": (8, 6, 1), "fc1.bias": (8,), "predictor.weight": (2, 8, 1), "predictor.bias": (2,)}
         >>> official = {f"sem_seg_head.point_head.{name}": torch.randn(shape) for name, shape in names.items()}
-        >>> head = PointRendHead(4, 2, fc_dim=8, num_fc=1, coarse_pred_each_layer=False)
+        >>> head = PointRendHead(4, 2, hidden_features=8, num_fc=1, coarse_pred_each_layer=False)
         >>> head = load_official(head, {**official, "backbone.stem.conv1.weight": torch.ones(1)})
         >>> bool((head.layers[0].weight == official["sem_seg_head.point_head.fc1.weight"][..., 0]).all())
         True

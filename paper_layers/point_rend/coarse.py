@@ -21,8 +21,8 @@ class BoxHead(Leaf):
     Args:
         in_channels: Channels of the features.
         out_features: Numbers for each box.
-        conv_dim: Channels of the convolutions, at most.
-        fc_dim: Channels of the two hidden linear layers.
+        hidden_channels: Channels of the convolutions, at most.
+        hidden_features: Channels of the two hidden linear layers.
         device: Where the parameters are.
         dtype: Their dtype.
 
@@ -32,7 +32,7 @@ class BoxHead(Leaf):
 
     Example:
         >>> import torch
-        >>> from paper_layers.point_rend.coarse import BoxHead
+        >>> from paper_layers.point_rend import BoxHead
         >>> BoxHead(256, 1000)(torch.randn(3, 256, 14, 14)).shape
         torch.Size([3, 1000])
     """
@@ -43,23 +43,27 @@ class BoxHead(Leaf):
         self,
         in_channels: int,
         out_features: int,
-        conv_dim: int = 256,
-        fc_dim: int = 1024,
+        *,
+        hidden_channels: int = 256,
+        hidden_features: int = 1024,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_channels, out_features, conv_dim, fc_dim = checks.positive(
-            in_channels=in_channels, out_features=out_features, conv_dim=conv_dim, fc_dim=fc_dim
+        in_channels, out_features, hidden_channels, hidden_features = checks.positive(
+            in_channels=in_channels,
+            out_features=out_features,
+            hidden_channels=hidden_channels,
+            hidden_features=hidden_features,
         )
         self.in_channels, self.out_features = in_channels, out_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        width = min(in_channels, conv_dim)
-        self.reduce_channels = nn.Conv2d(in_channels, width, 1, **factory) if in_channels > conv_dim else None
-        self.reduce_size = nn.Conv2d(width, conv_dim, 2, stride=2, **factory)
-        self.fc1 = nn.Linear(conv_dim * self.side**2, fc_dim, **factory)
-        self.fc2 = nn.Linear(fc_dim, fc_dim, **factory)
-        self.prediction = nn.Linear(fc_dim, out_features, **factory)
+        width = min(in_channels, hidden_channels)
+        self.reduce_channels = nn.Conv2d(in_channels, width, 1, **factory) if in_channels > hidden_channels else None
+        self.reduce_size = nn.Conv2d(width, hidden_channels, 2, stride=2, **factory)
+        self.fc1 = nn.Linear(hidden_channels * self.side**2, hidden_features, **factory)
+        self.fc2 = nn.Linear(hidden_features, hidden_features, **factory)
+        self.prediction = nn.Linear(hidden_features, out_features, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -95,8 +99,8 @@ class CoarseMaskHead(BoxHead):
     Args:
         in_channels: Channels of the features.
         num_classes: Classes K.
-        conv_dim: As in `BoxHead`.
-        fc_dim: As in `BoxHead`.
+        hidden_channels: As in `BoxHead`.
+        hidden_features: As in `BoxHead`.
         device: Where the parameters are.
         dtype: Their dtype.
 
@@ -115,13 +119,21 @@ class CoarseMaskHead(BoxHead):
         self,
         in_channels: int,
         num_classes: int,
-        conv_dim: int = 256,
-        fc_dim: int = 1024,
+        *,
+        hidden_channels: int = 256,
+        hidden_features: int = 1024,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         num_classes = checks.integer("num_classes", num_classes, 1)
-        super().__init__(in_channels, num_classes * self.side**2, conv_dim, fc_dim, device, dtype)
+        super().__init__(
+            in_channels,
+            num_classes * self.side**2,
+            hidden_channels=hidden_channels,
+            hidden_features=hidden_features,
+            device=device,
+            dtype=dtype,
+        )
         self.num_classes = num_classes
 
     def extra_repr(self) -> str:

@@ -33,7 +33,7 @@ class PointRendHead(Leaf):
     Args:
         in_channels: Channels of the fine features, of all maps together.
         num_classes: Channels of the coarse prediction.
-        fc_dim: Channels of the hidden layers.
+        hidden_features: Channels of the hidden layers.
         num_fc: Hidden layers.
         coarse_pred_each_layer: Whether every layer takes c, or only the first; the official semantic models have False.
         class_agnostic: Predict one logit for all classes.
@@ -59,7 +59,8 @@ class PointRendHead(Leaf):
         self,
         in_channels: int,
         num_classes: int,
-        fc_dim: int = 256,
+        *,
+        hidden_features: int = 256,
         num_fc: int = 3,
         coarse_pred_each_layer: bool = True,
         class_agnostic: bool = False,
@@ -67,16 +68,17 @@ class PointRendHead(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_channels, num_classes, fc_dim, num_fc = checks.positive(
-            in_channels=in_channels, num_classes=num_classes, fc_dim=fc_dim, num_fc=num_fc
+        in_channels, num_classes, hidden_features, num_fc = checks.positive(
+            in_channels=in_channels, num_classes=num_classes, hidden_features=hidden_features, num_fc=num_fc
         )
-        self.in_channels, self.num_classes, self.fc_dim, self.num_fc = in_channels, num_classes, fc_dim, num_fc
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.hidden_features, self.num_fc = hidden_features, num_fc
         self.coarse_pred_each_layer, self.class_agnostic = coarse_pred_each_layer, class_agnostic
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         appended = num_classes if coarse_pred_each_layer else 0
-        widths = [in_channels + num_classes] + [fc_dim + appended] * (num_fc - 1)
-        self.layers = nn.ModuleList(nn.Linear(width, fc_dim, **factory) for width in widths)
-        self.predictor = nn.Linear(fc_dim + appended, 1 if class_agnostic else num_classes, **factory)
+        widths = [in_channels + num_classes] + [hidden_features + appended] * (num_fc - 1)
+        self.layers = nn.ModuleList(nn.Linear(width, hidden_features, **factory) for width in widths)
+        self.predictor = nn.Linear(hidden_features + appended, 1 if class_agnostic else num_classes, **factory)
         self.reset_parameters()
 
     @property
@@ -94,7 +96,7 @@ class PointRendHead(Leaf):
 
     def extra_repr(self) -> str:
         """All arguments."""
-        shown = options(self, "fc_dim", "num_fc", "coarse_pred_each_layer", "class_agnostic")
+        shown = options(self, "hidden_features", "num_fc", "coarse_pred_each_layer", "class_agnostic")
         return f"{self.in_channels}, {self.num_classes}, {shown}"
 
     def forward(self, fine: Tensor, coarse: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -136,7 +138,7 @@ class PointRendHead(Leaf):
         return x.gather(2, labels[:, None, None].expand(-1, x.shape[1], 1)).mT
 
     def fine_shares(self, fine: Sequence[Tensor]) -> list[Tensor]:
-        """Each fine feature's (N, C_l, ...) summand of the first layer: (N, fc_dim, ...), without the bias.
+        """Each fine feature's (N, C_l, ...) summand of the first layer: (N, hidden_features, ...), without the bias.
 
         Raises:
             TypeError: A layer must be called as a whole; see `splits`.
@@ -174,9 +176,9 @@ class PointRendHead(Leaf):
         x = fine.mT + next(shares).mT
         x = (x if first.bias is None else x.add_(first.bias)).relu_()
         for layer in layers:
-            x = self._add(F.linear(x, layer.weight[:, : self.fc_dim], layer.bias), shares).relu_()
+            x = self._add(F.linear(x, layer.weight[:, : self.hidden_features], layer.bias), shares).relu_()
         weight, bias = self._predictor(labels)
-        weight = weight[..., : self.fc_dim]
+        weight = weight[..., : self.hidden_features]
         if weight.dim() == 2:
             y = F.linear(x, weight, bias)
         else:

@@ -16,9 +16,9 @@ from paper_layers.ops.point_sample import point_sample
 from paper_layers.point_rend import _boxes
 from paper_layers.point_rend._boxes import Boxes, Features, Labels, Predict, Refinement
 from paper_layers.point_rend._repr import options
+from paper_layers.point_rend._subdivision import RefinementStep, grid_sizes
+from paper_layers.point_rend._targets import mask_loss, sample_masks
 from paper_layers.point_rend.coarse import BoxHead
-from paper_layers.point_rend.subdivision import Step, grid_sizes
-from paper_layers.point_rend.targets import mask_loss, sample_masks
 
 _FREQUENCIES = 128
 _L2 = 1e-5
@@ -38,7 +38,7 @@ class ImplicitPointHead(Leaf):
     Args:
         in_channels: Channels of the fine features, of all maps together.
         num_classes: Classes K.
-        fc_dim: Channels of the hidden layers.
+        hidden_features: Channels of the hidden layers.
         num_fc: Hidden layers.
         class_agnostic: Predict one logit for all classes.
         device: Where the buffer is.
@@ -54,7 +54,7 @@ class ImplicitPointHead(Leaf):
         >>> head = ImplicitPointHead(256, 80, class_agnostic=True)
         >>> head.num_params
         263169
-        >>> head(torch.randn(8, head.num_params), torch.randn(8, 256, 196), torch.rand(8, 196, 2)).shape
+        >>> head(torch.randn(8, 256, 196), torch.randn(8, head.num_params), torch.rand(8, 196, 2)).shape
         torch.Size([8, 1, 196])
     """
 
@@ -64,19 +64,21 @@ class ImplicitPointHead(Leaf):
         self,
         in_channels: int,
         num_classes: int,
-        fc_dim: int = 256,
+        *,
+        hidden_features: int = 256,
         num_fc: int = 3,
         class_agnostic: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_channels, num_classes, fc_dim, num_fc = checks.positive(
-            in_channels=in_channels, num_classes=num_classes, fc_dim=fc_dim, num_fc=num_fc
+        in_channels, num_classes, hidden_features, num_fc = checks.positive(
+            in_channels=in_channels, num_classes=num_classes, hidden_features=hidden_features, num_fc=num_fc
         )
-        self.in_channels, self.num_classes, self.fc_dim, self.num_fc = in_channels, num_classes, fc_dim, num_fc
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.hidden_features, self.num_fc = hidden_features, num_fc
         self.class_agnostic = class_agnostic
-        widths = [2 * _FREQUENCIES + in_channels, *[fc_dim] * num_fc, 1 if class_agnostic else num_classes]
+        widths = [2 * _FREQUENCIES + in_channels, *[hidden_features] * num_fc, 1 if class_agnostic else num_classes]
         self._shapes = [(outputs, inputs) for inputs, outputs in itertools.pairwise(widths)]
         self._sizes = [*(math.prod(shape) for shape in self._shapes), *widths[1:]]
         self.num_params = sum(self._sizes)
@@ -90,14 +92,14 @@ class ImplicitPointHead(Leaf):
 
     def extra_repr(self) -> str:
         """All arguments."""
-        return f"{self.in_channels}, {self.num_classes}, {options(self, 'fc_dim', 'num_fc', 'class_agnostic')}"
+        return f"{self.in_channels}, {self.num_classes}, {options(self, 'hidden_features', 'num_fc', 'class_agnostic')}"
 
-    def forward(self, parameters: Tensor, fine: Tensor, points: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, fine: Tensor, parameters: Tensor, points: Tensor, labels: Tensor | None = None) -> Tensor:
         """Label the points.
 
         Args:
-            parameters: Of each box's perceptron, (R, num_params).
             fine: Features of shape (R, in_channels, P), as `paper_layers.point_sample` gives them.
+            parameters: Of each box's perceptron, (R, num_params).
             points: (x, y) of shape (R, P, 2), 0 to 1 across the box.
             labels: The class of each row whose logit is wanted, int64 of shape (R,); default all classes.
 
@@ -120,7 +122,7 @@ class ImplicitPointHead(Leaf):
         biases = [part[:, None] for part in parts[len(weights) :]]
         if labels is not None and not self.class_agnostic:
             row = labels[:, None, None]
-            weights[-1] = weights[-1].gather(1, row.expand(-1, -1, self.fc_dim))
+            weights[-1] = weights[-1].gather(1, row.expand(-1, -1, self.hidden_features))
             biases[-1] = biases[-1].gather(2, row)
         x = torch.cat([self._encode(points).to(fine.dtype), fine.mT], 2)
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
@@ -152,10 +154,10 @@ class ImplicitPointRendMask(Leaf):
         num_classes: Classes K.
         spatial_scale: Pixels of a map for each pixel of the image: one number or one for each map.
         class_agnostic: Whether there is one mask for all classes.
-        fc_dim: As in `ImplicitPointHead`.
+        hidden_features: As in `ImplicitPointHead`.
         num_fc: As in `ImplicitPointHead`.
-        parameter_conv_dim: Channels of the parameter head's convolutions, at most.
-        parameter_fc_dim: Channels of its hidden linear layers.
+        parameter_hidden_channels: Channels of the parameter head's convolutions, at most.
+        parameter_hidden_features: Channels of its hidden linear layers.
         num_points: Points of each box to train on.
         subdivision_num_points: Points of each map to predict in inference.
         device: Where the parameters are.
@@ -170,7 +172,7 @@ class ImplicitPointRendMask(Leaf):
         >>> from paper_layers.point_rend import ImplicitPointRendMask
         >>> ImplicitPointRendMask(256, 80, class_agnostic=True, device="meta").parameter_head.prediction.weight.shape
         torch.Size([263169, 1024])
-        >>> head = ImplicitPointRendMask(in_channels=64, num_classes=80, fc_dim=16, num_fc=2)
+        >>> head = ImplicitPointRendMask(in_channels=64, num_classes=80, hidden_features=16, num_fc=2)
         >>> features, boxes = torch.randn(1, 64, 50, 76), [torch.tensor([[10.0, 20.0, 200.0, 180.0]])]
         >>> head(features, boxes, labels=[torch.tensor([17])], size=224).shape
         torch.Size([1, 1, 224, 224])
@@ -183,12 +185,13 @@ class ImplicitPointRendMask(Leaf):
         self,
         in_channels: int,
         num_classes: int,
+        *,
         spatial_scale: float | Sequence[float] = 0.25,
         class_agnostic: bool = False,
-        fc_dim: int = 256,
+        hidden_features: int = 256,
         num_fc: int = 3,
-        parameter_conv_dim: int = 256,
-        parameter_fc_dim: int = 1024,
+        parameter_hidden_channels: int = 256,
+        parameter_hidden_features: int = 1024,
         num_points: int = 14 * 14,
         subdivision_num_points: int = 28 * 28,
         device: torch.device | str | None = None,
@@ -199,9 +202,22 @@ class ImplicitPointRendMask(Leaf):
         self.num_points, self.subdivision_num_points = checks.positive(
             num_points=num_points, subdivision_num_points=subdivision_num_points
         )
-        self.point_head = ImplicitPointHead(in_channels, num_classes, fc_dim, num_fc, class_agnostic, device, dtype)
+        self.point_head = ImplicitPointHead(
+            in_channels,
+            num_classes,
+            hidden_features=hidden_features,
+            num_fc=num_fc,
+            class_agnostic=class_agnostic,
+            device=device,
+            dtype=dtype,
+        )
         self.parameter_head = BoxHead(
-            in_channels, self.point_head.num_params, parameter_conv_dim, parameter_fc_dim, device, dtype
+            in_channels,
+            self.point_head.num_params,
+            hidden_channels=parameter_hidden_channels,
+            hidden_features=parameter_hidden_features,
+            device=device,
+            dtype=dtype,
         )
 
     def reset_parameters(self) -> None:
@@ -232,7 +248,7 @@ class ImplicitPointRendMask(Leaf):
         """Predict the masks of the boxes, or compute the losses; arguments as in `PointRendMask`."""
         parameters = within(self, "predict_parameters")(features, boxes)
         if masks is None:
-            return within(self, "refine")(parameters, features, boxes, labels, size)
+            return within(self, "refine")(features, parameters, boxes, labels, size=size)
         if isinstance(boxes, Tensor):
             raise ValueError("boxes: expected a tensor for each image where there are masks, got one for all")
         rois, classes = _boxes.flatten(boxes, labels, self.num_classes, parameters.device)
@@ -241,7 +257,7 @@ class ImplicitPointRendMask(Leaf):
         points = parameters.new_empty(rois.shape[0], self.num_points, 2, dtype=torch.float32)
         points = points.uniform_(generator=generator)
         fine = point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale)
-        logits = self.point_head(parameters, fine, points, classes)[:, 0]
+        logits = self.point_head(fine, parameters, points, classes)[:, 0]
         square = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).square().sum()
         return {
             "loss_l2": _L2 * square / max(parameters.numel(), 1),
@@ -256,18 +272,20 @@ class ImplicitPointRendMask(Leaf):
         )
 
     @forward_method
-    def refine(self, parameters: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int = 224) -> Tensor:
+    def refine(
+        self, features: Features, parameters: Tensor, boxes: Boxes, labels: Labels, *, size: int = 224
+    ) -> Tensor:
         """Predict the masks (R, 1, size, size) by perceptrons with these parameters."""
-        return self._refinement(parameters, features, boxes, labels, size).masks()
+        return self._refinement(features, parameters, boxes, labels, size=size).masks()
 
     def steps(
-        self, parameters: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int = 224
-    ) -> Iterator[Step]:
+        self, features: Features, parameters: Tensor, boxes: Boxes, labels: Labels, *, size: int = 224
+    ) -> Iterator[RefinementStep]:
         """Yield each map of `refine`, first the regular grid's."""
-        return self._refinement(parameters, features, boxes, labels, size).steps()
+        return self._refinement(features, parameters, boxes, labels, size=size).steps()
 
     def _refinement(
-        self, parameters: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int
+        self, features: Features, parameters: Tensor, boxes: Boxes, labels: Labels, *, size: int
     ) -> Refinement:
         size = checks.integer("size", size, 1)
         rois, classes = _boxes.flatten(boxes, labels, self.num_classes, parameters.device)
@@ -278,7 +296,7 @@ class ImplicitPointRendMask(Leaf):
         def predictor(parameters: Tensor, rois: Tensor, classes: Tensor) -> Predict:
             def predict(points: Tensor) -> Tensor:
                 fine = point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale)
-                return self.point_head(parameters, fine, points, classes)
+                return self.point_head(fine, parameters, points, classes)
 
             return predict
 

@@ -16,10 +16,10 @@ from paper_layers.ops.uncertain_points.samples import sample_uncertain_points
 from paper_layers.point_rend import _boxes
 from paper_layers.point_rend._boxes import Boxes, Features, Labels, Predict, Refinement
 from paper_layers.point_rend._repr import options
+from paper_layers.point_rend._subdivision import RefinementStep, grid_sizes
+from paper_layers.point_rend._targets import cell_labels, mask_loss, sample_masks
 from paper_layers.point_rend.coarse import CoarseMaskHead
 from paper_layers.point_rend.head import PointRendHead
-from paper_layers.point_rend.subdivision import Step, grid_sizes
-from paper_layers.point_rend.targets import cell_labels, mask_loss, sample_masks
 
 
 class PointRendMask(Leaf):
@@ -41,10 +41,10 @@ class PointRendMask(Leaf):
         spatial_scale: Pixels of a map for each pixel of the image: one number or one for each map.
         class_agnostic: Whether the point head has one mask for all classes.
         coarse_pred_each_layer: As in `PointRendHead`.
-        fc_dim: As in `PointRendHead`.
+        hidden_features: As in `PointRendHead`.
         num_fc: As in `PointRendHead`.
-        coarse_conv_dim: `conv_dim` of `CoarseMaskHead`.
-        coarse_fc_dim: `fc_dim` of `CoarseMaskHead`.
+        coarse_hidden_channels: `hidden_channels` of `CoarseMaskHead`.
+        coarse_hidden_features: `hidden_features` of `CoarseMaskHead`.
         num_points: Points of each box to train on.
         oversample_ratio: As in `paper_layers.sample_uncertain_points`.
         importance_sample_ratio: As in `paper_layers.sample_uncertain_points`.
@@ -73,13 +73,14 @@ class PointRendMask(Leaf):
         self,
         in_channels: int,
         num_classes: int,
+        *,
         spatial_scale: float | Sequence[float] = 0.25,
         class_agnostic: bool = False,
         coarse_pred_each_layer: bool = True,
-        fc_dim: int = 256,
+        hidden_features: int = 256,
         num_fc: int = 3,
-        coarse_conv_dim: int = 256,
-        coarse_fc_dim: int = 1024,
+        coarse_hidden_channels: int = 256,
+        coarse_hidden_features: int = 1024,
         num_points: int = 14 * 14,
         oversample_ratio: float = 3.0,
         importance_sample_ratio: float = 0.75,
@@ -95,10 +96,22 @@ class PointRendMask(Leaf):
         )
         self.oversample_ratio, self.importance_sample_ratio = oversample_ratio, importance_sample_ratio
         self.coarse_head = CoarseMaskHead(
-            in_channels, num_classes, coarse_conv_dim, coarse_fc_dim, device=device, dtype=dtype
+            in_channels,
+            num_classes,
+            hidden_channels=coarse_hidden_channels,
+            hidden_features=coarse_hidden_features,
+            device=device,
+            dtype=dtype,
         )
         self.point_head = PointRendHead(
-            in_channels, num_classes, fc_dim, num_fc, coarse_pred_each_layer, class_agnostic, device, dtype
+            in_channels,
+            num_classes,
+            hidden_features=hidden_features,
+            num_fc=num_fc,
+            coarse_pred_each_layer=coarse_pred_each_layer,
+            class_agnostic=class_agnostic,
+            device=device,
+            dtype=dtype,
         )
 
     def reset_parameters(self) -> None:
@@ -152,7 +165,7 @@ class PointRendMask(Leaf):
         """
         coarse = within(self, "coarse")(features, boxes)
         if masks is None:
-            return within(self, "refine")(coarse, features, boxes, labels, size)
+            return within(self, "refine")(features, coarse, boxes, labels, size=size)
         if isinstance(boxes, Tensor):
             raise ValueError("boxes: expected a tensor for each image where there are masks, got one for all")
         rois, classes = _boxes.flatten(boxes, labels, self.num_classes, coarse.device)
@@ -179,17 +192,17 @@ class PointRendMask(Leaf):
         return self.coarse_head(_boxes.grid_features(features, boxes, 2 * self.coarse_head.side, self.spatial_scale))
 
     @forward_method
-    def refine(self, coarse: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int = 224) -> Tensor:
+    def refine(self, features: Features, coarse: Tensor, boxes: Boxes, labels: Labels, *, size: int = 224) -> Tensor:
         """Predict the masks (R, 1, size, size) from coarse logits (R, num_classes, h, w)."""
-        return self._refinement(coarse, features, boxes, labels, size).masks()
+        return self._refinement(features, coarse, boxes, labels, size=size).masks()
 
     def steps(
-        self, coarse: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int = 224
-    ) -> Iterator[Step]:
+        self, features: Features, coarse: Tensor, boxes: Boxes, labels: Labels, *, size: int = 224
+    ) -> Iterator[RefinementStep]:
         """Yield each map of `refine`, first the regular grid's."""
-        return self._refinement(coarse, features, boxes, labels, size).steps()
+        return self._refinement(features, coarse, boxes, labels, size=size).steps()
 
-    def _refinement(self, coarse: Tensor, features: Features, boxes: Boxes, labels: Labels, size: int) -> Refinement:
+    def _refinement(self, features: Features, coarse: Tensor, boxes: Boxes, labels: Labels, *, size: int) -> Refinement:
         size = checks.integer("size", size, 1)
         rois, classes = _boxes.flatten(boxes, labels, self.num_classes, coarse.device)
         if coarse.dim() != 4 or coarse.shape[:2] != (rois.shape[0], self.num_classes):

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from paper_layers.point_rend.subdivision import Step
+from paper_layers.point_rend._subdivision import RefinementStep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_steps(steps: Iterable[Step], index: int = 0, image: Tensor | None = None) -> Figure:
+def draw_steps(steps: Iterable[RefinementStep], index: int = 0, image: Tensor | None = None) -> Figure:
     """Draw the maps of a refinement side by side, with the points that were predicted for each.
 
     As in figures 1 and 4 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020. Of
@@ -35,7 +35,7 @@ def draw_steps(steps: Iterable[Step], index: int = 0, image: Tensor | None = Non
         >>> import torch
         >>> from paper_layers.point_rend import PointRendSemantic, draw_steps
         >>> refine = PointRendSemantic(in_channels=8, num_classes=3, subdivision_num_points=100)
-        >>> steps = refine.steps(torch.randn(1, 3, 8, 8), torch.randn(1, 8, 16, 16), size=(32, 32))
+        >>> steps = refine.steps(torch.randn(1, 8, 16, 16), torch.randn(1, 3, 8, 8), size=(32, 32))
         >>> len(draw_steps(steps).axes)
         3
     """

@@ -16,11 +16,11 @@ from paper_layers._core.tracing import Leaf
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.uncertain_points.samples import sample_uncertain_points
 from paper_layers.point_rend._repr import options
+from paper_layers.point_rend._subdivision import RefinementStep, Size, halvings, last, subdivide
 from paper_layers.point_rend.head import PointRendHead
-from paper_layers.point_rend.subdivision import Size, Step, halvings, last, subdivide
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def _segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """Mean cross-entropy of (N, K, ...) over the labels that count, zero if there are none; binary for one class."""
     counted = labels != ignore_index
     if logits.shape[1] == 1:
@@ -44,7 +44,7 @@ class PointRendSemantic(Leaf):
     Args:
         in_channels: Channels of the fine feature maps, all together.
         num_classes: Channels of the coarse logits.
-        fc_dim: As in `PointRendHead`.
+        hidden_features: As in `PointRendHead`.
         num_fc: As in `PointRendHead`.
         coarse_pred_each_layer: As in `PointRendHead`.
         num_points: Points of each image to train on.
@@ -63,10 +63,10 @@ class PointRendSemantic(Leaf):
         >>> import torch
         >>> from paper_layers.point_rend import PointRendSemantic
         >>> refine = PointRendSemantic(in_channels=256, num_classes=19)
-        >>> coarse, features = torch.randn(2, 19, 8, 16), torch.randn(2, 256, 32, 64)
-        >>> refine(coarse, features, size=(128, 256)).shape
+        >>> features, coarse = torch.randn(2, 256, 32, 64), torch.randn(2, 19, 8, 16)
+        >>> refine(features, coarse, size=(128, 256)).shape
         torch.Size([2, 19, 128, 256])
-        >>> losses = refine(coarse, features, target=torch.randint(19, (2, 128, 256)))
+        >>> losses = refine(features, coarse, labels=torch.randint(19, (2, 128, 256)))
         >>> list(losses)
         ['loss_sem_seg', 'loss_sem_seg_point']
     """
@@ -75,7 +75,8 @@ class PointRendSemantic(Leaf):
         self,
         in_channels: int,
         num_classes: int,
-        fc_dim: int = 256,
+        *,
+        hidden_features: int = 256,
         num_fc: int = 3,
         coarse_pred_each_layer: bool = False,
         num_points: int = 2048,
@@ -93,7 +94,13 @@ class PointRendSemantic(Leaf):
         self.oversample_ratio, self.importance_sample_ratio = oversample_ratio, importance_sample_ratio
         self.ignore_index = ignore_index
         self.point_head = PointRendHead(
-            in_channels, num_classes, fc_dim, num_fc, coarse_pred_each_layer, device=device, dtype=dtype
+            in_channels,
+            num_classes,
+            hidden_features=hidden_features,
+            num_fc=num_fc,
+            coarse_pred_each_layer=coarse_pred_each_layer,
+            device=device,
+            dtype=dtype,
         )
 
     def reset_parameters(self) -> None:
@@ -107,46 +114,46 @@ class PointRendSemantic(Leaf):
 
     def forward(
         self,
-        coarse: Tensor,
         features: Tensor | Sequence[Tensor],
-        target: Tensor | None = None,
+        coarse: Tensor,
+        labels: Tensor | None = None,
         *,
         size: Size | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Refine the logits, or compute the losses where there is a target.
+        """Refine the logits, or compute the losses where there are labels.
 
         Args:
-            coarse: Logits of shape (N, num_classes, h, w).
             features: Maps of shape (N, C_l, h_l, w_l), one or a list of any sizes.
-            target: Labels of shape (N, H, W), integers or bool: classes from 0 on, or `ignore_index`. With one class,
+            coarse: Logits of shape (N, num_classes, h, w).
+            labels: Classes of shape (N, H, W), integers or bool: classes from 0 on, or `ignore_index`. With one class,
                 0 or 1: there a mask of 0 and 255 has no object, since 255 is the default of `ignore_index`, and no loss
                 tells; compare it with 255 first.
-            size: (height, width) of the refined map; any, wanted without a target. Where it is not larger than the
+            size: (height, width) of the refined map; any, needed without labels. Where it is not larger than the
                 coarse map there is nothing to refine, and this is interpolated.
             generator: What the points are drawn from; default torch's own.
 
         Returns:
             Logits of shape (N, num_classes, *size) in the dtype of `coarse`; or two losses: "loss_sem_seg", the coarse
-            logits' at the size of the target, and "loss_sem_seg_point". They are zero where no label counts.
+            logits' at the size of the labels, and "loss_sem_seg_point". They are zero where no label counts.
 
         Raises:
             TypeError: An argument has the wrong type or dtype.
             ValueError: Shapes do not fit, or a label is out of range; on CUDA that is found after the call.
         """
-        if target is None:
+        if labels is None:
             if size is None:
-                raise ValueError("size: expected (height, width) where there is no target, got None")
-            return last(self.steps(coarse, features, size))
-        target = self._known(coarse, target)
-        point_loss = self._point_loss(coarse, features, target, generator)
-        full = F.interpolate(coarse, target.shape[1:], mode="bilinear", align_corners=False)
+                raise ValueError("size: expected (height, width) where there are no labels, got None")
+            return last(self.steps(features, coarse, size))
+        labels = self._checked(coarse, labels)
+        point_loss = self._point_loss(features, coarse, labels, generator)
+        full = F.interpolate(coarse, labels.shape[1:], mode="bilinear", align_corners=False)
         return {
-            "loss_sem_seg": segmentation_loss(full, target, self.ignore_index),
+            "loss_sem_seg": _segmentation_loss(full, labels, self.ignore_index),
             "loss_sem_seg_point": point_loss,
         }
 
-    def steps(self, coarse: Tensor, features: Tensor | Sequence[Tensor], size: Size) -> Iterator[Step]:
+    def steps(self, features: Tensor | Sequence[Tensor], coarse: Tensor, size: Size) -> Iterator[RefinementStep]:
         """The refinement step by step, as `forward` does it: first the coarse map, last the map of this size."""
         self._check(coarse)
         if is_tracing():  # Then sizes of tensors are tensors themselves, but a trace is for one size.
@@ -155,43 +162,43 @@ class PointRendSemantic(Leaf):
         _, *sizes = halvings((height, width), (coarse.shape[2], coarse.shape[3]))
         if not sizes and (height, width) != coarse.shape[2:]:
             coarse = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
-        yield Step(coarse, None)
+        yield RefinementStep(coarse, None)
         yield from subdivide(
-            coarse, sizes, self.subdivision_num_points, lambda points: self.predict(coarse, features, points)
+            coarse, sizes, self.subdivision_num_points, lambda points: self.predict(features, coarse, points)
         )
 
     @forward_method
     def point_loss(
         self,
-        coarse: Tensor,
         features: Tensor | Sequence[Tensor],
-        target: Tensor,
+        coarse: Tensor,
+        labels: Tensor,
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The loss at the points alone, for a host that computes the coarse one; arguments as in `forward`."""
-        return self._point_loss(coarse, features, self._known(coarse, target), generator)
+        return self._point_loss(features, coarse, self._checked(coarse, labels), generator)
 
-    def _known(self, coarse: Tensor, target: Tensor) -> Tensor:
-        """The target as int64, once nothing in it is out of range."""
+    def _checked(self, coarse: Tensor, labels: Tensor) -> Tensor:
+        """The labels as int64, once none is out of range."""
         self._check(coarse)
-        if isinstance(target, Tensor) and target.dtype == torch.bool:
-            target = target.long()
-        target = values.integers("target", target, coarse.shape[0], "H", "W")
-        checks.same_device("target", target, "coarse", coarse)
-        return values.labels("target", target, max(2, self.point_head.num_classes), self.ignore_index)
+        if isinstance(labels, Tensor) and labels.dtype == torch.bool:
+            labels = labels.long()
+        labels = values.integers("labels", labels, coarse.shape[0], "H", "W")
+        checks.same_device("labels", labels, "coarse", coarse)
+        return values.labels("labels", labels, max(2, self.point_head.num_classes), self.ignore_index)
 
     def _point_loss(
         self,
-        coarse: Tensor,
         features: Tensor | Sequence[Tensor],
-        target: Tensor,
+        coarse: Tensor,
+        labels: Tensor,
         generator: torch.Generator | None,
     ) -> Tensor:
         points = self.draw(coarse, generator=generator)
-        known = target.where(target != self.ignore_index, -1)  # float32 holds classes, but not any ignore_index.
+        known = labels.where(labels != self.ignore_index, -1)  # float32 holds classes, but not any ignore_index.
         labels = point_sample(known[:, None].to(torch.float32), points, mode="nearest")[:, 0].long()
-        return segmentation_loss(self.predict(coarse, features, points), labels, -1)
+        return _segmentation_loss(self.predict(features, coarse, points), labels, -1)
 
     def draw(self, coarse: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Points (N, num_points, 2) to train on, most of them where the coarse logits are unsure."""
@@ -204,7 +211,7 @@ class PointRendSemantic(Leaf):
         )
 
     @forward_method
-    def predict(self, coarse: Tensor, features: Tensor | Sequence[Tensor], points: Tensor) -> Tensor:
+    def predict(self, features: Tensor | Sequence[Tensor], coarse: Tensor, points: Tensor) -> Tensor:
         """The point head's logits (N, num_classes, P) at points (N, P, 2)."""
         return self.point_head(point_sample(features, points), point_sample(coarse, points))
 

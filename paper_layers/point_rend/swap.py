@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from paper_layers._core.graft import Tap, graft
 from paper_layers._core.surgery import Filter, check_names, placement, select
 from paper_layers._core.trial import trial_run
+from paper_layers.point_rend._hosts import MaskHost, SemanticHost, SequentialHost, logits_of
 from paper_layers.point_rend.mask import PointRendMask
-from paper_layers.point_rend.refined import MaskHost, SemanticHost, SequentialHost, logits_of
 from paper_layers.point_rend.semantic import PointRendSemantic
 
 _WANTED = "torchvision FCN, DeepLabV3, LRASPP or Mask R-CNN (fine and coarse name the modules of another model)"
 _STRIDE = 4  # Of the paper's fine features.
 
 
-def pointrend(
+def point_rend(
     model: nn.Module,
     *,
     fine: str | Sequence[str] | None = None,
@@ -77,7 +77,7 @@ def pointrend(
         >>> from paper_layers import swap
         >>> encoder, head = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 5, 3, stride=4, padding=1)
         >>> model = nn.Sequential(encoder, head, nn.Upsample(scale_factor=8, mode="bilinear"))
-        >>> model = swap.pointrend(model, fine="0", coarse="1", num_points=100)
+        >>> model = swap.point_rend(model, fine="0", coarse="1", num_points=100)
         >>> images, labels = torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64))
         >>> nn.functional.cross_entropy(model(images), labels).backward()
         >>> list(model(images, target=labels))
@@ -180,7 +180,7 @@ def _masks(
     features = _map(f"the backbone's {level!r}", maps[level] if isinstance(maps, Mapping) else maps)
     # A power of two, as in torchvision, whatever the padding.
     scale = 2.0 ** round(math.log2(features.shape[2] / calls[host.backbone][0][0].shape[2]))
-    new = PointRendMask(features.shape[1], convs[-1].out_channels, scale, **options, **place)
+    new = PointRendMask(features.shape[1], convs[-1].out_channels, spatial_scale=scale, **options, **place)
 
     def change() -> None:
         heads.__class__ = graft(MaskHost, heads.__class__)

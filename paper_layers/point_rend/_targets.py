@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paper_layers._core import values
 from paper_layers.ops.point_sample import point_sample
-from paper_layers.point_rend.cells import covered_share
+from paper_layers.point_rend._cells import covered_share
 
 
 def mask_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def logits_of(output: Any) -> Any:
 
 
 class SemanticHost(Grafted):
-    """A segmentation model that refines its logits with PointRend; see `paper_layers.swap.pointrend`."""
+    """A segmentation model that refines its logits with PointRend; see `paper_layers.swap.point_rend`."""
 
     _graft_prefix, _graft_added = "PointRend", "point_rend"
     point_rend: PointRendSemantic
@@ -46,7 +46,7 @@ def refined(
     """Return the host's output with other logits, and with the loss at points where there is a target."""
     logits = logits_of(output)
     if not point_rend.training:
-        result = point_rend(coarse, features, size=tuple(logits.shape[2:]))
+        result = point_rend(features, coarse, size=tuple(logits.shape[2:]))
     else:
         result = _with_points(point_rend, logits, coarse, features) if target is None else logits
     if output is logits and target is None:
@@ -55,7 +55,7 @@ def refined(
     output = {} if output is logits else output.copy()
     output["out"] = result
     if target is not None:
-        output["loss_point"] = point_rend.point_loss(coarse, features, target)
+        output["loss_point"] = point_rend.point_loss(features, coarse, target)
     return output
 
 
@@ -65,7 +65,7 @@ def _with_points(point_rend: PointRendSemantic, logits: Tensor, coarse: Tensor, 
     height, width = logits.shape[2:]
     x, y = ((p * n).long().clamp(max=n - 1) for p, n in zip(points.unbind(2), (width, height), strict=True))
     points = torch.stack([(x + 0.5) / width, (y + 0.5) / height], 2)
-    values = point_rend.predict(coarse, features, points).to(logits.dtype)
+    values = point_rend.predict(features, coarse, points).to(logits.dtype)
     fixed = values.detach()
     weighted = fixed + (values - fixed) * (height * width / points.shape[1])
     # Points on one pixel have one value there, and scatter's backward gives each of them the pixel's gradient: a
@@ -79,7 +79,7 @@ class SequentialHost(SequentialGraft, SemanticHost):
 
 
 class MaskHost(Grafted):
-    """torchvision's RoIHeads with the masks of PointRend; see `paper_layers.swap.pointrend`.
+    """torchvision's RoIHeads with the masks of PointRend; see `paper_layers.swap.point_rend`.
 
     Its own mask branch is gone, so that it predicts boxes (and keypoints), for which the masks are then predicted.
     """

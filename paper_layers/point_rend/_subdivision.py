@@ -15,7 +15,7 @@ from paper_layers.ops.uncertain_points.pixels import uncertain_points
 Size = tuple[int, int]
 
 
-class Step(NamedTuple):
+class RefinementStep(NamedTuple):
     """A map of the subdivision and the points that were predicted for it.
 
     Attributes:
@@ -73,7 +73,7 @@ def regular_grid(rows: int, size: Size, device: torch.device | None) -> Tensor:
 
 def subdivide(
     logits: Tensor, sizes: Sequence[Size], num_points: int, predict: Callable[[Tensor], Tensor]
-) -> Iterator[Step]:
+) -> Iterator[RefinementStep]:
     """Enlarge the map to one size after the other, and predict its most uncertain pixels anew each time.
 
     Figure 4 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020. Earlier maps stay
@@ -100,10 +100,10 @@ def subdivide(
         scatter = flat.scatter if is_tracing() else flat.scatter_
         # Coarse and predicted logits may differ in dtype under autocast.
         logits = scatter(2, index[:, None].expand_as(values), values.to(logits.dtype)).view(logits.shape)
-        yield Step(logits, points)
+        yield RefinementStep(logits, points)
 
 
-def last(steps: Iterable[Step]) -> Tensor:
+def last(steps: Iterable[RefinementStep]) -> Tensor:
     """The logits of the last step, holding no earlier ones."""
     for step in steps:
         logits = step.logits
