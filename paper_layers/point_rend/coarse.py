@@ -1,4 +1,4 @@
-"""Heads that have a coarse look at a box: numbers, and one small map for each class."""
+"""Coarse heads: one vector, or one small mask per class, for each box."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from paper_layers._core.tracing import Leaf
 
 
 class BoxHead(Leaf):
-    """Predict a vector for each box, from the box's 14x14 features.
+    """Predict a vector for each box from its 14x14 features.
 
     The light head of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, section
-    4.1: a convolution 1x1 where the features are wider than it, one of 2x2 with stride 2, and three linear layers.
+    4.1: a 1x1 convolution if there are more than `hidden_channels` channels, a 2x2 convolution with stride 2, and three
+    linear layers.
 
     Args:
         in_channels: Channels of the features.
-        out_features: Numbers for each box.
-        hidden_channels: Channels of the convolutions, at most.
-        hidden_features: Channels of the two hidden linear layers.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        out_features: Size of each box's vector.
+        hidden_channels: Output channels of the convolutions.
+        hidden_features: Size of the two hidden linear layers.
 
     Raises:
-        TypeError: A number is no int.
-        ValueError: A number is too small, or the features do not fit.
+        TypeError: A number is not an int.
+        ValueError: A number is less than 1, or the features have another shape.
 
     Example:
         >>> import torch
@@ -37,7 +36,7 @@ class BoxHead(Leaf):
         torch.Size([3, 1000])
     """
 
-    side = 7  # After the convolutions; features have twice as many pixels.
+    side = 7  # The map's side after the convolutions, half the features' side.
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class BoxHead(Leaf):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialize the parameters as the official code does."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -78,11 +77,11 @@ class BoxHead(Leaf):
         nn.init.normal_(self.prediction.weight, std=0.001)
 
     def extra_repr(self) -> str:
-        """What the layers do not show."""
+        """Return the sizes that the layers do not show."""
         return f"{self.in_channels}, {self.out_features}"
 
     def forward(self, features: Tensor) -> Tensor:
-        """The vectors (R, out_features) of features (R, in_channels, 14, 14)."""
+        """Return vectors (R, out_features) for features (R, in_channels, 14, 14)."""
         if features.dim() != 4 or features.shape[1:] != (self.in_channels, 2 * self.side, 2 * self.side):
             expected = f"(R, {self.in_channels}, {2 * self.side}, {2 * self.side})"
             raise ValueError(f"features: expected shape {expected}, got {tuple(features.shape)}")
@@ -92,21 +91,19 @@ class BoxHead(Leaf):
 
 
 class CoarseMaskHead(BoxHead):
-    """Predict a 7x7 mask for each class of a box, from the box's 14x14 features, by the layers of `BoxHead`.
+    """Predict a 7x7 mask of each class for each box from its 14x14 features, with the layers of `BoxHead`.
 
     The coarse head of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, section 4.1.
 
     Args:
         in_channels: Channels of the features.
         num_classes: Classes K.
-        hidden_channels: As in `BoxHead`.
-        hidden_features: As in `BoxHead`.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        hidden_channels: See `BoxHead`.
+        hidden_features: See `BoxHead`.
 
     Raises:
-        TypeError: A number is no int.
-        ValueError: A number is too small, or the features do not fit.
+        TypeError: A number is not an int.
+        ValueError: A number is less than 1, or the features have another shape.
 
     Example:
         >>> import torch
@@ -137,9 +134,9 @@ class CoarseMaskHead(BoxHead):
         self.num_classes = num_classes
 
     def extra_repr(self) -> str:
-        """What the layers do not show."""
+        """Return the sizes that the layers do not show."""
         return f"{self.in_channels}, {self.num_classes}"
 
     def forward(self, features: Tensor) -> Tensor:
-        """The logits (R, num_classes, 7, 7) of features (R, in_channels, 14, 14)."""
+        """Return logits (R, num_classes, 7, 7) for features (R, in_channels, 14, 14)."""
         return super().forward(features).unflatten(1, (self.num_classes, self.side, self.side))

@@ -1,4 +1,4 @@
-"""Implicit PointRend: each box's mask is a small perceptron of points, whose parameters a head predicts."""
+"""Implicit PointRend: each box's mask is a small perceptron of points, and a head predicts its parameters."""
 
 from __future__ import annotations
 
@@ -25,28 +25,26 @@ _L2 = 1e-5
 
 
 class ImplicitPointHead(Leaf):
-    r"""Label points by perceptrons that are given with them, one for each box, from where they are and fine features.
+    r"""Label the points of each box by its own perceptron, from their positions and fine features.
 
     .. math:: h_0 = [\sin t, \cos t, x], \quad t = 2 \pi (2 p - 1) G, \quad
         h_l = \mathrm{relu}(W_l h_{l-1} + b_l), \quad y = W h_L + b
 
     Section 5 of Cheng, Parkhi, Kirillov, "Pointly-Supervised Instance Segmentation", CVPR 2022, with points p in the
-    box and their fine features x. The Gaussian matrix G (2, 128) is drawn once, and a buffer; t is computed in float32
-    at least. The module has no parameters: those of a box are a vector of `num_params` numbers, all weights (out, in),
-    layer by layer, then all biases.
+    box and their fine features x. The Gaussian matrix G (2, 128) is drawn once and kept as a buffer; t is computed in
+    float32 at least. The module does not have parameters: each box's parameters are an input, a vector of `num_params`
+    numbers, first all weights (out, in), layer by layer, then all biases.
 
     Args:
-        in_channels: Channels of the fine features, of all maps together.
+        in_channels: Channels of the fine features, summed over maps.
         num_classes: Classes K.
-        hidden_features: Channels of the hidden layers.
-        num_fc: Hidden layers.
-        class_agnostic: Predict one logit for all classes.
-        device: Where the buffer is.
-        dtype: Its dtype.
+        hidden_features: Size of the hidden layers.
+        num_fc: Number of hidden layers.
+        class_agnostic: If True, predict one logit for all classes.
 
     Raises:
-        TypeError: A number is no int.
-        ValueError: A number is too small, or shapes do not fit.
+        TypeError: A number is not an int.
+        ValueError: A number is less than 1, or an input has another shape.
 
     Example:
         >>> import torch
@@ -91,17 +89,17 @@ class ImplicitPointHead(Leaf):
         nn.init.normal_(self.positional_encoding_gaussian_matrix)
 
     def extra_repr(self) -> str:
-        """All arguments."""
+        """Return all arguments."""
         return f"{self.in_channels}, {self.num_classes}, {options(self, 'hidden_features', 'num_fc', 'class_agnostic')}"
 
     def forward(self, fine: Tensor, parameters: Tensor, points: Tensor, labels: Tensor | None = None) -> Tensor:
         """Label the points.
 
         Args:
-            fine: Features of shape (R, in_channels, P), as `paper_layers.point_sample` gives them.
-            parameters: Of each box's perceptron, (R, num_params).
+            fine: Features of shape (R, in_channels, P), as `paper_layers.point_sample` returns them.
+            parameters: The parameters of each box's perceptron, (R, num_params).
             points: (x, y) of shape (R, P, 2), 0 to 1 across the box.
-            labels: The class of each row whose logit is wanted, int64 of shape (R,); default all classes.
+            labels: The class to predict for each row, int64 of shape (R,); default all classes.
 
         Returns:
             Logits of shape (R, num_classes, P), or (R, 1, P) with `labels` or `class_agnostic`.
@@ -130,7 +128,7 @@ class ImplicitPointHead(Leaf):
         return torch.baddbmm(biases[-1], x, weights[-1].mT).mT
 
     def _encode(self, points: Tensor) -> Tensor:
-        """The positional encoding (R, P, 256), in float32 at least: no matrix product, which autocast would round."""
+        """Return the positional encoding (R, P, 256), in float32 at least; autocast would round a matrix product."""
         matrix = self.positional_encoding_gaussian_matrix
         x, y = (2 * points.to(torch.promote_types(points.dtype, torch.float32)) - 1).split(1, 2)
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
@@ -139,33 +137,30 @@ class ImplicitPointHead(Leaf):
 
 
 class ImplicitPointRendMask(Leaf):
-    """Predict the masks of boxes: a head predicts each box's own perceptron of points; the losses and the inference.
+    """Predict masks of boxes: a head predicts the parameters of each box's perceptron of points.
 
     Implicit PointRend, section 5 of Cheng, Parkhi, Kirillov, "Pointly-Supervised Instance Segmentation", CVPR 2022:
-    `PointRendMask` without coarse masks. Points to train on are drawn uniformly. In inference the perceptrons label a
-    regular grid of each box, the largest of at most `subdivision_num_points` pixels, and then the least sure points of
-    each map twice as large; published models have 16 * 16 points. The losses are "loss_mask_point", and "loss_l2", the
-    mean square of the predicted parameters times 1e-5.
+    `PointRendMask` without coarse masks. Points to train on are drawn uniformly. In inference each box's first grid
+    is the largest with at most `subdivision_num_points` points; published models have 16 * 16. The losses are
+    "loss_mask_point", and "loss_l2", the mean square of the predicted parameters times 1e-5.
 
-    The parameter head's last layer is huge: see the example's, of 270 million weights.
+    The parameter head's last layer is large: 270 million weights in the first example.
 
     Args:
-        in_channels: Channels of the feature maps, all together.
+        in_channels: Channels of the feature maps, summed over maps.
         num_classes: Classes K.
         spatial_scale: Pixels of a map for each pixel of the image: one number or one for each map.
-        class_agnostic: Whether there is one mask for all classes.
-        hidden_features: As in `ImplicitPointHead`.
-        num_fc: As in `ImplicitPointHead`.
-        parameter_hidden_channels: Channels of the parameter head's convolutions, at most.
-        parameter_hidden_features: Channels of its hidden linear layers.
-        num_points: Points of each box to train on.
-        subdivision_num_points: Points of each map to predict in inference.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        class_agnostic: If True, predict one mask for all classes.
+        hidden_features: See `ImplicitPointHead`.
+        num_fc: See `ImplicitPointHead`.
+        parameter_hidden_channels: `hidden_channels` of the parameter head, a `BoxHead`.
+        parameter_hidden_features: `hidden_features` of the parameter head.
+        num_points: Points to train on in each box.
+        subdivision_num_points: Points to predict in each map in inference.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes or numbers do not fit.
+        ValueError: A number is out of range.
 
     Example:
         >>> import torch
@@ -221,17 +216,17 @@ class ImplicitPointRendMask(Leaf):
         )
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialize the parameters as the official code does."""
         self.parameter_head.reset_parameters()
         self.point_head.reset_parameters()
 
     def extra_repr(self) -> str:
-        """What the heads do not show."""
+        """Return the options that the heads do not show."""
         return options(self, "spatial_scale", "num_points", "subdivision_num_points")
 
     @property
     def num_classes(self) -> int:
-        """Classes K."""
+        """The number of classes K."""
         return self.point_head.num_classes
 
     def forward(
@@ -245,7 +240,7 @@ class ImplicitPointRendMask(Leaf):
         size: int = 224,
         generator: torch.Generator | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Predict the masks of the boxes, or compute the losses; arguments as in `PointRendMask`."""
+        """Predict the masks of the boxes, or compute the losses; see `PointRendMask.forward`."""
         parameters = within(self, "predict_parameters")(features, boxes)
         if masks is None:
             return within(self, "refine")(features, parameters, boxes, labels, size=size)
@@ -253,7 +248,7 @@ class ImplicitPointRendMask(Leaf):
             raise ValueError("boxes: expected a tensor for each image where there are masks, got one for all")
         rois, classes = _boxes.flatten(boxes, labels, self.num_classes, parameters.device)
         rois = _boxes.finite(rois)
-        # As `torch.rand`, which takes no symbolic sizes with a generator.
+        # `torch.rand` does not take symbolic sizes with a generator.
         points = parameters.new_empty(rois.shape[0], self.num_points, 2, dtype=torch.float32)
         points = points.uniform_(generator=generator)
         fine = point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale)

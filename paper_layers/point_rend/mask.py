@@ -1,4 +1,4 @@
-"""PointRend for instance segmentation: masks of boxes, refined from fine features."""
+"""PointRend for instance segmentation: coarse masks of boxes, refined at uncertain points."""
 
 from __future__ import annotations
 
@@ -23,39 +23,37 @@ from paper_layers.point_rend.head import PointRendHead
 
 
 class PointRendMask(Leaf):
-    """Predict the masks of boxes: a coarse one, refined at its uncertain points; the losses and the inference.
+    """Predict masks of boxes: coarse ones, refined at their uncertain points.
 
     Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, sections 3 and 4. In inference
-    the point head predicts a regular grid of each box, of `init_resolution`, or of twice that as long as the next map
-    has no more than `subdivision_num_points` pixels, and then the least sure points of each larger map. Only the map of
-    the box's own class is kept and only its logit is computed. Where points outnumber the features' pixels, the first
-    layer's product is taken on the features and sampled, and the coarse logits' products always are: these are
-    linear, and give the same masks up to rounding.
+    the point head first predicts a regular grid of points in each box. The grid has side `init_resolution`, doubled as
+    long as the next grid has at most `subdivision_num_points` points. Then each map is enlarged to twice its side, and
+    its `subdivision_num_points` most uncertain points are predicted again. Only the logit of the box's own class is
+    computed. The point head's partial products are computed on maps and sampled where that is cheaper; this changes
+    the masks by rounding only.
 
-    The losses are "loss_mask", of the coarse masks, whose pixels belong to the true mask where it covers half of them,
-    as RoIAlign measures it, and "loss_mask_point".
+    The losses are "loss_mask" for the coarse masks and "loss_mask_point" for the points. The label of a coarse pixel is
+    1 where the true mask covers at least half of it, as measured by RoIAlign.
 
     Args:
-        in_channels: Channels of the feature maps, all together.
-        num_classes: Classes K of the coarse head, and of the point head unless `class_agnostic`.
+        in_channels: Channels of the feature maps, summed over maps.
+        num_classes: Classes K.
         spatial_scale: Pixels of a map for each pixel of the image: one number or one for each map.
-        class_agnostic: Whether the point head has one mask for all classes.
-        coarse_pred_each_layer: As in `PointRendHead`.
-        hidden_features: As in `PointRendHead`.
-        num_fc: As in `PointRendHead`.
+        class_agnostic: If True, the point head predicts one mask for all classes.
+        coarse_pred_each_layer: See `PointRendHead`.
+        hidden_features: See `PointRendHead`.
+        num_fc: See `PointRendHead`.
         coarse_hidden_channels: `hidden_channels` of `CoarseMaskHead`.
         coarse_hidden_features: `hidden_features` of `CoarseMaskHead`.
-        num_points: Points of each box to train on.
-        oversample_ratio: As in `paper_layers.sample_uncertain_points`.
-        importance_sample_ratio: As in `paper_layers.sample_uncertain_points`.
-        init_resolution: Side of the first grid in inference, at most.
-        subdivision_num_points: Points of each map to predict in inference.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        num_points: Points to train on in each box.
+        oversample_ratio: See `paper_layers.sample_uncertain_points`.
+        importance_sample_ratio: See `paper_layers.sample_uncertain_points`.
+        init_resolution: Side of the first grid in inference, before it is doubled.
+        subdivision_num_points: Points to predict in each map in inference.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes or numbers do not fit.
+        ValueError: A number is out of range.
 
     Example:
         >>> import torch
@@ -115,19 +113,19 @@ class PointRendMask(Leaf):
         )
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialize the parameters as the official code does."""
         self.coarse_head.reset_parameters()
         self.point_head.reset_parameters()
 
     def extra_repr(self) -> str:
-        """What the heads do not show."""
+        """Return the options that the heads do not show."""
         sampling = options(self, "num_points", "oversample_ratio", "importance_sample_ratio")
         inference = options(self, "init_resolution", "subdivision_num_points")
         return f"spatial_scale={self.spatial_scale}, {sampling}, {inference}"
 
     @property
     def num_classes(self) -> int:
-        """Classes K."""
+        """The number of classes K."""
         return self.coarse_head.num_classes
 
     def forward(
@@ -141,27 +139,27 @@ class PointRendMask(Leaf):
         size: int = 224,
         generator: torch.Generator | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Predict the masks of the boxes, or compute the losses where there are true masks.
+        """Predict the masks of the boxes, or compute the losses if true masks are given.
 
         Args:
             features: Maps of shape (N, C_l, H_l, W_l), one or a list.
             boxes: Corners (x1, y1, x2, y2) in pixels of the image, a tensor (R_i, 4) for each image; without masks also
                 (R, 5) with the image's number first.
-            labels: The class of each box, integers from 0 to K - 1: a tensor (R_i,) for each image, or one (R,) of all.
-            masks: The true masks of each image, (M_i, H_i, W_i) of any dtype at the size of the image, values from 0
-                to 1; -1 is a pixel that does not count. Divide masks of 0 and 255 by 255.
-            matched: For each image the number of each box's mask, integers (R_i,); default the box's own number.
-            size: Side of the masks in pixels; any.
+            labels: The class of each box, integers from 0 to K - 1: a tensor (R_i,) for each image, or one (R,).
+            masks: The true masks of each image, (M_i, H_i, W_i) of any dtype at the size of the image, with values from
+                0 to 1, or -1 where a pixel does not count. Divide masks of 0 and 255 by 255.
+            matched: Integers (R_i,) for each image, the index of each box's mask; default the box's own index.
+            size: Side of the masks in pixels.
             generator: Draws the points to train on; default torch's own.
 
         Returns:
-            Logits of the boxes' own classes, of shape (R, 1, size, size); or two losses by name. They are zero where
-            there are no boxes.
+            Logits of the boxes' own classes, of shape (R, 1, size, size); or two losses by name, which are zero
+            without boxes.
 
         Raises:
             TypeError: An argument has the wrong type or dtype.
-            ValueError: Shapes do not fit; a label, a mask's value or number is out of range; a box to train on is not
-                finite. On CUDA wrong values are found after the call, as an index out of range is.
+            ValueError: Shapes differ from the ones above; a label, a mask's value or index is out of range; a box to
+                train on is not finite. On CUDA wrong values raise an error after the call, as a wrong index does.
         """
         coarse = within(self, "coarse")(features, boxes)
         if masks is None:

@@ -1,4 +1,4 @@
-"""Pictures of the refinement; they need matplotlib."""
+"""Draw the refinement with matplotlib."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def draw_steps(steps: Iterable[RefinementStep], index: int = 0, image: Tensor | None = None) -> Figure:
-    """Draw the maps of a refinement side by side, with the points that were predicted for each.
+    """Draw the maps of a refinement side by side, with the points predicted for each.
 
-    As in figures 1 and 4 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020. Of
-    several classes the best of each pixel is drawn, of one its probability.
+    See figures 1 and 4 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020. With
+    several classes each pixel shows its most likely class, with one class its probability.
 
     Args:
-        steps: Those of `PointRendSemantic.steps` or `PointRendMask.steps`.
+        steps: Returned by `PointRendSemantic.steps` or `PointRendMask.steps`.
         index: The image or box to draw.
-        image: A picture to put first, of shape (H, W), (1, H, W) or (3, H, W), values from 0 to 1.
+        image: An image to draw first, of shape (H, W), (1, H, W) or (3, H, W), values from 0 to 1.
 
     Returns:
         A matplotlib figure.
@@ -52,7 +52,7 @@ def draw_steps(steps: Iterable[RefinementStep], index: int = 0, image: Tensor | 
         axes.pop(0).imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
     for one, (logits, points) in zip(axes, drawn, strict=True):
         classes, height, width = logits.shape
-        # In coordinates from 0 to 1, as the points are.
+        # The points' coordinates go from 0 to 1 as well.
         place = {"extent": (0, 1, 1, 0), "interpolation": "nearest", "aspect": height / width}
         if classes == 1:
             one.imshow(torch.sigmoid(logits[0]).numpy(), cmap="gray", vmin=0, vmax=1, **place)

@@ -1,4 +1,4 @@
-"""PointRend for semantic segmentation: a coarse map of logits, refined from fine features."""
+"""PointRend for semantic segmentation: coarse logits, refined at uncertain points."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from paper_layers.point_rend.head import PointRendHead
 
 
 def _segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Mean cross-entropy of (N, K, ...) over the labels that count, zero if there are none; binary for one class."""
+    """Return the mean cross-entropy of (N, K, ...) over labels that are not ignored, or 0; binary for one class."""
     counted = labels != ignore_index
     if logits.shape[1] == 1:
         one = F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
@@ -32,32 +32,30 @@ def _segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Ten
 
 
 class PointRendSemantic(Leaf):
-    """Refine coarse semantic logits, of whatever network, at their uncertain points; the losses and the inference.
+    """Refine the coarse semantic logits of any network at their uncertain points.
 
     Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, sections 3 and 5. In training
-    the point head learns at points drawn where the coarse logits are unsure, and so do, through them, the coarse
-    network and the features. In inference the map is enlarged step by step, at most twofold each time, and of every
-    map the `subdivision_num_points` least sure pixels are predicted from the coarse logits and the features there.
-    The official code puts several feature maps behind one another as images in inference; here, as in training, their
-    channels are side by side. With one class the logits are binary, of label 1 against 0.
+    points are drawn, most of them where the coarse logits are uncertain; their loss trains the point head, the coarse
+    network and the features. In inference the map is enlarged step by step, at most twofold each time, and the point
+    head predicts the `subdivision_num_points` most uncertain pixels of each map. Several feature maps are concatenated
+    along channels; in inference the official code concatenates them along the batch. With one class the logits are
+    binary, label 1 against 0.
 
     Args:
-        in_channels: Channels of the fine feature maps, all together.
-        num_classes: Channels of the coarse logits.
-        hidden_features: As in `PointRendHead`.
-        num_fc: As in `PointRendHead`.
-        coarse_pred_each_layer: As in `PointRendHead`.
-        num_points: Points of each image to train on.
-        oversample_ratio: As in `paper_layers.sample_uncertain_points`.
-        importance_sample_ratio: As in `paper_layers.sample_uncertain_points`.
-        subdivision_num_points: Pixels of each map to predict in inference.
-        ignore_index: The label that does not count.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        in_channels: Channels of the fine feature maps, summed over maps.
+        num_classes: Classes K, the channels of the coarse logits.
+        hidden_features: See `PointRendHead`.
+        num_fc: See `PointRendHead`.
+        coarse_pred_each_layer: See `PointRendHead`.
+        num_points: Points to train on in each image.
+        oversample_ratio: See `paper_layers.sample_uncertain_points`.
+        importance_sample_ratio: See `paper_layers.sample_uncertain_points`.
+        subdivision_num_points: Pixels to predict in each map in inference.
+        ignore_index: The label to ignore.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes or numbers do not fit.
+        ValueError: A number is out of range.
 
     Example:
         >>> import torch
@@ -104,11 +102,11 @@ class PointRendSemantic(Leaf):
         )
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialize the parameters as the official code does."""
         self.point_head.reset_parameters()
 
     def extra_repr(self) -> str:
-        """What the point head does not show."""
+        """Return the options that the point head does not show."""
         sampling = options(self, "num_points", "oversample_ratio", "importance_sample_ratio")
         return f"{sampling}, {options(self, 'subdivision_num_points', 'ignore_index')}"
 
@@ -121,25 +119,26 @@ class PointRendSemantic(Leaf):
         size: Size | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Refine the logits, or compute the losses where there are labels.
+        """Refine the logits, or compute the losses if labels are given.
 
         Args:
-            features: Maps of shape (N, C_l, h_l, w_l), one or a list of any sizes.
+            features: Maps of shape (N, C_l, h_l, w_l), one or a list, of any sizes.
             coarse: Logits of shape (N, num_classes, h, w).
-            labels: Classes of shape (N, H, W), integers or bool: classes from 0 on, or `ignore_index`. With one class,
-                0 or 1: there a mask of 0 and 255 has no object, since 255 is the default of `ignore_index`, and no loss
-                tells; compare it with 255 first.
-            size: (height, width) of the refined map; any, needed without labels. Where it is not larger than the
-                coarse map there is nothing to refine, and this is interpolated.
-            generator: What the points are drawn from; default torch's own.
+            labels: Classes of shape (N, H, W), integers or bool: from 0 to K - 1, or `ignore_index`. With one
+                class, 0 or 1: convert a mask of 0 and 255 by ``mask == 255``, as 255 would be ignored without an error.
+            size: (height, width) of the refined map, required without labels. If it is not larger than the coarse map,
+                the coarse map is interpolated and not refined.
+            generator: Draws the points to train on; default torch's own.
 
         Returns:
-            Logits of shape (N, num_classes, *size) in the dtype of `coarse`; or two losses: "loss_sem_seg", the coarse
-            logits' at the size of the labels, and "loss_sem_seg_point". They are zero where no label counts.
+            Logits of shape (N, num_classes, *size) in the dtype of `coarse`; or two losses: "loss_sem_seg" of the
+            coarse logits, enlarged to the size of the labels, and "loss_sem_seg_point" of the points. They are zero if
+            all labels are ignored.
 
         Raises:
             TypeError: An argument has the wrong type or dtype.
-            ValueError: Shapes do not fit, or a label is out of range; on CUDA that is found after the call.
+            ValueError: Shapes differ from the ones above, or a label is out of range. On CUDA a wrong label raises an
+                error after the call.
         """
         if labels is None:
             if size is None:
@@ -154,9 +153,9 @@ class PointRendSemantic(Leaf):
         }
 
     def steps(self, features: Tensor | Sequence[Tensor], coarse: Tensor, size: Size) -> Iterator[RefinementStep]:
-        """The refinement step by step, as `forward` does it: first the coarse map, last the map of this size."""
+        """Yield each map of the refinement, first the coarse map, last the map of this size."""
         self._check(coarse)
-        if is_tracing():  # Then sizes of tensors are tensors themselves, but a trace is for one size.
+        if is_tracing():  # Tensors' sizes are tensors here; a trace is for one size.
             size = cast(Size, tuple(map(int, size)))
         height, width = checks.pair("size", size, 1)
         _, *sizes = halvings((height, width), (coarse.shape[2], coarse.shape[3]))
@@ -176,11 +175,11 @@ class PointRendSemantic(Leaf):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The loss at the points alone, for a host that computes the coarse one; arguments as in `forward`."""
+        """Return the loss at the points alone, for a host that computes the coarse loss; see `forward`."""
         return self._point_loss(features, coarse, self._checked(coarse, labels), generator)
 
     def _checked(self, coarse: Tensor, labels: Tensor) -> Tensor:
-        """The labels as int64, once none is out of range."""
+        """Return the labels as int64; refuse values out of range."""
         self._check(coarse)
         if isinstance(labels, Tensor) and labels.dtype == torch.bool:
             labels = labels.long()
@@ -196,12 +195,12 @@ class PointRendSemantic(Leaf):
         generator: torch.Generator | None,
     ) -> Tensor:
         points = self.draw(coarse, generator=generator)
-        known = labels.where(labels != self.ignore_index, -1)  # float32 holds classes, but not any ignore_index.
+        known = labels.where(labels != self.ignore_index, -1)  # float32 holds all classes, but not every ignore_index.
         labels = point_sample(known[:, None].to(torch.float32), points, mode="nearest")[:, 0].long()
         return _segmentation_loss(self.predict(features, coarse, points), labels, -1)
 
     def draw(self, coarse: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Points (N, num_points, 2) to train on, most of them where the coarse logits are unsure."""
+        """Draw points (N, num_points, 2) to train on, most of them where the coarse logits are uncertain."""
         return sample_uncertain_points(
             coarse,
             self.num_points,
@@ -212,7 +211,7 @@ class PointRendSemantic(Leaf):
 
     @forward_method
     def predict(self, features: Tensor | Sequence[Tensor], coarse: Tensor, points: Tensor) -> Tensor:
-        """The point head's logits (N, num_classes, P) at points (N, P, 2)."""
+        """Return the point head's logits (N, num_classes, P) at points (N, P, 2)."""
         return self.point_head(point_sample(features, points), point_sample(coarse, points))
 
     def _check(self, coarse: Tensor) -> None:

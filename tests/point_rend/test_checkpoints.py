@@ -1,4 +1,4 @@
-"""Official checkpoints: whole models, single heads, old names."""
+"""Load official checkpoints: whole models, single heads, old names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_coarse(head: CoarseMaskHead) -> None:
 
 
 def test_whole_models(tmp_path: Path) -> None:
-    """The keys of COCO's, Cityscapes' and the semantic models; of old ones too."""
+    """COCO's, Cityscapes' and semantic models, with current and old keys."""
     state = placed("roi_heads.mask_head.point_head", "roi_heads.mask_head.coarse_head")
     old = placed("roi_heads.mask_point_head", "roi_heads.mask_coarse_head")
     old = {key.replace("coarse_head.fc", "coarse_head.coarse_mask_fc"): value for key, value in old.items()}

@@ -23,7 +23,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def pair(inputs: int = 6, classes: int = 4, width: int = 8, **settings: bool) -> tuple[PointRendHead, nn.Module]:
-    """Ours and the official head with the same parameters, in float64."""
+    """Return our head and the official head with the same parameters, in float64."""
     theirs = official.randomize(
         official.PointHead(inputs, classes, width, settings.get("each", True), settings.get("agnostic", False))
     ).double()
@@ -96,7 +96,7 @@ def test_layers_without_bias(each: bool, labels: Tensor | None) -> None:
 
 
 def test_shares_commute_with_sampling() -> None:
-    """Products before sampling give what products after it give, also where points lie outside."""
+    """Products before and after sampling are equal, also at points outside the map."""
     ours, theirs = pair(inputs=9)
     maps, coarse = [numbers(2, 6, 5, 7), numbers(2, 3, 4, 4, seed=1)], numbers(2, 4, 3, 3, seed=2)
     points = torch.rand(2, 50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.2 - 0.1
@@ -111,7 +111,7 @@ def test_shares_commute_with_sampling() -> None:
 
 
 def test_published_sizes() -> None:
-    """Parameters and multiply-adds of the spec: COCO's, Cityscapes' and the semantic head."""
+    """Parameters and multiply-adds of the heads for COCO, Cityscapes and semantic segmentation."""
 
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -196,7 +196,7 @@ def test_copies_and_half_types() -> None:
 
 
 def test_mixed_dtypes_under_autocast() -> None:
-    """Fine features in half, coarse logits in float32, as autocast hands them over."""
+    """Autocast passes fine features in half precision and coarse logits in float32."""
     head = official.randomize(PointRendHead(6, 4, hidden_features=8))
     with torch.autocast("cpu", torch.bfloat16):
         assert head(torch.randn(2, 6, 5).bfloat16(), torch.randn(2, 4, 5)).dtype == torch.bfloat16
@@ -210,7 +210,7 @@ def test_compile_and_export(labels: Tensor | None, layout: str) -> None:
     compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
     actual, expected = compiled(*inputs, labels), head(*inputs, labels)
     torch.testing.assert_close(actual, expected)
-    if labels is None:  # Where there is one row only, its stride says nothing.
+    if labels is None:  # The stride of a dimension of size 1 is arbitrary.
         assert actual.stride() == expected.stride()
     torch.testing.assert_close(
         torch.autograd.grad(actual.sum(), list(head.parameters())),

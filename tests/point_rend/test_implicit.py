@@ -32,7 +32,7 @@ MATRIX = "positional_encoding_gaussian_matrix"
 
 
 class Official(nn.Module):
-    """Both heads under the official names."""
+    """Hold both heads under the official names."""
 
     def __init__(self, channels: int, outputs: int):
         super().__init__()
@@ -48,7 +48,7 @@ def pair(
     theirs = official.randomize(Official(channels, 1 if agnostic else classes)).double()
     with torch.no_grad():
         for parameter in theirs.parameter_head.prediction.parameters():
-            parameter.mul_(0.2)  # So that logits are about 1.
+            parameter.mul_(0.2)  # Makes logits about 1.
         theirs.point_head.get_buffer(MATRIX).copy_(numbers(2, 128, seed=9))
     small = {"hidden_features": 8, "parameter_hidden_channels": 6, "parameter_hidden_features": 10, "num_points": 20}
     small |= {"subdivision_num_points": 36}
@@ -191,7 +191,7 @@ def test_matched_and_ignored_masks() -> None:
         for m, i in ((masks, matched), (each, None))
     )
     assert actual == expected
-    # Of the first image's boxes no point counts: the loss is that of the others.
+    # All points of the first image's boxes are ignored, so the loss is that of the other boxes.
     boxes[0] = boxes[0].clamp(4, 76)
     each[0] = torch.full_like(each[0], -1)
     some = ours(features, boxes, labels, each, generator=torch.Generator().manual_seed(0))
@@ -243,7 +243,7 @@ def test_half_types_and_autocast(dtype: torch.dtype) -> None:
 
 
 def test_small_parameters_count_in_half() -> None:
-    """Their squares are less than the least number of float16."""
+    """The parameters' squares are below the smallest float16 number."""
     ours, _ = pair()
     nn.init.zeros_(ours.parameter_head.prediction.weight)
     nn.init.constant_(ours.parameter_head.prediction.bias, 1e-4)
@@ -314,7 +314,7 @@ def test_official_checkpoints(tmp_path: Path) -> None:
     for form in ({**state, **host}, theirs.parameter_head.state_dict()):
         head = load_official(copy.deepcopy(ours.parameter_head), form)
         assert torch.equal(head.fc2.weight, theirs.parameter_head.fc2.weight)
-    # Wide features, whose channels are reduced first.
+    # Features with more channels than hidden_channels.
     wide, theirs = pair(channels=8)
     weight = theirs.parameter_head.reduce_channel_dim_conv.weight
     assert torch.equal(wide.parameter_head.reduce_channels.weight, weight)

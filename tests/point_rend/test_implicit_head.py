@@ -43,7 +43,7 @@ def test_encoding_is_precise() -> None:
     points = torch.rand(2, 50, 2, generator=torch.Generator().manual_seed(0))
     t = 2 * math.pi * ((2 * points.double() - 1) @ head.get_buffer(MATRIX).double())
     expected = torch.cat([t.sin(), t.cos()], 2)
-    # The encoding's own rows, by a perceptron of one layer that passes it on: relu(x) - relu(-x).
+    # A perceptron with one hidden layer that returns the encoding: relu(x) - relu(-x).
     wide = ImplicitPointHead(1, 256, hidden_features=512, num_fc=1)
     wide.load_state_dict(head.state_dict())
     eye = torch.eye(256)

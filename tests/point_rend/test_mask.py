@@ -22,7 +22,7 @@ CLASSES, COUNT = 4, 30
 
 
 class Official(nn.Module):
-    """Both heads under the official names."""
+    """Hold both heads under the official names."""
 
     def __init__(self, channels: int, classes: int, agnostic: bool):
         super().__init__()
@@ -41,7 +41,7 @@ def pair(
 
 
 def inputs(counts: tuple[int, ...] = (2, 0, 3)) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Features (3, 6, 20, 30) at a quarter of the images, boxes of which some leave them, and classes."""
+    """Return features of stride 4 for images of 80 x 120, boxes that partly leave the images, and classes."""
     generator = torch.Generator().manual_seed(1)
     features = numbers(len(counts), 6, 20, 30)
     boxes = []
@@ -68,7 +68,7 @@ def test_inference_equals_official(agnostic: bool, steps: int, init: int, count:
     coarse = numbers(5, CLASSES, 7, 7, seed=4)
     last = init * 2**steps
     if 4 * init * init <= count and 4**steps * init * init <= count:
-        steps, init = 0, last  # There the official rule eats more steps than there are.
+        steps, init = 0, last  # The official rule skips more maps than there are.
         expected = official.mask_points(
             coarse, features, boxes, theirs.point_head, official.regular_points(5, last), 0.25
         )
@@ -98,7 +98,7 @@ def test_whole_inference_equals_official() -> None:
 
 
 def test_products_before_and_after_sampling() -> None:
-    """Few boxes are sampled before the first layer's product, many after it; also of two maps."""
+    """Features are multiplied after sampling for few points, before sampling for many; also with two maps."""
     ours, theirs = pair(channels=8, spatial_scale=(0.25, 0.125), subdivision_num_points=200)
     features, boxes, labels = inputs()
     maps = [features, numbers(3, 2, 10, 15, seed=8)]
@@ -125,7 +125,7 @@ def test_chunks_change_nothing(counts: tuple[int, ...], monkeypatch: pytest.Monk
 
 
 def test_work_grows_with_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    """28² points of each map, not all of its pixels: 16 times fewer than 224²."""
+    """28² points of each map are predicted, in all 16 times fewer than 224²."""
     ours, _ = pair(init_resolution=7, subdivision_num_points=28 * 28)
     features, boxes, labels = inputs()
     counted: list[int] = []
@@ -180,7 +180,7 @@ def test_point_loss_equals_official(agnostic: bool) -> None:
 
 @pytest.mark.parametrize("counts", [(0, 0), (0,), ()])
 def test_no_boxes(counts: tuple[int, ...]) -> None:
-    """No masks of the size asked for, and losses of zero with a graph: both faults of the official code."""
+    """Masks have the given size and losses are zero with a graph; the official code fails in both."""
     ours, _ = pair()
     features, boxes, labels = inputs(counts)
     for size in (24, 100):
@@ -192,7 +192,7 @@ def test_no_boxes(counts: tuple[int, ...]) -> None:
 
 
 def test_one_step_of_few_pixels() -> None:
-    """1 step from 7 with 784 points: the official rule eats the step."""
+    """With 1 step from 7 and 784 points the official rule skips the last map."""
     ours, _ = pair(init_resolution=7, subdivision_num_points=784)
     features, boxes, labels = inputs()
     steps = list(ours.steps(features, ours.coarse(features, boxes), boxes, labels, size=14))
@@ -240,7 +240,7 @@ def test_half_types_and_autocast(dtype: torch.dtype) -> None:
             assert (actual.float() - expected).abs().median() < 0.1
             grads = torch.autograd.grad(sum(losses.values()), list(ours.parameters()))
             assert all(g.isfinite().all() for g in grads)
-        coarse = numbers(5, CLASSES, 7, 7).float()  # a host's own coarse logits
+        coarse = numbers(5, CLASSES, 7, 7).float()  # A host's own coarse logits.
         assert ours.refine(features.to(dtype), coarse, boxes, labels, size=24).isfinite().all()
     half = copy.deepcopy(ours).to(dtype)
     actual = half(features.to(dtype), boxes, labels, size=24)
@@ -264,7 +264,7 @@ def test_compile(dynamic: bool) -> None:
 
 
 class Fixed(nn.Module):
-    """The inference of one size, for export."""
+    """Infer masks of one size, for export."""
 
     def __init__(self, masks: nn.Module):
         super().__init__()
@@ -305,7 +305,7 @@ def test_copies_and_meta() -> None:
 
 
 def test_distributed(tmp_path: Any) -> None:
-    """Also without boxes, every parameter has a gradient."""
+    """Every parameter has a gradient, also without boxes."""
     ours, _ = pair()
     twin = copy.deepcopy(ours)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

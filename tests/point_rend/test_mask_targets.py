@@ -1,4 +1,4 @@
-"""True masks, labels and boxes that masks are trained on."""
+"""True masks, labels and boxes to train on."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_cells_are_those_of_roi_align() -> None:
     numbers = torch.randint(6, (len(boxes),), generator=generator)
     rois = torch.cat([numbers[:, None], boxes], 1)[:-1]
     expected = roi_align(mask[:, None].double(), rois, 1.0, 7, 7, 0, True)[:, 0]
-    for share in (_cells.covered_share, _cells._reference):  # On a CPU, and elsewhere.
+    for share in (_cells.covered_share, _cells._reference):  # On CPUs, on other devices.
         for some in (mask, mask.to(torch.uint8), mask.double()):
             actual = share(some, numbers, boxes, 7)
             torch.testing.assert_close(actual[:-1], expected, rtol=0, atol=1e-12)
@@ -73,7 +73,7 @@ def test_cells_are_those_of_roi_align() -> None:
     clear = (expected - 0.5).abs() > 1e-5
     assert torch.equal(labels.bool()[clear], (expected >= 0.5)[clear])
     assert clear.double().mean() > 0.99
-    # A row of pixels is half of each cell of six: exactly so, whatever a sixth is in binary.
+    # Every second row covers exactly half of each cell, though 1/6 is not exact in binary.
     half = torch.zeros(1, 42, 42, dtype=torch.bool)
     half[:, ::2] = True
     assert cell_labels([half], 7, [torch.tensor([[0.0, 0, 42, 42]])], None).all()
@@ -82,7 +82,7 @@ def test_cells_are_those_of_roi_align() -> None:
 
 
 def test_values_out_of_range() -> None:
-    """They are refused wherever they are, and named."""
+    """Values out of range are refused at any position, and the error names the argument."""
     ours, _ = pair()
     features, boxes, labels = inputs()
     joined = torch.cat(labels)
@@ -138,7 +138,7 @@ def test_dtypes_of_masks_and_labels() -> None:
 
 
 def test_checks_are_compiled_and_vmapped() -> None:
-    """A compiler keeps a check, and each of a batch is checked."""
+    """A compiled model keeps the checks, and vmap checks each element."""
     ours, _ = pair()
     features, boxes, labels = inputs((2,))
     good, bad = (torch.full((2, 80, 120), value, dtype=torch.uint8) for value in (1, 255))

@@ -35,7 +35,7 @@ def test_draws_maps_and_points(classes: int) -> None:
 
 
 def test_points_lie_on_their_pixels() -> None:
-    """The extent of the map is that of the points."""
+    """The map and the points have the same extent."""
     figure = draw_steps([RefinementStep(torch.zeros(1, 1, 4, 8), torch.tensor([[[0.0625, 0.125]]]))])
     image = figure.axes[0].images[0]
     assert list(image.get_extent()) == [0, 1, 1, 0]

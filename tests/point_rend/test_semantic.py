@@ -29,7 +29,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 def pair(
     channels: int = 7, classes: int = 4, each: bool = False, **settings: Any
 ) -> tuple[PointRendSemantic, nn.Module]:
-    """Ours and the official head with the same parameters, in float64."""
+    """Return our module and the official head with the same parameters, in float64."""
     theirs = official.randomize(official.PointHead(channels, classes, 8, each)).double()
     ours = PointRendSemantic(
         channels,
@@ -43,12 +43,12 @@ def pair(
 
 
 def inputs(n: int = 2, classes: int = 4) -> tuple[Tensor, list[Tensor]]:
-    """Coarse logits and two levels of features, 7 channels together."""
+    """Return coarse logits and two levels of features with 7 channels in all."""
     return numbers(n, classes, 6, 8), [numbers(n, 5, 24, 32, seed=1), numbers(n, 2, 12, 16, seed=2)]
 
 
 def labels(n: int = 2, classes: int = 4) -> Tensor:
-    """A fifth of them does not count."""
+    """Return labels, a fifth of which are ignored."""
     generator = torch.Generator().manual_seed(3)
     target = torch.randint(classes, (n, 48, 64), generator=generator)
     return target.where(torch.rand(target.shape, generator=generator) < 0.8, 255)
@@ -65,7 +65,7 @@ def test_inference_equals_official(each: bool, steps: int, classes: int) -> None
     actual = ours(features, coarse, size=(6 * 2**steps, 8 * 2**steps))
     torch.testing.assert_close(actual, expected, **CLOSE)
     assert torch.equal(coarse, kept)
-    # Every layout, with the same result.
+    # Every memory layout has the same result.
     lasting = [x.contiguous(memory_format=torch.channels_last) for x in (coarse, *features)]
     torch.testing.assert_close(ours(lasting[1:], lasting[0], size=expected.shape[2:]), expected, **CLOSE)
 
@@ -101,7 +101,7 @@ def test_losses_equal_official(classes: int, each: bool) -> None:
 
 
 def test_one_class_is_binary() -> None:
-    """A fault of the official code, whose uncertainty wants two."""
+    """The official uncertainty needs two classes, so the official code fails."""
     ours, _ = pair(classes=1)
     coarse, features = inputs(classes=1)
     target = labels(classes=2)
@@ -137,7 +137,7 @@ def test_labels_out_of_range(classes: int, wrong: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("classes", [1, 4])
 def test_all_ignored_is_zero_with_a_graph(classes: int) -> None:
-    """NaN in the official code."""
+    """The official code returns NaN."""
     ours, _ = pair(classes=classes)
     coarse, features = inputs(classes=classes)
     leaves = [coarse.requires_grad_(), features[0].requires_grad_()]
@@ -163,7 +163,7 @@ def test_halvings(size: tuple[int, int], start: tuple[int, int]) -> None:
 @pytest.mark.parametrize("num_points", [1, 100, 784, 785, 10_000])
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_grids_are_official(init: int, num_points: int, steps: int) -> None:
-    """Where the official rule does not eat more steps than there are."""
+    """The official rule, where it does not skip more maps than there are."""
     first, left = init, steps
     while 4 * first * first <= num_points and left > 0:
         first, left = 2 * first, left - 1
@@ -205,7 +205,7 @@ def test_half_types_and_autocast(dtype: torch.dtype) -> None:
     coarse, features = coarse.float(), [f.float() for f in features]
     expected = ours(features, coarse, size=(24, 32))
     with torch.autocast("cpu", dtype):
-        # What the networks before hand over: logits in float32, features in half.
+        # Networks pass logits in float32 and features in half precision.
         actual = ours([f.to(dtype) for f in features], coarse, size=(24, 32))
         losses = ours([f.to(dtype) for f in features], coarse, labels())
     assert actual.dtype == torch.float32
@@ -246,7 +246,7 @@ def test_compile() -> None:
 
 
 class Fixed(nn.Module):
-    """The inference of one size, for export."""
+    """Refine to one size, for export."""
 
     def __init__(self, refine: nn.Module):
         super().__init__()
@@ -283,7 +283,7 @@ def test_copies_and_meta() -> None:
 
 
 def test_distributed(tmp_path: Any) -> None:
-    """Also where no label counts, every parameter has a gradient."""
+    """Every parameter has a gradient, also if all labels are ignored."""
     ours, _ = pair()
     coarse, features = inputs()
     twin = copy.deepcopy(ours)

@@ -1,4 +1,4 @@
-"""Semantic models, torchvision's and others, that become PointRend models."""
+"""Semantic models of torchvision and others, swapped to PointRend models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 
 
 class Net(nn.Module):
-    """An encoder-decoder as one writes it, that returns a map or a dict."""
+    """An ordinary encoder-decoder that returns a map or a dict."""
 
     def __init__(self, as_dict: bool = False, **factory: Any):
         super().__init__()
@@ -61,7 +61,7 @@ def labels(*size: int) -> Tensor:
 
 
 def maps(model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Coarse logits and fine features of a Net, by hand."""
+    """Compute coarse logits and fine features of a Net."""
     fine = model.stem(x)
     body = model.body(fine)
     return model.head(body), [fine, body]
@@ -111,7 +111,7 @@ def test_torchvision(host: str) -> None:
     if aux:
         assert torch.equal(actual["aux"], plain["aux"])
 
-    # The loop of torchvision's reference, which knows nothing of points.
+    # Train with the loop of torchvision's reference, which does not handle points.
     output = model.train()(x)
     loss = sum(F.cross_entropy(out, labels(), ignore_index=255) for out in output.values())
     loss.backward()
@@ -139,7 +139,7 @@ def test_evaluation(as_dict: bool, size: tuple[int, int]) -> None:
 
 
 def by_hand(model: Any, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The map that training gives and the paper's losses for it: at the points, and elsewhere of the coarse map."""
+    """Return the map in training, and the paper's loss at the points plus the coarse map's loss elsewhere."""
     coarse, features = maps(model, x)
     size = torch.tensor([x.shape[3], x.shape[2]])
     pixels = (sample_uncertain_points(coarse, 60) * size).floor()
@@ -193,7 +193,7 @@ def test_training_with_target(as_dict: bool) -> None:
 
 
 def test_learns_what_the_coarse_map_cannot() -> None:
-    """Stripes of a pixel or two, beyond a map of a sixteenth of the pixels."""
+    """The stripes are one or two pixels wide, too thin for the coarse map of stride 8."""
     model = swap.point_rend(Net(), **NAMES, hidden_features=32, num_points=256, subdivision_num_points=32 * 32)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     x = F.interpolate(torch.randn(16, 3, 16, 16), scale_factor=2)
@@ -250,7 +250,7 @@ def test_checkpoints(reentrant: bool) -> None:
 
 
 def test_sequential() -> None:
-    """Its forward calls all its children."""
+    """An `nn.Sequential` calls all its children, but must not call the point head."""
     parts = [nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, CLASSES, 3, 2, 1), nn.Upsample(scale_factor=4, mode="bilinear")]
     model = swap.point_rend(nn.Sequential(*parts), fine="0", coarse="1", **FEW).eval()
     x = images()

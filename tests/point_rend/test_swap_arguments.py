@@ -1,4 +1,4 @@
-"""Arguments of the swap and hosts that it refuses."""
+"""Arguments of the swap, and hosts that it refuses."""
 
 from __future__ import annotations
 

@@ -40,10 +40,10 @@ def scene(objects: int = 2, size: tuple[int, int] = (64, 80)) -> dict[str, Tenso
 
 
 def pair() -> tuple[Any, Any, dict[str, Any]]:
-    """A detector, what it becomes, and what the former's roi_heads take and find."""
+    """Return a detector, its swapped copy, and a record of the inputs and outputs of the detector's roi_heads."""
     plain, seen = detector(), {}
     model: Any = swap.point_rend(copy.deepcopy(plain), num_points=20, subdivision_num_points=100)
-    with torch.no_grad():  # Predictions that differ between classes.
+    with torch.no_grad():  # Makes predictions differ between classes.
         nn.init.normal_(model.roi_heads.point_rend.coarse_head.prediction.weight)
     select = plain.roi_heads.select_training_samples
 
@@ -52,7 +52,7 @@ def pair() -> tuple[Any, Any, dict[str, Any]]:
         return seen["samples"]
 
     plain.roi_heads.select_training_samples = remember
-    # Copies, as the boxes there are replaced by those in the images given.
+    # Copies, as torchvision later replaces the boxes by rescaled ones.
     plain.roi_heads.register_forward_hook(
         lambda _, args, output: seen.update(args=args, found=[dict(found) for found in output[0]])
     )
@@ -122,7 +122,7 @@ def test_training(objects: tuple[int, int]) -> None:
         torch.testing.assert_close(losses[name], value)
     assert all(float(value.detach()) > 0 for value in by_hand.values())
     sum(losses.values()).backward()
-    # Batch norm's statistics of layers that are frozen aside, everything trains.
+    # Everything trains except frozen batch norms.
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert model.roi_heads._point_rend_samples == ()
 

@@ -1,4 +1,4 @@
-"""Swapped semantic models that are hooked, copied, compiled, exported and distributed."""
+"""Swapped semantic models with hooks, threads, copies, compile, export and DDP."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_hooks() -> None:
 
 
 def test_nothing_is_held() -> None:
-    """Of the captured maps, neither after a forward, nor after an error, nor when parts are called by themselves."""
+    """No captured map stays after a forward, after an error, or after a call of a single part."""
     model = net().eval()
 
     def held() -> list[int]:
@@ -77,7 +77,7 @@ def test_copies() -> None:
 
 
 def test_later_hooks_of_a_pickled_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They do not take the place of ours, though in a new process torch counts hooks from 0."""
+    """Hooks added later do not replace ours, though torch counts hooks from 0 in a new process."""
     model, x = net().eval(), images()
     data, expected = pickle.dumps(model), model(x)
     (number,) = model.head._forward_hooks
