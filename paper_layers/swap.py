@@ -13,14 +13,14 @@ from paper_layers.big_bigan.swap import bigan_discriminator
 from paper_layers.deep_gcn.swap import graph_conv
 from paper_layers.lip.conv import LIPConv2d
 from paper_layers.lip.swap import pooling, strided_conv
-from paper_layers.point_rend.swap import pointrend
+from paper_layers.point_rend.swap import point_rend
 
 __all__ = [
     "LIPConv2d",
     "bigan_discriminator",
     "graph_conv",
     "plain_batch_norm",
-    "pointrend",
+    "point_rend",
     "pooling",
     "split_batch_norm",
     "strided_conv",

@@ -46,7 +46,7 @@ SIZES = (scenes.SIZE, 4 * scenes.SIZE)  # Of the images that inference is measur
 
 
 class Backbone(nn.Module):
-    """Coarse logits of an eighth of the image's size, and fine features of half of it."""
+    """Fine features of half the image's size, and coarse logits of an eighth."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -57,7 +57,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         fine = self.fine(images)
-        return self.coarse(fine), fine
+        return fine, self.coarse(fine)
 
 
 def _layer(before: int, channels: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
@@ -73,7 +73,7 @@ class Bilinear(nn.Module):
         self.backbone = Backbone(channels, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return _enlarged(self.backbone(images)[0], images)
+        return _enlarged(self.backbone(images)[1], images)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         return _cross_entropy(self(images), labels)
@@ -83,19 +83,19 @@ class PointRend(Bilinear):
     def __init__(self, channels: int, classes: int):
         super().__init__(channels, classes)
         points = {"num_points": TRAIN_POINTS, "subdivision_num_points": POINTS}
-        self.refine = PointRendSemantic(FINE, classes, HEAD, ignore_index=scenes.IGNORED, **points)
+        self.refine = PointRendSemantic(FINE, classes, hidden_features=HEAD, ignore_index=scenes.IGNORED, **points)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.refine(*self.backbone(images), size=images.shape[2:])
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        return sum(self.refine(*self.backbone(images), target=labels).values())
+        return sum(self.refine(*self.backbone(images), labels=labels).values())
 
 
 class Dense(Bilinear):
     def __init__(self, channels: int, classes: int):
         super().__init__(channels, classes)
-        self.head = PointRendHead(FINE, classes, HEAD, coarse_pred_each_layer=False)
+        self.head = PointRendHead(FINE, classes, hidden_features=HEAD, coarse_pred_each_layer=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self._both(images)[1]
@@ -105,7 +105,7 @@ class Dense(Bilinear):
         return _cross_entropy(coarse, labels) + _cross_entropy(dense, labels)
 
     def _both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        coarse, fine = (_enlarged(maps, images) for maps in self.backbone(images))
+        fine, coarse = (_enlarged(maps, images) for maps in self.backbone(images))
         return coarse, self.head(fine.flatten(2), coarse.flatten(2)).unflatten(2, images.shape[2:])
 
 

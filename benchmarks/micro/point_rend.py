@@ -45,7 +45,7 @@ class _Parts(nn.Module):
 def mask_inputs(case: Case) -> Inputs:
     """Ours and the official head with the same parameters; coarse logits; features in channels_last; boxes; classes."""
     theirs = _Parts(CLASSES, True)
-    ours = PointRendMask(256, CLASSES, SCALE)
+    ours = PointRendMask(256, CLASSES, spatial_scale=SCALE)
     load_official(ours.point_head, theirs.state_dict())
     count = case.params["boxes"]
     corner = torch.rand(count, 2) * torch.tensor([800.0, 500.0])
@@ -65,7 +65,7 @@ def mask_inputs_planar(case: Case) -> Inputs:
 def mask_ours(
     ours: PointRendMask, head: nn.Module, coarse: Tensor, features: Tensor, boxes: Tensor, labels: Tensor, side: int
 ) -> Tensor:
-    return ours.refine(coarse, features, [boxes], labels, side)
+    return ours.refine(features, coarse, [boxes], labels, size=side)
 
 
 def mask_official(
@@ -161,7 +161,7 @@ def semantic_inputs_planar(case: Case) -> Inputs:
 
 def semantic_ours(ours: PointRendSemantic, head: nn.Module, coarse: Tensor, features: Tensor, steps: int) -> Tensor:
     size = (coarse.shape[2] * 2**steps, coarse.shape[3] * 2**steps)
-    return ours(coarse, features, size=size)
+    return ours(features, coarse, size=size)
 
 
 def semantic_official(ours: nn.Module, head: nn.Module, coarse: Tensor, features: Tensor, steps: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Published PointRend checkpoints: their keys into ours."""
+"""Load published PointRend checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paper_layers.point_rend.implicit import ImplicitPointHead
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# Where a head's keys stand in a whole model, in old checkpoints as well.
+# A head's keys in a whole model, also in old checkpoints.
 _PLACE = re.compile(r"(?:^|\.)(?:mask_)?(point|coarse|parameter)_head\.(.+)$")
 # Official names -> ours, by head.
 _RENAMED: dict[str, list[tuple[re.Pattern[str], Any]]] = {
@@ -27,7 +27,7 @@ _RENAMED: dict[str, list[tuple[re.Pattern[str], Any]]] = {
     ],
 }
 _RENAMED["parameter"] = _RENAMED["coarse"]
-# Of a module's kinds the first counts: a coarse head is a box head too.
+# The first matching class counts, as a CoarseMaskHead is a BoxHead too.
 _HEADS: dict[type[nn.Module], str] = {
     PointRendHead: "point",
     ImplicitPointHead: "point",
@@ -41,31 +41,31 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
 
     For Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020: `PointRendHead`,
     `CoarseMaskHead`, `PointRendSemantic` and `PointRendMask`; and for Cheng, Parkhi, Kirillov, "Pointly-Supervised
-    Instance Segmentation", CVPR 2022: `ImplicitPointRendMask` and its heads. Of a whole model's checkpoint the keys of
-    ``point_head``, ``coarse_head`` and ``parameter_head`` are taken, also under the names of old ones
-    (``mask_point_head``, ``coarse_mask_fc1``), and the rest is left to the host. Nothing is loaded unless all fits.
+    Instance Segmentation", CVPR 2022: `ImplicitPointRendMask` and its heads. From a whole model's checkpoint, the keys
+    of ``point_head``, ``coarse_head`` and ``parameter_head`` are loaded, also under their old names
+    (``mask_point_head``, ``coarse_mask_fc1``); other keys are skipped. If anything does not match, nothing is loaded.
 
     Args:
         module: The module to load into.
-        state_dict: The official state dict, of tensors or NumPy arrays. It may stand within
-            ``{"model": ...}`` or ``{"state_dict": ...}``, and have DataParallel's ``module.`` before each key. Or the
-            path of a file that holds one, written by torch.save or, as in model zoos, by pickle. Nothing in a file is
-            run: anything but tensors, arrays, numbers, strings and containers is refused.
+        state_dict: The official state dict of tensors or NumPy arrays, or the path of a file that holds it, written by
+            torch.save or, as in model zoos, by pickle. It may be inside ``{"model": ...}`` or ``{"state_dict": ...}``,
+            and its keys may start with DataParallel's ``module.``. Loading a file does not run code from it: anything
+            but tensors, arrays, numbers, strings and containers is refused.
 
     Returns:
         `module`.
 
     Raises:
         TypeError: `state_dict` is neither a mapping nor a path, or a key is not a string.
-        pickle.UnpicklingError: A file holds anything else.
-        ValueError: Keys are missing or unexpected, shapes differ, or a value holds no numbers that can be copied.
+        pickle.UnpicklingError: A file holds another type.
+        ValueError: Keys are missing or unexpected, shapes differ, or a value is not a tensor or array of numbers.
 
     Example:
         >>> import torch
         >>> from paper_layers.point_rend import PointRendHead
         >>> names = {"fc1.weight": (8, 6, 1), "fc1.bias": (8,), "predictor.weight": (2, 8, 1), "predictor.bias": (2,)}
         >>> official = {f"sem_seg_head.point_head.{name}": torch.randn(shape) for name, shape in names.items()}
-        >>> head = PointRendHead(4, 2, fc_dim=8, num_fc=1, coarse_pred_each_layer=False)
+        >>> head = PointRendHead(4, 2, hidden_features=8, num_fc=1, coarse_pred_each_layer=False)
         >>> head = load_official(head, {**official, "backbone.stem.conv1.weight": torch.ones(1)})
         >>> bool((head.layers[0].weight == official["sem_seg_head.point_head.fc1.weight"][..., 0]).all())
         True
@@ -73,7 +73,7 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
     paths, own = dict(_paths(module)), module.state_dict()
 
     def place(key: str) -> tuple[str, str] | None:
-        """The head that a key belongs to, if the module has it, and the name there."""
+        """Return the head that a key belongs to, and the name within it; None if the module does not have the head."""
         found = _PLACE.search(key)
         if found is not None:
             return (found[1], found[2]) if found[1] in paths else None
@@ -93,7 +93,7 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
 
 
 def _paths(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The heads in a module, and what the names of their parameters start with."""
+    """Yield each head of a module, and the prefix of its parameters' names."""
     for path, part in module.named_modules():
         head = next((head for kind, head in _HEADS.items() if isinstance(part, kind)), None)
         if head is not None:

@@ -1,4 +1,4 @@
-"""Heads that have a coarse look at a box: numbers, and one small map for each class."""
+"""Coarse heads: one vector, or one small mask per class, for each box."""
 
 from __future__ import annotations
 
@@ -13,57 +13,60 @@ from paper_layers._core.tracing import Leaf
 
 
 class BoxHead(Leaf):
-    """Predict a vector for each box, from the box's 14x14 features.
+    """Predict a vector for each box from its 14x14 features.
 
     The light head of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, section
-    4.1: a convolution 1x1 where the features are wider than it, one of 2x2 with stride 2, and three linear layers.
+    4.1: a 1x1 convolution if there are more than `hidden_channels` channels, a 2x2 convolution with stride 2, and three
+    linear layers.
 
     Args:
         in_channels: Channels of the features.
-        out_features: Numbers for each box.
-        conv_dim: Channels of the convolutions, at most.
-        fc_dim: Channels of the two hidden linear layers.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        out_features: Size of each box's vector.
+        hidden_channels: Output channels of the convolutions.
+        hidden_features: Size of the two hidden linear layers.
 
     Raises:
-        TypeError: A number is no int.
-        ValueError: A number is too small, or the features do not fit.
+        TypeError: A number is not an int.
+        ValueError: A number is less than 1, or the features have another shape.
 
     Example:
         >>> import torch
-        >>> from paper_layers.point_rend.coarse import BoxHead
+        >>> from paper_layers.point_rend import BoxHead
         >>> BoxHead(256, 1000)(torch.randn(3, 256, 14, 14)).shape
         torch.Size([3, 1000])
     """
 
-    side = 7  # After the convolutions; features have twice as many pixels.
+    side = 7  # The map's side after the convolutions, half the features' side.
 
     def __init__(
         self,
         in_channels: int,
         out_features: int,
-        conv_dim: int = 256,
-        fc_dim: int = 1024,
+        *,
+        hidden_channels: int = 256,
+        hidden_features: int = 1024,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_channels, out_features, conv_dim, fc_dim = checks.positive(
-            in_channels=in_channels, out_features=out_features, conv_dim=conv_dim, fc_dim=fc_dim
+        in_channels, out_features, hidden_channels, hidden_features = checks.positive(
+            in_channels=in_channels,
+            out_features=out_features,
+            hidden_channels=hidden_channels,
+            hidden_features=hidden_features,
         )
         self.in_channels, self.out_features = in_channels, out_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        width = min(in_channels, conv_dim)
-        self.reduce_channels = nn.Conv2d(in_channels, width, 1, **factory) if in_channels > conv_dim else None
-        self.reduce_size = nn.Conv2d(width, conv_dim, 2, stride=2, **factory)
-        self.fc1 = nn.Linear(conv_dim * self.side**2, fc_dim, **factory)
-        self.fc2 = nn.Linear(fc_dim, fc_dim, **factory)
-        self.prediction = nn.Linear(fc_dim, out_features, **factory)
+        width = min(in_channels, hidden_channels)
+        self.reduce_channels = nn.Conv2d(in_channels, width, 1, **factory) if in_channels > hidden_channels else None
+        self.reduce_size = nn.Conv2d(width, hidden_channels, 2, stride=2, **factory)
+        self.fc1 = nn.Linear(hidden_channels * self.side**2, hidden_features, **factory)
+        self.fc2 = nn.Linear(hidden_features, hidden_features, **factory)
+        self.prediction = nn.Linear(hidden_features, out_features, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialize the parameters as the official code does."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -74,11 +77,11 @@ class BoxHead(Leaf):
         nn.init.normal_(self.prediction.weight, std=0.001)
 
     def extra_repr(self) -> str:
-        """What the layers do not show."""
+        """Return the sizes that the layers do not show."""
         return f"{self.in_channels}, {self.out_features}"
 
     def forward(self, features: Tensor) -> Tensor:
-        """The vectors (R, out_features) of features (R, in_channels, 14, 14)."""
+        """Return vectors (R, out_features) for features (R, in_channels, 14, 14)."""
         if features.dim() != 4 or features.shape[1:] != (self.in_channels, 2 * self.side, 2 * self.side):
             expected = f"(R, {self.in_channels}, {2 * self.side}, {2 * self.side})"
             raise ValueError(f"features: expected shape {expected}, got {tuple(features.shape)}")
@@ -88,21 +91,19 @@ class BoxHead(Leaf):
 
 
 class CoarseMaskHead(BoxHead):
-    """Predict a 7x7 mask for each class of a box, from the box's 14x14 features, by the layers of `BoxHead`.
+    """Predict a 7x7 mask of each class for each box from its 14x14 features, with the layers of `BoxHead`.
 
     The coarse head of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, section 4.1.
 
     Args:
         in_channels: Channels of the features.
         num_classes: Classes K.
-        conv_dim: As in `BoxHead`.
-        fc_dim: As in `BoxHead`.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        hidden_channels: See `BoxHead`.
+        hidden_features: See `BoxHead`.
 
     Raises:
-        TypeError: A number is no int.
-        ValueError: A number is too small, or the features do not fit.
+        TypeError: A number is not an int.
+        ValueError: A number is less than 1, or the features have another shape.
 
     Example:
         >>> import torch
@@ -115,19 +116,27 @@ class CoarseMaskHead(BoxHead):
         self,
         in_channels: int,
         num_classes: int,
-        conv_dim: int = 256,
-        fc_dim: int = 1024,
+        *,
+        hidden_channels: int = 256,
+        hidden_features: int = 1024,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         num_classes = checks.integer("num_classes", num_classes, 1)
-        super().__init__(in_channels, num_classes * self.side**2, conv_dim, fc_dim, device, dtype)
+        super().__init__(
+            in_channels,
+            num_classes * self.side**2,
+            hidden_channels=hidden_channels,
+            hidden_features=hidden_features,
+            device=device,
+            dtype=dtype,
+        )
         self.num_classes = num_classes
 
     def extra_repr(self) -> str:
-        """What the layers do not show."""
+        """Return the sizes that the layers do not show."""
         return f"{self.in_channels}, {self.num_classes}"
 
     def forward(self, features: Tensor) -> Tensor:
-        """The logits (R, num_classes, 7, 7) of features (R, in_channels, 14, 14)."""
+        """Return logits (R, num_classes, 7, 7) for features (R, in_channels, 14, 14)."""
         return super().forward(features).unflatten(1, (self.num_classes, self.side, self.side))

@@ -1,4 +1,4 @@
-"""The point head: a small perceptron that labels points from fine features and a coarse prediction."""
+"""The point head: a small perceptron that labels points from fine features and coarse logits."""
 
 from __future__ import annotations
 
@@ -12,36 +12,35 @@ from torch import Tensor, nn
 from paper_layers._core import checks
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
+from paper_layers.point_rend._repr import options
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer on the channels of (N, C, ...), which are next to one another in the result's memory."""
+    """Apply a linear layer to the channels of (N, C, ...); in memory the result's channels come last."""
     return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 class PointRendHead(Leaf):
-    r"""Label points from their fine features and the coarse prediction there: PointRend's point head.
+    r"""Label points from their fine features and coarse logits: PointRend's point head.
 
     .. math:: h_0 = x, \quad h_{l} = \mathrm{relu}(W_l [h_{l-1}, c] + b_l), \quad y = W [h_L, c] + b
 
     Section 3.3 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, with fine
-    features x and coarse logits c of each point. No features are put side by side: what a layer makes of c is a
-    product of its own. The first layer's product with x and all products with c are linear, so they may as well be
-    computed on whole maps and sampled at the points: `fine_shares`, `coarse_shares` and `finish` are the three parts.
+    features x and coarse logits c of each point. Nothing is concatenated: each layer multiplies h and c separately
+    and adds the partial products. The partial products of x and c are linear in the maps, so they can be computed on
+    whole maps and then sampled at the points, with `fine_shares`, `coarse_shares` and `finish`.
 
     Args:
-        in_channels: Channels of the fine features, of all maps together.
-        num_classes: Channels of the coarse prediction.
-        fc_dim: Channels of the hidden layers.
-        num_fc: Hidden layers.
-        coarse_pred_each_layer: Whether every layer takes c, or only the first; the official semantic models have False.
-        class_agnostic: Predict one logit for all classes.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        in_channels: Channels of the fine features, summed over maps.
+        num_classes: Classes K, the channels of the coarse logits.
+        hidden_features: Size of the hidden layers.
+        num_fc: Number of hidden layers.
+        coarse_pred_each_layer: If True, every layer takes c; if False, only the first (official semantic models).
+        class_agnostic: If True, predict one logit for all classes.
 
     Raises:
-        TypeError: A number is no int.
-        ValueError: A number is too small.
+        TypeError: A number is not an int.
+        ValueError: A number is less than 1.
 
     Example:
         >>> import torch
@@ -50,7 +49,7 @@ class PointRendHead(Leaf):
         >>> fine, coarse = torch.randn(8, 256, 196), torch.randn(8, 80, 196)
         >>> head(fine, coarse).shape
         torch.Size([8, 80, 196])
-        >>> head(fine, coarse, labels=torch.arange(8)).shape  # of one class each, at a fraction of the predictor's cost
+        >>> head(fine, coarse, labels=torch.arange(8)).shape  # one class each, which is cheaper
         torch.Size([8, 1, 196])
     """
 
@@ -58,7 +57,8 @@ class PointRendHead(Leaf):
         self,
         in_channels: int,
         num_classes: int,
-        fc_dim: int = 256,
+        *,
+        hidden_features: int = 256,
         num_fc: int = 3,
         coarse_pred_each_layer: bool = True,
         class_agnostic: bool = False,
@@ -66,16 +66,17 @@ class PointRendHead(Leaf):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        in_channels, num_classes, fc_dim, num_fc = checks.positive(
-            in_channels=in_channels, num_classes=num_classes, fc_dim=fc_dim, num_fc=num_fc
+        in_channels, num_classes, hidden_features, num_fc = checks.positive(
+            in_channels=in_channels, num_classes=num_classes, hidden_features=hidden_features, num_fc=num_fc
         )
-        self.in_channels, self.num_classes, self.fc_dim, self.num_fc = in_channels, num_classes, fc_dim, num_fc
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.hidden_features, self.num_fc = hidden_features, num_fc
         self.coarse_pred_each_layer, self.class_agnostic = coarse_pred_each_layer, class_agnostic
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         appended = num_classes if coarse_pred_each_layer else 0
-        widths = [in_channels + num_classes] + [fc_dim + appended] * (num_fc - 1)
-        self.layers = nn.ModuleList(nn.Linear(width, fc_dim, **factory) for width in widths)
-        self.predictor = nn.Linear(fc_dim + appended, 1 if class_agnostic else num_classes, **factory)
+        widths = [in_channels + num_classes] + [hidden_features + appended] * (num_fc - 1)
+        self.layers = nn.ModuleList(nn.Linear(width, hidden_features, **factory) for width in widths)
+        self.predictor = nn.Linear(hidden_features + appended, 1 if class_agnostic else num_classes, **factory)
         self.reset_parameters()
 
     @property
@@ -83,7 +84,7 @@ class PointRendHead(Leaf):
         return [cast(nn.Linear, layer) for layer in self.layers]
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialize the parameters as the official code does."""
         for layer in self._layers:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.predictor.weight, std=0.001)
@@ -92,20 +93,18 @@ class PointRendHead(Leaf):
                 nn.init.zeros_(layer.bias)
 
     def extra_repr(self) -> str:
-        """All arguments."""
-        return (
-            f"{self.in_channels}, {self.num_classes}, fc_dim={self.fc_dim}, num_fc={self.num_fc}, "
-            f"coarse_pred_each_layer={self.coarse_pred_each_layer}, class_agnostic={self.class_agnostic}"
-        )
+        """Return all arguments."""
+        shown = options(self, "hidden_features", "num_fc", "coarse_pred_each_layer", "class_agnostic")
+        return f"{self.in_channels}, {self.num_classes}, {shown}"
 
     def forward(self, fine: Tensor, coarse: Tensor, labels: Tensor | None = None) -> Tensor:
         """Label the points.
 
         Args:
-            fine: Features of shape (N, in_channels, P), as `paper_layers.point_sample` gives them; either layout in
-                memory is taken as it is.
+            fine: Features of shape (N, in_channels, P), as `paper_layers.point_sample` returns them, in
+                either memory layout.
             coarse: Coarse logits of shape (N, num_classes, P).
-            labels: The class of each row whose logit is wanted, int64 of shape (N,); default all classes.
+            labels: The class to predict for each row, int64 of shape (N,); default all classes.
 
         Returns:
             Logits of shape (N, num_classes, P), or (N, 1, P) with `labels` or `class_agnostic`.
@@ -123,11 +122,11 @@ class PointRendHead(Leaf):
 
     @property
     def splits(self) -> bool:
-        """Return whether the three parts may read the layers' weights in place of calling the layers."""
+        """Return whether `fine_shares`, `coarse_shares` and `finish` may read the layers' weights."""
         return all(readable(layer, nn.Linear) for layer in (*self.layers, self.predictor))
 
     def _call_layers(self, fine: Tensor, coarse: Tensor, labels: Tensor | None) -> Tensor:
-        """The formula as it stands."""
+        """Compute the formula layer by layer."""
         x, coarse = fine.mT, coarse.mT
         for i, layer in enumerate((*self.layers, self.predictor)):
             x = x if i == 0 else F.relu(x)
@@ -137,15 +136,13 @@ class PointRendHead(Leaf):
         return x.gather(2, labels[:, None, None].expand(-1, x.shape[1], 1)).mT
 
     def fine_shares(self, fine: Sequence[Tensor]) -> list[Tensor]:
-        """Each fine feature's (N, C_l, ...) summand of the first layer: (N, fc_dim, ...), without the bias.
+        """Return the first layer's partial product (N, hidden_features, ...) of each fine feature (N, C_l, ...).
 
         Raises:
-            TypeError: A layer must be called as a whole; see `splits`.
+            TypeError: A layer must be called; see `splits`.
         """
         if not self.splits:
-            raise TypeError(
-                "layers: expected plain nn.Linear without hooks, whose products split, got others; call the head"
-            )
+            raise TypeError("layers: expected plain nn.Linear without hooks, got others; call the head instead")
         return self._fine_shares(fine)
 
     def _fine_shares(self, fine: Sequence[Tensor]) -> list[Tensor]:
@@ -153,7 +150,7 @@ class PointRendHead(Leaf):
         return [_project(level, weight) for level, weight in zip(fine, weights, strict=True)]
 
     def coarse_shares(self, coarse: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
-        """What the coarse logits (N, num_classes, ...) add to each layer that takes them, one after the other."""
+        """Yield the partial product of coarse logits (N, num_classes, ...) for each layer that takes them."""
         if not self.coarse_pred_each_layer:
             yield _project(coarse, self._layers[0].weight[:, self.in_channels :])
             return
@@ -166,18 +163,18 @@ class PointRendHead(Leaf):
             yield (weight @ coarse.flatten(2)).unflatten(2, coarse.shape[2:])
 
     def finish(self, fine: Tensor, coarse: Iterable[Tensor], labels: Tensor | None = None) -> Tensor:
-        """The logits from what the fine features and the coarse logits add to the layers at points: (N, ..., P) each.
+        """Return the logits from the partial products (N, ..., P) at points.
 
-        `coarse` is asked for each share when its layer is computed, so that none waits in memory.
+        Each coarse product is taken from the iterator when its layer needs it, so only one is in memory.
         """
         shares = iter(coarse)
         first, *layers = self._layers
         x = fine.mT + next(shares).mT
         x = (x if first.bias is None else x.add_(first.bias)).relu_()
         for layer in layers:
-            x = self._add(F.linear(x, layer.weight[:, : self.fc_dim], layer.bias), shares).relu_()
+            x = self._add(F.linear(x, layer.weight[:, : self.hidden_features], layer.bias), shares).relu_()
         weight, bias = self._predictor(labels)
-        weight = weight[..., : self.fc_dim]
+        weight = weight[..., : self.hidden_features]
         if weight.dim() == 2:
             y = F.linear(x, weight, bias)
         else:
@@ -188,11 +185,11 @@ class PointRendHead(Leaf):
         return x.add_(next(shares).mT) if self.coarse_pred_each_layer else x
 
     def _predictor(self, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight (K, C) and bias (K,), if any, of the last layer, or (N, 1, C) and (N, 1) of the labels' classes."""
+        """Return the last layer's weight (K, C) and bias (K,), or their rows (N, 1, C) and (N, 1) of the labels."""
         weight, bias = self.predictor.weight, self.predictor.bias
         if labels is None or self.class_agnostic:
             return weight, bias
-        # Where indexing would count a label of -1 from the end, this raises.
+        # Unlike indexing, `index_select` refuses a label of -1.
         row = weight.index_select(0, labels)[:, None]
         return row, None if bias is None else bias.index_select(0, labels)[:, None]
 

@@ -1,56 +1,59 @@
-"""PointRend for instance segmentation: masks of boxes, refined from fine features."""
+"""PointRend for instance segmentation: coarse masks of boxes, refined at uncertain points."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from paper_layers._core.fusing import forward_method, readable
+from paper_layers._core import checks
+from paper_layers._core.fusing import forward_method, readable, within
+from paper_layers._core.tracing import Leaf
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.ops.uncertain_points.samples import sample_uncertain_points
-from paper_layers.point_rend.boxes import BoxMasks, Sampler
+from paper_layers.point_rend import _boxes
+from paper_layers.point_rend._boxes import Boxes, Features, Labels, Predict, Refinement
+from paper_layers.point_rend._repr import options
+from paper_layers.point_rend._subdivision import RefinementStep, grid_sizes
+from paper_layers.point_rend._targets import cell_labels, mask_loss, sample_masks
 from paper_layers.point_rend.coarse import CoarseMaskHead
 from paper_layers.point_rend.head import PointRendHead
-from paper_layers.point_rend.targets import Boxes, cell_labels, mask_loss
 
 
-class PointRendMask(BoxMasks):
-    """Predict the masks of boxes: a coarse one, refined at its uncertain points; the losses and the inference.
+class PointRendMask(Leaf):
+    """Predict masks of boxes: coarse ones, refined at their uncertain points.
 
     Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020, sections 3 and 4. In inference
-    the point head predicts a regular grid of each box, of `init_resolution`, or of twice that as long as the next map
-    has no more than `subdivision_num_points` pixels, and then the least sure points of each larger map. Only the map of
-    the box's own class is kept and only its logit is computed. Where points outnumber the features' pixels, the first
-    layer's product is taken on the features and sampled, and the coarse logits' products always are: these are
-    linear, and give the same masks up to rounding.
+    the point head first predicts a regular grid of points in each box. The grid has side `init_resolution`, doubled as
+    long as the next grid has at most `subdivision_num_points` points. Then each map is enlarged to twice its side, and
+    its `subdivision_num_points` most uncertain points are predicted again. Only the logit of the box's own class is
+    computed. The point head's partial products are computed on maps and sampled where that is cheaper; this changes
+    the masks by rounding only.
 
-    The losses are "loss_mask", of the coarse masks, whose pixels belong to the true mask where it covers half of them,
-    as RoIAlign measures it, and "loss_mask_point".
+    The losses are "loss_mask" for the coarse masks and "loss_mask_point" for the points. The label of a coarse pixel is
+    1 where the true mask covers at least half of it, as measured by RoIAlign.
 
     Args:
-        in_channels: Channels of the feature maps, all together.
-        num_classes: Classes K of the coarse head, and of the point head unless `class_agnostic`.
+        in_channels: Channels of the feature maps, summed over maps.
+        num_classes: Classes K.
         spatial_scale: Pixels of a map for each pixel of the image: one number or one for each map.
-        class_agnostic: Whether the point head has one mask for all classes.
-        coarse_pred_each_layer: As in `PointRendHead`.
-        fc_dim: As in `PointRendHead`.
-        num_fc: As in `PointRendHead`.
-        coarse_conv_dim: `conv_dim` of `CoarseMaskHead`.
-        coarse_fc_dim: `fc_dim` of `CoarseMaskHead`.
-        num_points: Points of each box to train on.
-        oversample_ratio: As in `paper_layers.sample_uncertain_points`.
-        importance_sample_ratio: As in `paper_layers.sample_uncertain_points`.
-        init_resolution: Side of the first grid in inference, at most.
-        subdivision_num_points: Points of each map to predict in inference.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        class_agnostic: If True, the point head predicts one mask for all classes.
+        coarse_pred_each_layer: See `PointRendHead`.
+        hidden_features: See `PointRendHead`.
+        num_fc: See `PointRendHead`.
+        coarse_hidden_channels: `hidden_channels` of `CoarseMaskHead`.
+        coarse_hidden_features: `hidden_features` of `CoarseMaskHead`.
+        num_points: Points to train on in each box.
+        oversample_ratio: See `paper_layers.sample_uncertain_points`.
+        importance_sample_ratio: See `paper_layers.sample_uncertain_points`.
+        init_resolution: Side of the first grid in inference, before it is doubled.
+        subdivision_num_points: Points to predict in each map in inference.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes or numbers do not fit.
+        ValueError: A number is out of range.
 
     Example:
         >>> import torch
@@ -68,13 +71,14 @@ class PointRendMask(BoxMasks):
         self,
         in_channels: int,
         num_classes: int,
+        *,
         spatial_scale: float | Sequence[float] = 0.25,
         class_agnostic: bool = False,
         coarse_pred_each_layer: bool = True,
-        fc_dim: int = 256,
+        hidden_features: int = 256,
         num_fc: int = 3,
-        coarse_conv_dim: int = 256,
-        coarse_fc_dim: int = 1024,
+        coarse_hidden_channels: int = 256,
+        coarse_hidden_features: int = 1024,
         num_points: int = 14 * 14,
         oversample_ratio: float = 3.0,
         importance_sample_ratio: float = 0.75,
@@ -83,89 +87,158 @@ class PointRendMask(BoxMasks):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(spatial_scale, num_points, subdivision_num_points, init_resolution)
+        super().__init__()
+        self.spatial_scale = spatial_scale
+        self.num_points, self.init_resolution, self.subdivision_num_points = checks.positive(
+            num_points=num_points, init_resolution=init_resolution, subdivision_num_points=subdivision_num_points
+        )
         self.oversample_ratio, self.importance_sample_ratio = oversample_ratio, importance_sample_ratio
         self.coarse_head = CoarseMaskHead(
-            in_channels, num_classes, coarse_conv_dim, coarse_fc_dim, device=device, dtype=dtype
+            in_channels,
+            num_classes,
+            hidden_channels=coarse_hidden_channels,
+            hidden_features=coarse_hidden_features,
+            device=device,
+            dtype=dtype,
         )
         self.point_head = PointRendHead(
-            in_channels, num_classes, fc_dim, num_fc, coarse_pred_each_layer, class_agnostic, device, dtype
+            in_channels,
+            num_classes,
+            hidden_features=hidden_features,
+            num_fc=num_fc,
+            coarse_pred_each_layer=coarse_pred_each_layer,
+            class_agnostic=class_agnostic,
+            device=device,
+            dtype=dtype,
         )
 
     def reset_parameters(self) -> None:
-        """Start again, as in the official code."""
+        """Initialize the parameters as the official code does."""
         self.coarse_head.reset_parameters()
         self.point_head.reset_parameters()
 
     def extra_repr(self) -> str:
-        """What the heads do not show."""
-        return (
-            f"spatial_scale={self.spatial_scale}, num_points={self.num_points}, "
-            f"oversample_ratio={self.oversample_ratio}, importance_sample_ratio={self.importance_sample_ratio}, "
-            f"init_resolution={self.init_resolution}, subdivision_num_points={self.subdivision_num_points}"
-        )
+        """Return the options that the heads do not show."""
+        sampling = options(self, "num_points", "oversample_ratio", "importance_sample_ratio")
+        inference = options(self, "init_resolution", "subdivision_num_points")
+        return f"spatial_scale={self.spatial_scale}, {sampling}, {inference}"
 
     @property
     def num_classes(self) -> int:
-        """Classes K."""
+        """The number of classes K."""
         return self.coarse_head.num_classes
 
-    @forward_method
-    def coarse(self, features: Tensor | Sequence[Tensor], boxes: Boxes) -> Tensor:
-        """The coarse logits (R, num_classes, 7, 7) of the boxes, from the features on a regular grid in each."""
-        return self._look(self.coarse_head, features, boxes)
+    def forward(
+        self,
+        features: Features,
+        boxes: Boxes,
+        labels: Labels,
+        masks: Sequence[Tensor] | None = None,
+        *,
+        matched: Sequence[Tensor] | None = None,
+        size: int = 224,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Predict the masks of the boxes, or compute the losses if true masks are given.
 
-    @property
-    def _coarse_shape(self) -> tuple[int | str, ...]:
-        return self.coarse_head.num_classes, "h", "w"
+        Args:
+            features: Maps of shape (N, C_l, H_l, W_l), one or a list.
+            boxes: Corners (x1, y1, x2, y2) in pixels of the image, a tensor (R_i, 4) for each image; without masks also
+                (R, 5) with the image's number first.
+            labels: The class of each box, integers from 0 to K - 1: a tensor (R_i,) for each image, or one (R,).
+            masks: The true masks of each image, (M_i, H_i, W_i) of any dtype at the size of the image, with values from
+                0 to 1, or -1 where a pixel does not count. Divide masks of 0 and 255 by 255.
+            matched: Integers (R_i,) for each image, the index of each box's mask; default the box's own index.
+            size: Side of the masks in pixels.
+            generator: Draws the points to train on; default torch's own.
 
-    def _draw(self, coarse: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-        return sample_uncertain_points(
+        Returns:
+            Logits of the boxes' own classes, of shape (R, 1, size, size); or two losses by name, which are zero
+            without boxes.
+
+        Raises:
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: Shapes differ from the ones above; a label, a mask's value or index is out of range; a box to
+                train on is not finite. On CUDA wrong values raise an error after the call, as a wrong index does.
+        """
+        coarse = within(self, "coarse")(features, boxes)
+        if masks is None:
+            return within(self, "refine")(features, coarse, boxes, labels, size=size)
+        if isinstance(boxes, Tensor):
+            raise ValueError("boxes: expected a tensor for each image where there are masks, got one for all")
+        rois, classes = _boxes.flatten(boxes, labels, self.num_classes, coarse.device)
+        rois = _boxes.finite(rois)
+        points = sample_uncertain_points(
             coarse,
             self.num_points,
-            labels=labels,
+            labels=classes,
             oversample_ratio=self.oversample_ratio,
             importance_sample_ratio=self.importance_sample_ratio,
             generator=generator,
         )
+        fine = point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale)
+        logits = self.point_head(fine, point_sample(coarse, points), classes)[:, 0]
+        own = coarse[torch.arange(classes.shape[0], device=classes.device), classes]
+        return {
+            "loss_mask": mask_loss(own, cell_labels(masks, self.coarse_head.side, boxes, matched)),
+            "loss_mask_point": mask_loss(logits, sample_masks(masks, points, boxes, matched)),
+        }
 
-    def _logits(self, coarse: Tensor, fine: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-        return self.point_head(fine, point_sample(coarse, points), labels)
+    @forward_method
+    def coarse(self, features: Features, boxes: Boxes) -> Tensor:
+        """Predict the coarse logits (R, num_classes, 7, 7) of the boxes."""
+        return self.coarse_head(_boxes.grid_features(features, boxes, 2 * self.coarse_head.side, self.spatial_scale))
 
-    def _losses(
-        self,
-        coarse: Tensor,
-        labels: Tensor,
-        masks: Sequence[Tensor],
-        boxes: Sequence[Tensor],
-        matched: Sequence[Tensor] | None,
-    ) -> dict[str, Tensor]:
-        own = coarse[torch.arange(labels.shape[0], device=labels.device), labels]
-        return {"loss_mask": mask_loss(own, cell_labels(masks, self.coarse_head.side, boxes, matched))}
+    @forward_method
+    def refine(self, features: Features, coarse: Tensor, boxes: Boxes, labels: Labels, *, size: int = 224) -> Tensor:
+        """Predict the masks (R, 1, size, size) from coarse logits (R, num_classes, h, w)."""
+        return self._refinement(features, coarse, boxes, labels, size=size).masks()
 
-    @property
-    def _splits(self) -> bool:
-        """Return whether the point head's products may be taken on maps, in place of a call of the head at points."""
-        return readable(self.point_head, PointRendHead) and self.point_head.splits
+    def steps(
+        self, features: Features, coarse: Tensor, boxes: Boxes, labels: Labels, *, size: int = 224
+    ) -> Iterator[RefinementStep]:
+        """Yield each map of `refine`, first the regular grid's."""
+        return self._refinement(features, coarse, boxes, labels, size=size).steps()
 
-    def _fine(self, features: Tensor | Sequence[Tensor], count: int) -> Sampler:
-        """The features' share of the first layer at points: the product before or after sampling, which is smaller."""
-        if not self._splits:
-            return super()._fine(features, count)
-        maps = [features] if isinstance(features, Tensor) else list(features)
+    def _refinement(self, features: Features, coarse: Tensor, boxes: Boxes, labels: Labels, *, size: int) -> Refinement:
+        size = checks.integer("size", size, 1)
+        rois, classes = _boxes.flatten(boxes, labels, self.num_classes, coarse.device)
+        if coarse.dim() != 4 or coarse.shape[:2] != (rois.shape[0], self.num_classes):
+            expected = f"({rois.shape[0]}, {self.num_classes}, h, w)"
+            raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
+        sizes = grid_sizes(int(size), self.init_resolution, self.subdivision_num_points)
         head = self.point_head
-        sample = functools.partial(point_sample, spatial_scale=self.spatial_scale)
-        # What is exported may be for any number of boxes.
+        if readable(head, PointRendHead) and head.splits:
+            count = rois.shape[0] * sum(_boxes.points_per_map(sizes, self.subdivision_num_points))
+            fine = self._fine_product(features, count)
+
+            def predictor(coarse: Tensor, rois: Tensor, classes: Tensor) -> Predict:
+                products = list(head.coarse_shares(coarse, classes))
+                return lambda points: head.finish(
+                    fine(points, rois), (point_sample(product, points) for product in products), classes
+                )
+        else:
+
+            def predictor(coarse: Tensor, rois: Tensor, classes: Tensor) -> Predict:
+                return lambda points: head(
+                    point_sample(features, points, boxes=rois, spatial_scale=self.spatial_scale),
+                    point_sample(coarse, points),
+                    classes,
+                )
+
+        return Refinement(predictor, (coarse, rois, classes), sizes, self.subdivision_num_points)
+
+    def _fine_product(self, features: Features, count: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the features' product in the first layer at points of boxes, for `count` points in all.
+
+        The features are multiplied before or after sampling, whichever is cheaper.
+        """
+        maps = [features] if isinstance(features, Tensor) else list(features)
+        head, sample = self.point_head, functools.partial(point_sample, spatial_scale=self.spatial_scale)
+        # An exported program is for any number of boxes.
         if torch.compiler.is_exporting() or sum(m.shape[0] * m.shape[2] * m.shape[3] for m in maps) > count:
             return lambda points, rois: head.fine_shares([sample(maps, points, boxes=rois)])[0]
-        shares = head.fine_shares(maps)
+        products = head.fine_shares(maps)
         return lambda points, rois: functools.reduce(
-            torch.add, sample(shares, points, boxes=rois).chunk(len(shares), 1)
+            torch.add, sample(products, points, boxes=rois).chunk(len(products), 1)
         )
-
-    def _predictor(self, coarse: Tensor, rois: Tensor, labels: Tensor, fine: Sampler) -> Callable[[Tensor], Tensor]:
-        if not self._splits:
-            return super()._predictor(coarse, rois, labels, fine)
-        head = self.point_head
-        shares = list(head.coarse_shares(coarse, labels))
-        return lambda points: head.finish(fine(points, rois), (point_sample(share, points) for share in shares), labels)

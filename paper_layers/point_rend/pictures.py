@@ -1,4 +1,4 @@
-"""Pictures of the refinement; they need matplotlib."""
+"""Draw the refinement with matplotlib."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from paper_layers.point_rend.subdivision import Step
+from paper_layers.point_rend._subdivision import RefinementStep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_steps(steps: Iterable[Step], index: int = 0, image: Tensor | None = None) -> Figure:
-    """Draw the maps of a refinement side by side, with the points that were predicted for each.
+def draw_steps(steps: Iterable[RefinementStep], index: int = 0, image: Tensor | None = None) -> Figure:
+    """Draw the maps of a refinement side by side, with the points predicted for each.
 
-    As in figures 1 and 4 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020. Of
-    several classes the best of each pixel is drawn, of one its probability.
+    See figures 1 and 4 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020. With
+    several classes each pixel shows its most likely class, with one class its probability.
 
     Args:
-        steps: Those of `PointRendSemantic.steps` or `PointRendMask.steps`.
+        steps: Returned by `PointRendSemantic.steps` or `PointRendMask.steps`.
         index: The image or box to draw.
-        image: A picture to put first, of shape (H, W), (1, H, W) or (3, H, W), values from 0 to 1.
+        image: An image to draw first, of shape (H, W), (1, H, W) or (3, H, W), values from 0 to 1.
 
     Returns:
         A matplotlib figure.
@@ -35,7 +35,7 @@ def draw_steps(steps: Iterable[Step], index: int = 0, image: Tensor | None = Non
         >>> import torch
         >>> from paper_layers.point_rend import PointRendSemantic, draw_steps
         >>> refine = PointRendSemantic(in_channels=8, num_classes=3, subdivision_num_points=100)
-        >>> steps = refine.steps(torch.randn(1, 3, 8, 8), torch.randn(1, 8, 16, 16), size=(32, 32))
+        >>> steps = refine.steps(torch.randn(1, 8, 16, 16), torch.randn(1, 3, 8, 8), size=(32, 32))
         >>> len(draw_steps(steps).axes)
         3
     """
@@ -52,7 +52,7 @@ def draw_steps(steps: Iterable[Step], index: int = 0, image: Tensor | None = Non
         axes.pop(0).imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
     for one, (logits, points) in zip(axes, drawn, strict=True):
         classes, height, width = logits.shape
-        # In coordinates from 0 to 1, as the points are.
+        # The points' coordinates go from 0 to 1 as well.
         place = {"extent": (0, 1, 1, 0), "interpolation": "nearest", "aspect": height / width}
         if classes == 1:
             one.imshow(torch.sigmoid(logits[0]).numpy(), cmap="gray", vmin=0, vmax=1, **place)

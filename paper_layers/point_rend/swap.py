@@ -1,4 +1,4 @@
-"""Segmentation models become PointRend models."""
+"""Turn segmentation models into PointRend models."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from paper_layers._core.graft import OutputTap, graft
 from paper_layers._core.surgery import Filter, check_names, device_and_dtype, matching_modules
 from paper_layers._core.trial import dry_run
+from paper_layers.point_rend._hosts import MaskHost, SemanticHost, SequentialHost, logits_of
 from paper_layers.point_rend.mask import PointRendMask
-from paper_layers.point_rend.refined import MaskHost, SemanticHost, SequentialHost, logits_of
 from paper_layers.point_rend.semantic import PointRendSemantic
 
 _WANTED = "torchvision FCN, DeepLabV3, LRASPP or Mask R-CNN (fine and coarse name the modules of another model)"
-_STRIDE = 4  # Of the paper's fine features.
+_STRIDE = 4  # The stride of the paper's fine features.
 
 
-def pointrend(
+def point_rend(
     model: nn.Module,
     *,
     fine: str | Sequence[str] | None = None,
@@ -31,45 +31,45 @@ def pointrend(
 ) -> nn.Module:
     """Turn a finished segmentation model into its PointRend version, which renders object borders sharply.
 
-    For Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020; `PointRendSemantic` and
-    `PointRendMask` have the method. The host keeps its parameters and its output's format, and gains `point_rend`.
+    For Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020; see `PointRendSemantic` and
+    `PointRendMask`. The host keeps its parameters and its output's format, and gets a child `point_rend`.
 
-    A semantic model, torchvision's FCN, DeepLabV3 and LRASPP or any that is told by `fine` and `coarse`, returns a map
-    of logits, or a dict with one as "out" (torchvision's "aux" stays as it is), which is larger than the coarse logits:
+    A semantic model (torchvision's FCN, DeepLabV3 or LRASPP; any other model with `fine` and `coarse`) must return a
+    map of logits larger than the coarse logits, or a dict with the map as "out"; other entries stay as they are.
 
     - In evaluation the map is refined at its uncertain points, at its own size.
-    - In training P random points are drawn, most of them where the coarse logits are unsure, and moved to the centres
-      of the pixels of the map. There it holds the point head's logits, elsewhere the host's. The gradient of these
-      logits is multiplied by H * W / P, once for each point on the pixel: a loss that is a mean over all pixels
-      trains the point head, and what it reads, by the paper's mean over the points. So the host's own loop need not
-      change. The host's logits at these pixels have no loss of their own, and where labels are ignored, the share of
-      pixels that count stands for that of points.
-    - With ``model(images, target=labels)`` the dict gains "loss_point", the paper's loss at the points, to be added to
-      the host's on the coarse map: in training "out" is then the host's map, untouched. A map alone becomes a dict of
-      the two.
+    - In training P points are drawn, most of them where the coarse logits are uncertain, and moved to the centres of
+      the map's pixels. The map has the point head's logits at these pixels and the host's logits elsewhere. The
+      gradient of the point head's logits is multiplied by H * W / P, once for each point on the pixel. So a loss that
+      is a mean over all pixels trains the point head and its inputs with the paper's mean over points, and the host's
+      training loop need not change. The host's logits at these pixels do not get a loss. Where labels are ignored,
+      the points' loss is divided by the share of counted pixels, not of counted points.
+    - With ``model(images, target=labels)`` the output is a dict with the map as "out" and the paper's loss at the
+      points as "loss_point". In training "out" is the host's own map; add "loss_point" to its loss.
 
-    A torchvision Mask R-CNN loses its mask branch; the features are those of the first map that it read. In training
-    "loss_mask" is the loss of the coarse masks and "loss_mask_point" comes beside it; in inference masks of 224 x 224,
-    of each box's own class only, are pasted into the images as before.
+    A torchvision Mask R-CNN loses its mask branch; PointRend reads the first feature map of that branch. In training
+    "loss_mask" is the loss of the coarse masks, and "loss_mask_point" is added. In inference masks of 224 x 224 of each
+    box's own class are pasted into the images as before.
 
     Args:
-        model: Any module; changed in place, or what it holds of torchvision's models.
-        fine: The module, or modules, whose outputs are the fine features, by name. Default, for torchvision: the last
-            part of the backbone with stride 4.
-        coarse: The module whose output is the coarse logits. Where it is given, `model` itself is the host. Default,
-            for torchvision: "classifier".
-        example_input: A tensor, or a tuple of the host's arguments (of its backbone's for Mask R-CNN) for a run
+        model: Any module, changed in place. Without `coarse`, all torchvision models in it are swapped.
+        fine: Name or names of the modules whose outputs are the fine features. Default for torchvision: the last part
+            of the backbone with stride 4.
+        coarse: Name of the module whose output is the coarse logits; then `model` itself is the host. Default for
+            torchvision: "classifier".
+        example_input: A tensor, or a tuple of the host's arguments (its backbone's for Mask R-CNN) for a trial run
             that finds the channels, as in `pooling`. Default: two images of 224 x 224 with the channels of the first
             `nn.Conv2d`.
-        filter_fn: ``filter_fn(module, name) -> bool``, which of torchvision's models to swap; default all.
-        **options: Further arguments of `PointRendSemantic` or `PointRendMask`: `num_points` and the like.
+        filter_fn: ``filter_fn(module, name) -> bool`` chooses torchvision's models to swap; default all.
+        **options: Keyword arguments of `PointRendSemantic` or `PointRendMask`.
 
     Returns:
-        `model`; unchanged if it is, or holds, a PointRend version and no other host that `filter_fn` accepts.
+        `model`; unchanged if all hosts that `filter_fn` accepts are PointRend versions already.
 
     Raises:
         TypeError: `model` is not a module, names are not strings, or an option is unknown.
-        ValueError: Nothing to swap; no module of that name; outputs that are no maps or do not fit; the run failed.
+        ValueError: Nothing to swap; a name without a module; an output that is not a map or has a wrong size; a failed
+            trial run.
 
     Example:
         >>> import torch
@@ -77,7 +77,7 @@ def pointrend(
         >>> from paper_layers import swap
         >>> encoder, head = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 5, 3, stride=4, padding=1)
         >>> model = nn.Sequential(encoder, head, nn.Upsample(scale_factor=8, mode="bilinear"))
-        >>> model = swap.pointrend(model, fine="0", coarse="1", num_points=100)
+        >>> model = swap.point_rend(model, fine="0", coarse="1", num_points=100)
         >>> images, labels = torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64))
         >>> nn.functional.cross_entropy(model(images), labels).backward()
         >>> list(model(images, target=labels))
@@ -85,7 +85,7 @@ def pointrend(
         >>> model.eval()(images).shape
         torch.Size([2, 5, 64, 64])
     """
-    root = getattr(model, "_orig_mod", model)  # Of a compiled model.
+    root = getattr(model, "_orig_mod", model)  # A compiled model's original module.
 
     def fits(module: nn.Module) -> bool:
         return not _done(module) and (_of_torchvision(module) if coarse is None else module is root)
@@ -114,7 +114,7 @@ def _has_masks(module: Any) -> bool:
 
 
 def _inherits(module: nn.Module, *names: str) -> bool:
-    """Whether a class of torchvision's is among its own; without an import, as there may be no torchvision."""
+    """Return whether the module is of one of these torchvision classes, without importing torchvision."""
     kinds = type(module).__mro__
     return any(kind.__module__.startswith("torchvision.models.") and kind.__name__ in names for kind in kinds)
 
@@ -122,7 +122,7 @@ def _inherits(module: nn.Module, *names: str) -> bool:
 def _semantic(
     host: Any, name: str, fine: Any, coarse: Any, example_input: Any, options: dict[str, Any], place: dict[str, Any]
 ) -> Callable[[], None]:
-    """What turns a semantic model into its PointRend version, once it is called."""
+    """Return a function that turns a semantic model into its PointRend version."""
     head = _module(host, "coarse", "classifier" if coarse is None else coarse)
     guess = fine is None and _of_torchvision(host)
     if guess:
@@ -164,7 +164,7 @@ def _semantic(
 def _masks(
     host: Any, name: str, fine: Any, coarse: Any, example_input: Any, options: dict[str, Any], place: dict[str, Any]
 ) -> Callable[[], None]:
-    """What turns a Mask R-CNN into its PointRend version, once it is called."""
+    """Return a function that turns a Mask R-CNN into its PointRend version."""
     if fine is not None or coarse is not None:
         raise ValueError(f"fine, coarse: expected None for {type(host).__name__}, got {fine!r}, {coarse!r}")
     heads = host.roi_heads
@@ -178,9 +178,9 @@ def _masks(
         raise ValueError("model: expected an nn.Conv2d that tells the classes in roi_heads.mask_predictor, got none")
     maps, calls = _run(host.backbone, [host.backbone], example_input)
     features = _map(f"the backbone's {level!r}", maps[level] if isinstance(maps, Mapping) else maps)
-    # A power of two, as in torchvision, whatever the padding.
+    # Rounded to a power of two, as in torchvision, because of padding.
     scale = 2.0 ** round(math.log2(features.shape[2] / calls[host.backbone][0][0].shape[2]))
-    new = PointRendMask(features.shape[1], convs[-1].out_channels, scale, **options, **place)
+    new = PointRendMask(features.shape[1], convs[-1].out_channels, spatial_scale=scale, **options, **place)
 
     def change() -> None:
         heads.__class__ = graft(MaskHost, heads.__class__)
@@ -192,7 +192,7 @@ def _masks(
 
 
 def _run(host: nn.Module, modules: Sequence[nn.Module], example_input: Any) -> tuple[Any, dict[nn.Module, Any]]:
-    """The output of the host in a trial run, and arguments and output of some modules there."""
+    """Run the host on trial; return its output, and the arguments and output of some of its modules."""
     calls: dict[nn.Module, Any] = dict.fromkeys(modules, ((), None))
 
     def watch(module: nn.Module, copied: nn.Module) -> None:

@@ -45,7 +45,7 @@ def zoo() -> dict[str, Any]:
 
 
 def head() -> PointRendHead:
-    return PointRendHead(4, 2, fc_dim=8, num_fc=1, coarse_pred_each_layer=False)
+    return PointRendHead(4, 2, hidden_features=8, num_fc=1, coarse_pred_each_layer=False)
 
 
 def check(head: PointRendHead) -> None:

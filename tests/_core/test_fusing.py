@@ -76,8 +76,8 @@ def of_boxes(head: Any, x: Tensor) -> Tensor:
 def of_maps(refine: Any, x: Tensor) -> Tensor:
     coarse, maps = x[:300].view(1, 3, 10, 10), x.view(1, 4, 15, 20)
     torch.manual_seed(0)
-    losses = refine(coarse, maps, torch.ones(1, 40, 40, dtype=torch.int64))
-    return torch.cat([refine(coarse, maps, size=(40, 40)).flatten(), *(loss[None] for loss in losses.values())])
+    losses = refine(maps, coarse, torch.ones(1, 40, 40, dtype=torch.int64))
+    return torch.cat([refine(maps, coarse, size=(40, 40)).flatten(), *(loss[None] for loss in losses.values())])
 
 
 def of_points(head: Any, x: Tensor) -> Tensor:
@@ -127,21 +127,41 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Run]] = {
     ),
     "DeepGCNPartSegmenter": (lambda: deep_gcn.DeepGCNPartSegmenter(4, 3, embedding_dim=8, **NET), (12, 4), on_clouds),
     "StaticDeepGCN": (lambda: narrow(deep_gcn.StaticDeepGCN(4, 3, **NET), 13), (12, 4), on_edges),
-    "PointRendHead": (lambda: point_rend.PointRendHead(4, 3, fc_dim=5, **FACTORY), (420,), of_points),
-    "PointRendHead of one": (lambda: point_rend.PointRendHead(4, 3, 5, 2, False, True, **FACTORY), (420,), of_points),
+    "PointRendHead": (lambda: point_rend.PointRendHead(4, 3, hidden_features=5, **FACTORY), (420,), of_points),
+    "PointRendHead of one": (
+        lambda: point_rend.PointRendHead(
+            4, 3, hidden_features=5, num_fc=2, coarse_pred_each_layer=False, class_agnostic=True, **FACTORY
+        ),
+        (420,),
+        of_points,
+    ),
     "PointRendSemantic": (
-        lambda: point_rend.PointRendSemantic(4, 3, 5, num_points=9, subdivision_num_points=30, **FACTORY),
+        lambda: point_rend.PointRendSemantic(
+            4, 3, hidden_features=5, num_points=9, subdivision_num_points=30, **FACTORY
+        ),
         (1200,),
         of_maps,
     ),
     "CoarseMaskHead": (
-        lambda: point_rend.CoarseMaskHead(4, 2, 3, 5, **FACTORY),
+        lambda: point_rend.CoarseMaskHead(4, 2, hidden_channels=3, hidden_features=5, **FACTORY),
+        (1568,),
+        lambda m, x: m(x.view(2, 4, 14, 14)),
+    ),
+    "BoxHead": (
+        lambda: point_rend.BoxHead(4, 6, hidden_channels=3, hidden_features=5, **FACTORY),
         (1568,),
         lambda m, x: m(x.view(2, 4, 14, 14)),
     ),
     "PointRendMask": (
         lambda: point_rend.PointRendMask(
-            4, 2, fc_dim=5, coarse_conv_dim=3, coarse_fc_dim=5, num_points=9, subdivision_num_points=49, **FACTORY
+            4,
+            2,
+            hidden_features=5,
+            coarse_hidden_channels=3,
+            coarse_hidden_features=5,
+            num_points=9,
+            subdivision_num_points=49,
+            **FACTORY,
         ),
         (1200,),
         of_boxes,
@@ -150,10 +170,10 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Run]] = {
         lambda: point_rend.ImplicitPointRendMask(
             4,
             2,
-            fc_dim=3,
+            hidden_features=3,
             num_fc=1,
-            parameter_conv_dim=3,
-            parameter_fc_dim=4,
+            parameter_hidden_channels=3,
+            parameter_hidden_features=4,
             num_points=9,
             subdivision_num_points=49,
             **FACTORY,
@@ -438,18 +458,18 @@ def test_quantised_layers_are_called(name: str) -> None:
 def test_methods_beside_forward_gather_shards() -> None:
     """FSDP2 gathers parameters around `forward`; hosts call other methods too."""
     maps, coarse, points = features(1, 4, 15, 20), features(1, 3, 10, 10), torch.rand(1, 6, 2)
-    refine = point_rend.PointRendSemantic(4, 3, 5)
-    expected = refine.predict(coarse, maps, points)
+    refine = point_rend.PointRendSemantic(4, 3, hidden_features=5)
+    expected = refine.predict(maps, coarse, points)
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     fully_shard(refine, mesh=mesh)
-    torch.testing.assert_close(refine.predict(coarse, maps, points), expected)
-    refine.point_loss(coarse, maps, torch.ones(1, 40, 40, dtype=torch.int64)).backward()
+    torch.testing.assert_close(refine.predict(maps, coarse, points), expected)
+    refine.point_loss(maps, coarse, torch.ones(1, 40, 40, dtype=torch.int64)).backward()
     assert all(p.grad is not None for p in refine.parameters())
     boxes, labels = [torch.tensor([[4.0, 4, 40, 40]])], [torch.tensor([1])]
-    head = point_rend.PointRendMask(4, 2, fc_dim=5, coarse_conv_dim=3, coarse_fc_dim=5)
+    head = point_rend.PointRendMask(4, 2, hidden_features=5, coarse_hidden_channels=3, coarse_hidden_features=5)
     expected = head(maps, boxes, labels, size=28)
     fully_shard(head, mesh=mesh)
-    torch.testing.assert_close(head.refine(head.coarse(maps, boxes), maps, boxes, labels, 28), expected)
+    torch.testing.assert_close(head.refine(maps, head.coarse(maps, boxes), boxes, labels, size=28), expected)
     trunk = Trunk(3, 3)
     discriminator = big_bigan.BigBiGANDiscriminator(trunk, 3, 4, width=6, depth=2)
     fully_shard(trunk, mesh=mesh)
@@ -466,7 +486,9 @@ def test_forward_keeps_its_parameters_until_its_end() -> None:
     expected = discriminator(images, latents).xz
     fully_shard(discriminator, mesh=mesh, reshard_after_forward=True)
     torch.testing.assert_close(discriminator(images, latents).xz, expected)
-    head = point_rend.PointRendMask(4, 2, fc_dim=5, coarse_conv_dim=3, coarse_fc_dim=5, num_points=9)
+    head = point_rend.PointRendMask(
+        4, 2, hidden_features=5, coarse_hidden_channels=3, coarse_hidden_features=5, num_points=9
+    )
     fully_shard(head, mesh=mesh, reshard_after_forward=True)
     boxes, labels, masks = [torch.tensor([[4.0, 4, 40, 40]])], [torch.tensor([1])], [torch.ones(1, 60, 80)]
     sum(head(features(1, 4, 15, 20), boxes, labels, masks).values()).backward()
@@ -481,7 +503,7 @@ class Trunk(nn.Linear):
 
 
 def test_parts_of_the_point_head_refuse_layers_that_must_be_called() -> None:
-    head = point_rend.PointRendHead(4, 3, 5)
+    head = point_rend.PointRendHead(4, 3, hidden_features=5)
     head.layers[0].register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match="layers: expected plain"):
         head.fine_shares([features(2, 4, 6)])

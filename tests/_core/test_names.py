@@ -59,13 +59,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, Callable[[nn.Module], nn.Mo
         "num_splits split_sizes branches sizes _branch",
     ),
     "graph_conv": (convolution, "0", swap.graph_conv, "_split _terms"),
-    "pointrend": (
+    "point_rend": (
         Segmenter,
         "",
-        lambda m: swap.pointrend(m, fine="fine", coarse="coarse", num_points=4),
+        lambda m: swap.point_rend(m, fine="fine", coarse="coarse", num_points=4),
         "point_rend _point_rend_taps",
     ),
-    "masks": (mask_rcnn, "roi_heads", swap.pointrend, "point_rend"),
+    "masks": (mask_rcnn, "roi_heads", swap.point_rend, "point_rend"),
     "bigan_discriminator": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 1)),
         "",
@@ -105,7 +105,7 @@ def test_all_others_stay(case: str) -> None:
     change(model)
     kept = (layer.mine, layer.prefix, layer._name, layer.added, layer.arguments, layer.note)
     assert kept == (7, "net.", "here", 1, ("size",), note)
-    if case == "pointrend":
+    if case == "point_rend":
         assert model(torch.randn(1, 3, 16, 16)).shape == (1, 2, 16, 16)
     elif case == "bigan_discriminator":
         model = change(CASES[case][0]())
@@ -117,7 +117,7 @@ def test_masks_with_methods_of_their_own() -> None:
     model = mask_rcnn()
     model.roi_heads.check_targets = lambda targets: None
     with pytest.raises(ValueError, match="roi_heads: expected the check_targets of its class"):
-        swap.pointrend(model)
+        swap.point_rend(model)
 
 
 def test_plain_norms_can_be_split_again() -> None:

@@ -263,9 +263,9 @@ def test_errors_name_what_came_close(surgery: Any, model: Any, message: str) -> 
 def test_errors_name_the_nearest_modules() -> None:
     model = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3)
     with pytest.raises(ValueError, match=r"coarse: .*got 'clasifier\.4'; close to it are .*classifier\.4"):
-        swap.pointrend(model, coarse="clasifier.4", fine="backbone.layer1")
+        swap.point_rend(model, coarse="clasifier.4", fine="backbone.layer1")
     with pytest.raises(ValueError, match=r"fine: .*close to it are .*backbone\.layer1"):
-        swap.pointrend(model, coarse="classifier", fine="layer1")
+        swap.point_rend(model, coarse="classifier", fine="layer1")
 
 
 def test_norms_that_timm_has_split() -> None:
@@ -298,7 +298,7 @@ def test_signatures_stay() -> None:
     """Tools that drop or name arguments ask for them."""
     images, labels = torch.randn(2, 3, 16, 16), torch.randint(4, (2, 16, 16))
     host = Segmenter()
-    model = swap.pointrend(copy.deepcopy(host), fine="body", coarse="head", num_points=20)
+    model = swap.point_rend(copy.deepcopy(host), fine="body", coarse="head", num_points=20)
     old, new = inspect.signature(host.forward).parameters, inspect.signature(model.forward).parameters
     assert list(new) == ["images", "scale", "target", "kwargs"]
     assert all(new[name] == old[name] for name in old)

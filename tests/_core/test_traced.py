@@ -18,23 +18,25 @@ from paper_layers import adv_prop, big_bigan, deep_gcn, lip, point_rend, soft_tr
 
 BOXES, LABELS = torch.tensor([[0.0, 4, 4, 40, 40], [0, 1, 2, 30, 50]]), torch.tensor([1, 2])
 TABLE = torch.randint(20, (20, 4), generator=torch.Generator().manual_seed(0))
-SMALL: dict[str, Any] = {"fc_dim": 8, "subdivision_num_points": 20}
-COARSE: dict[str, Any] = {"coarse_conv_dim": 8, "coarse_fc_dim": 8, "init_resolution": 3}
+SMALL: dict[str, Any] = {"hidden_features": 8, "subdivision_num_points": 20}
+COARSE: dict[str, Any] = {"coarse_hidden_channels": 8, "coarse_hidden_features": 8, "init_resolution": 3}
 Case = tuple[Callable[[], nn.Module], Callable[..., Any], tuple[tuple[int, ...] | Tensor, ...]]
 CASES: dict[str, Case] = {
-    "semantic": (lambda: point_rend.PointRendSemantic(8, 4, **SMALL), lambda m, c, f: m(c, f, size=(32, 32)),
+    "semantic": (lambda: point_rend.PointRendSemantic(8, 4, **SMALL), lambda m, c, f: m(f, c, size=(32, 32)),
                  ((2, 4, 8, 8), (2, 8, 16, 16))),
     "semantic, size of a map": (lambda: point_rend.PointRendSemantic(8, 4, **SMALL),
-                                lambda m, c, f: m(c, f, size=f.shape[2:]), ((2, 4, 8, 8), (2, 8, 16, 16))),
+                                lambda m, c, f: m(f, c, size=f.shape[2:]), ((2, 4, 8, 8), (2, 8, 16, 16))),
     "semantic, nothing to refine": (lambda: point_rend.PointRendSemantic(8, 4, **SMALL),
-                                    lambda m, c, f: m(c, f, size=(8, 8)) + f.mean(), ((2, 4, 8, 8), (2, 8, 16, 16))),
+                                    lambda m, c, f: m(f, c, size=(8, 8)) + f.mean(), ((2, 4, 8, 8), (2, 8, 16, 16))),
     "masks": (lambda: point_rend.PointRendMask(8, 3, **SMALL, **COARSE), lambda m, f: m(f, BOXES, LABELS, size=24),
               ((1, 8, 16, 16),)),
-    "implicit masks": (lambda: point_rend.ImplicitPointRendMask(8, 3, **SMALL, parameter_conv_dim=8,
-                                                                parameter_fc_dim=8),
+    "implicit masks": (lambda: point_rend.ImplicitPointRendMask(8, 3, **SMALL, parameter_hidden_channels=8,
+                                                                parameter_hidden_features=8),
                        lambda m, f: m(f, BOXES, LABELS, size=24), ((1, 8, 16, 16),)),
-    "point head": (lambda: point_rend.PointRendHead(8, 4, fc_dim=8), lambda m, *x: m(*x), ((2, 8, 9), (2, 4, 9))),
-    "coarse head": (lambda: point_rend.CoarseMaskHead(8, 4, 8, 8), lambda m, x: m(x), ((2, 8, 14, 14),)),
+    "point head": (lambda: point_rend.PointRendHead(8, 4, hidden_features=8), lambda m, *x: m(*x),
+                   ((2, 8, 9), (2, 4, 9))),
+    "coarse head": (lambda: point_rend.CoarseMaskHead(8, 4, hidden_channels=8, hidden_features=8), lambda m, x: m(x),
+                    ((2, 8, 14, 14),)),
     "LIP": (lambda: paper_layers.LIPPool2d(4), lambda m, x: m(x), ((2, 4, 9, 9),)),
     "LIP of no logits": (lambda: paper_layers.LIPPool2d(4, logit="identity"), lambda m, x: m(x), ((2, 4, 9, 9),)),
     "LIP-ResNet": (lambda: lip.LIPResNet([1, 1, 1, 1]), lambda m, x: m(x), ((1, 3, 32, 32),)),
@@ -52,7 +54,7 @@ CASES: dict[str, Case] = {
     "SAGEConv": (lambda: deep_gcn.SAGEConv(3, 8), lambda m, x: m(x, TABLE), ((20, 3),)),
     "LIP convolution": (lambda: swap.LIPConv2d(4, 6, 3, 2, 1), lambda m, x: m(x), ((2, 4, 9, 9),)),
     "synchronised norm": (lambda: adv_prop.SplitSyncBatchNorm(4), lambda m, x: m(x), ((2, 4, 5, 5),)),
-    "swapped segmenter": (lambda: swap.pointrend(nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 5, 3, 2, 1),
+    "swapped segmenter": (lambda: swap.point_rend(nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 5, 3, 2, 1),
                                                                nn.Upsample(scale_factor=8)), fine="0", coarse="1",
                                                  subdivision_num_points=20), lambda m, x: m(x), ((2, 3, 32, 32),)),
     "swapped critic": (lambda: swap.bigan_discriminator(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 3)), 5,

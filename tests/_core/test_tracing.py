@@ -172,9 +172,9 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_pointrend(named: bool) -> None:
+def test_point_rend(named: bool) -> None:
     """The graph has all arguments, and follows the mode."""
-    model = swap.pointrend(Scaled(named), fine="body", coarse="head", num_points=20, subdivision_num_points=20)
+    model = swap.point_rend(Scaled(named), fine="body", coarse="head", num_points=20, subdivision_num_points=20)
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(4, (2, 32, 32))
     for whole in (model, nn.Sequential(model)):
         traced = fx.symbolic_trace(whole)
@@ -219,7 +219,10 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "neighbors": (lambda: deep_gcn.DilatedKNN(2), (X,)),
     "block": (lambda: deep_gcn.ResGCNBlock(3, k=2), (X,)),
     "network": (lambda: deep_gcn.DeepGCN(3, 2, channels=4, blocks=2, k=2), (X,)),
-    "point head": (lambda: point_rend.PointRendHead(4, 3, 5), (MAPS.flatten(2), MAPS[:, :3].flatten(2))),
+    "point head": (
+        lambda: point_rend.PointRendHead(4, 3, hidden_features=5),
+        (MAPS.flatten(2), MAPS[:, :3].flatten(2)),
+    ),
     "latent": (lambda: big_bigan.LatentHead(3, 2, width=4), (X,)),
     "pairs": (lambda: big_bigan.JointHead(3, 3, width=4, depth=2), (X, X)),
     "perceptron": (lambda: big_bigan.ResidualMLP(3, width=4, depth=2), (X,)),

@@ -34,14 +34,14 @@ class Host:
         swaps: Names of swaps.
         size: Height and width of the images.
         arguments: Makes the arguments of a training step and of an evaluation; default the images alone.
-        pointrend: Arguments of `swap.pointrend`.
+        point_rend: Arguments of `swap.point_rend`.
     """
 
     build: Callable[[], nn.Module]
     swaps: str
     size: int = 64
     arguments: Callable[[bool], tuple[Any, ...]] | None = None
-    pointrend: tuple[tuple[str, Any], ...] = ()
+    point_rend: tuple[tuple[str, Any], ...] = ()
 
     def inputs(self, training: bool) -> tuple[Any, ...]:
         return self.arguments(training) if self.arguments else (torch.randn(4, 3, self.size, self.size),)
@@ -162,7 +162,7 @@ def _detection(name: str, **options: Any) -> Host:
             weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64, **options
         )
 
-    swaps = "pooling strided_conv split_batch_norm" + (" pointrend" if "mask" in name else "")
+    swaps = "pooling strided_conv split_batch_norm" + (" point_rend" if "mask" in name else "")
     return Host(build, swaps, arguments=_scenes)
 
 
@@ -179,7 +179,7 @@ def _transformers(
         return Logits(getattr(transformers, f"{model}ForSemanticSegmentation")(config(**settings)))
 
     names = (("fine", f"model.{fine}"), ("coarse", f"model.{coarse}"))
-    return Host(build, swaps, pointrend=names)
+    return Host(build, swaps, point_rend=names)
 
 
 def _detr() -> nn.Module:
@@ -210,7 +210,7 @@ def _smp(name: str) -> Host:
         return getattr(smp, name)("resnet18", encoder_weights=None, classes=CLASSES)
 
     names = (("fine", "encoder.layer1"), ("coarse", "segmentation_head.0"))
-    return Host(build, "pooling strided_conv split_batch_norm pointrend", pointrend=names)
+    return Host(build, "pooling strided_conv split_batch_norm point_rend", point_rend=names)
 
 
 _POOLS, _CONVS, _NORMS, _GAN = "pooling ", "strided_conv ", "split_batch_norm ", "bigan_discriminator "
@@ -290,7 +290,7 @@ HOSTS: dict[str, Host] = {
     },
     **{
         f"timm {name} segmenter": Host(
-            lambda name=name: Segmenter(name), swaps + "pointrend", pointrend=(("fine", "fine"), ("coarse", "head"))
+            lambda name=name: Segmenter(name), swaps + "point_rend", point_rend=(("fine", "fine"), ("coarse", "head"))
         )
         for name, swaps, has_stride_4 in _TIMM
         if has_stride_4
@@ -300,7 +300,7 @@ HOSTS: dict[str, Host] = {
         for name, swaps, size in _TORCHVISION
     },
     **{
-        f"torchvision {name}": Host(_segmentation(name), swaps + "pointrend")
+        f"torchvision {name}": Host(_segmentation(name), swaps + "point_rend")
         for name, swaps in {
             "fcn_resnet50": _POOLS + _CONVS + _NORMS,
             "deeplabv3_resnet50": _POOLS + _CONVS + _NORMS,
@@ -333,7 +333,7 @@ HOSTS: dict[str, Host] = {
         "Segformer",
         "segformer.stages.0.patch_embeddings.proj",
         "decode_head.classifier",
-        _CONVS + _NORMS + "pointrend",
+        _CONVS + _NORMS + "point_rend",
         depths=[1, 1, 1, 1],
         hidden_sizes=_FOUR,
         num_attention_heads=[1, 1, 2, 2],
@@ -343,7 +343,7 @@ HOSTS: dict[str, Host] = {
         "UperNet",
         "backbone.encoder.stages.0",
         "decode_head.classifier",
-        _CONVS + _NORMS + "pointrend",
+        _CONVS + _NORMS + "point_rend",
         backbone="ConvNext",
         hidden_size=16,
         use_auxiliary_head=False,
@@ -352,7 +352,7 @@ HOSTS: dict[str, Host] = {
         "DPT",
         "neck.convs.0",
         "head.head.4",
-        _CONVS + _NORMS + "pointrend",
+        _CONVS + _NORMS + "point_rend",
         hidden_size=16,
         num_hidden_layers=4,
         num_attention_heads=2,

@@ -49,8 +49,8 @@ class Swap:
     replaced: tuple[str, ...] = ()
 
 
-def _pointrend(host: Host, model: nn.Module) -> nn.Module:
-    return swap.pointrend(model, num_points=40, subdivision_num_points=40, **dict(host.pointrend))
+def _point_rend(host: Host, model: nn.Module) -> nn.Module:
+    return swap.point_rend(model, num_points=40, subdivision_num_points=40, **dict(host.point_rend))
 
 
 SWAPS: dict[str, Swap] = {
@@ -63,7 +63,7 @@ SWAPS: dict[str, Swap] = {
     "split_batch_norm": Swap(
         lambda _, model: swap.split_batch_norm(model), "at least one batch norm to swap", same=True
     ),
-    "pointrend": Swap(_pointrend, "torchvision FCN", replaced=("roi_heads.mask_",)),
+    "point_rend": Swap(_point_rend, "torchvision FCN", replaced=("roi_heads.mask_",)),
     "graph_conv": Swap(
         lambda _, model: swap.graph_conv(model), "at least one PyG EdgeConv or DynamicEdgeConv", same=True
     ),

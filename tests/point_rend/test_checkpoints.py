@@ -1,4 +1,4 @@
-"""Official checkpoints: whole models, single heads, old names."""
+"""Load official checkpoints: whole models, single heads, old names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def placed(point: str, coarse: str = "") -> dict[str, Tensor]:
 
 
 def mask_module() -> PointRendMask:
-    return PointRendMask(6, 4, fc_dim=8, coarse_conv_dim=4, coarse_fc_dim=8)
+    return PointRendMask(6, 4, hidden_features=8, coarse_hidden_channels=4, coarse_hidden_features=8)
 
 
 def check_point(head: PointRendHead) -> None:
@@ -42,7 +42,7 @@ def check_coarse(head: CoarseMaskHead) -> None:
 
 
 def test_whole_models(tmp_path: Path) -> None:
-    """The keys of COCO's, Cityscapes' and the semantic models; of old ones too."""
+    """COCO's, Cityscapes' and semantic models, with current and old keys."""
     state = placed("roi_heads.mask_head.point_head", "roi_heads.mask_head.coarse_head")
     old = placed("roi_heads.mask_point_head", "roi_heads.mask_coarse_head")
     old = {key.replace("coarse_head.fc", "coarse_head.coarse_mask_fc"): value for key, value in old.items()}
@@ -52,17 +52,17 @@ def test_whole_models(tmp_path: Path) -> None:
         ours = load_official(mask_module(), form)
         check_point(ours.point_head)
         check_coarse(ours.coarse_head)
-    check_point(load_official(PointRendHead(6, 4, 8), state))
-    check_coarse(load_official(CoarseMaskHead(6, 4, 4, 8), old))
-    semantic = PointRendSemantic(6, 4, 8, coarse_pred_each_layer=True)
+    check_point(load_official(PointRendHead(6, 4, hidden_features=8), state))
+    check_coarse(load_official(CoarseMaskHead(6, 4, hidden_channels=4, hidden_features=8), old))
+    semantic = PointRendSemantic(6, 4, hidden_features=8, coarse_pred_each_layer=True)
     check_point(load_official(semantic, placed("sem_seg_head.point_head")).point_head)
 
 
 def test_single_heads() -> None:
-    check_point(load_official(PointRendHead(6, 4, 8), POINT))
-    check_coarse(load_official(CoarseMaskHead(6, 4, 4, 8), COARSE))
+    check_point(load_official(PointRendHead(6, 4, hidden_features=8), POINT))
+    check_coarse(load_official(CoarseMaskHead(6, 4, hidden_channels=4, hidden_features=8), COARSE))
     renamed = {key.replace("fc", "coarse_mask_fc"): value for key, value in COARSE.items()}
-    check_coarse(load_official(CoarseMaskHead(6, 4, 4, 8), renamed))
+    check_coarse(load_official(CoarseMaskHead(6, 4, hidden_channels=4, hidden_features=8), renamed))
 
 
 def test_nothing_is_loaded_unless_all_fits() -> None:

@@ -23,12 +23,17 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def pair(inputs: int = 6, classes: int = 4, width: int = 8, **settings: bool) -> tuple[PointRendHead, nn.Module]:
-    """Ours and the official head with the same parameters, in float64."""
+    """Return our head and the official head with the same parameters, in float64."""
     theirs = official.randomize(
         official.PointHead(inputs, classes, width, settings.get("each", True), settings.get("agnostic", False))
     ).double()
     ours = PointRendHead(
-        inputs, classes, width, 3, settings.get("each", True), settings.get("agnostic", False), dtype=torch.float64
+        inputs,
+        classes,
+        hidden_features=width,
+        coarse_pred_each_layer=settings.get("each", True),
+        class_agnostic=settings.get("agnostic", False),
+        dtype=torch.float64,
     )
     return load_official(ours, theirs.state_dict()), theirs
 
@@ -57,7 +62,7 @@ def test_equals_official(each: bool, agnostic: bool, layout: str) -> None:
 
 
 def test_no_points() -> None:
-    head = PointRendHead(6, 4, 8)
+    head = PointRendHead(6, 4, hidden_features=8)
     empty = head(torch.randn(3, 6, 0), torch.randn(3, 4, 0))
     assert empty.shape == (3, 4, 0)
     grads = torch.autograd.grad(empty.sum(), list(head.parameters()))
@@ -81,7 +86,7 @@ def test_labels_choose_rows(each: bool) -> None:
 @pytest.mark.parametrize("each", [True, False])
 @pytest.mark.parametrize("labels", [None, torch.tensor([2, 0, 3])], ids=["all", "one"])
 def test_layers_without_bias(each: bool, labels: Tensor | None) -> None:
-    with_zeros = PointRendHead(6, 4, 8, coarse_pred_each_layer=each)
+    with_zeros = PointRendHead(6, 4, hidden_features=8, coarse_pred_each_layer=each)
     without = copy.deepcopy(with_zeros)
     for layer in (*without.layers, without.predictor):
         layer.bias = None
@@ -91,7 +96,7 @@ def test_layers_without_bias(each: bool, labels: Tensor | None) -> None:
 
 
 def test_shares_commute_with_sampling() -> None:
-    """Products before sampling give what products after it give, also where points lie outside."""
+    """Products before and after sampling are equal, also at points outside the map."""
     ours, theirs = pair(inputs=9)
     maps, coarse = [numbers(2, 6, 5, 7), numbers(2, 3, 4, 4, seed=1)], numbers(2, 4, 3, 3, seed=2)
     points = torch.rand(2, 50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.2 - 0.1
@@ -106,7 +111,7 @@ def test_shares_commute_with_sampling() -> None:
 
 
 def test_published_sizes() -> None:
-    """Parameters and multiply-adds of the spec: COCO's, Cityscapes' and the semantic head."""
+    """Parameters and multiply-adds of the heads for COCO, Cityscapes and semantic segmentation."""
 
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -131,14 +136,21 @@ def multiply_adds(points: int) -> int:
 @pytest.mark.parametrize("inputs", [6, 8])
 def test_coarse_equals_official(inputs: int) -> None:
     theirs = official.randomize(official.CoarseHead(inputs, 4, 6, 10)).double()
-    ours = load_official(CoarseMaskHead(inputs, 4, 6, 10, dtype=torch.float64), theirs.state_dict())
+    ours = load_official(
+        CoarseMaskHead(inputs, 4, hidden_channels=6, hidden_features=10, dtype=torch.float64), theirs.state_dict()
+    )
     assert (ours.reduce_channels is None) == (inputs == 6)
     x = numbers(3, inputs, 14, 14).requires_grad_()
     torch.testing.assert_close(ours(x), theirs(x))
     grads = [torch.autograd.grad(m(x).square().sum(), [x, *m.parameters()]) for m in (ours, theirs)]
     torch.testing.assert_close(*grads)
     assert ours(x[:0]).shape == (0, 4, 7, 7)
-    assert CoarseMaskHead(3, 4, 6, 10)(torch.randn(1, 3, 14, 14)).shape == (1, 4, 7, 7)  # narrower than conv_dim
+    assert CoarseMaskHead(3, 4, hidden_channels=6, hidden_features=10)(torch.randn(1, 3, 14, 14)).shape == (
+        1,
+        4,
+        7,
+        7,
+    )  # narrower than hidden_channels
 
 
 def test_start() -> None:
@@ -156,7 +168,7 @@ def test_start() -> None:
         assert linear.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
         assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     assert coarse.prediction.weight.std().item() == pytest.approx(0.001, rel=0.05)
-    for module in (PointRendHead(4, 2, 8), CoarseMaskHead(8, 2, 4, 8)):
+    for module in (PointRendHead(4, 2, hidden_features=8), CoarseMaskHead(8, 2, hidden_channels=4, hidden_features=8)):
         for parameter in module.parameters():
             nn.init.constant_(parameter, torch.nan)
         module.reset_parameters()
@@ -164,7 +176,7 @@ def test_start() -> None:
 
 
 def test_copies_and_half_types() -> None:
-    head, coarse = PointRendHead(6, 4, 8), CoarseMaskHead(6, 4, 4, 8)
+    head, coarse = PointRendHead(6, 4, hidden_features=8), CoarseMaskHead(6, 4, hidden_channels=4, hidden_features=8)
     official.randomize(head), official.randomize(coarse)
     fine, logits, features = torch.randn(2, 6, 5), torch.randn(2, 4, 5), torch.randn(2, 6, 14, 14)
     for module, inputs in ((head, (fine, logits)), (coarse, (features,))):
@@ -184,8 +196,8 @@ def test_copies_and_half_types() -> None:
 
 
 def test_mixed_dtypes_under_autocast() -> None:
-    """Fine features in half, coarse logits in float32, as autocast hands them over."""
-    head = official.randomize(PointRendHead(6, 4, 8))
+    """Autocast passes fine features in half precision and coarse logits in float32."""
+    head = official.randomize(PointRendHead(6, 4, hidden_features=8))
     with torch.autocast("cpu", torch.bfloat16):
         assert head(torch.randn(2, 6, 5).bfloat16(), torch.randn(2, 4, 5)).dtype == torch.bfloat16
 
@@ -193,12 +205,12 @@ def test_mixed_dtypes_under_autocast() -> None:
 @pytest.mark.parametrize("labels", [None, torch.tensor([1, 0])])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compile_and_export(labels: Tensor | None, layout: str) -> None:
-    head = official.randomize(PointRendHead(6, 4, 8))
+    head = official.randomize(PointRendHead(6, 4, hidden_features=8))
     inputs = [arranged(torch.randn(2, c, 5), layout) for c in (6, 4)]
     compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
     actual, expected = compiled(*inputs, labels), head(*inputs, labels)
     torch.testing.assert_close(actual, expected)
-    if labels is None:  # Where there is one row only, its stride says nothing.
+    if labels is None:  # The stride of a dimension of size 1 is arbitrary.
         assert actual.stride() == expected.stride()
     torch.testing.assert_close(
         torch.autograd.grad(actual.sum(), list(head.parameters())),
@@ -215,7 +227,7 @@ def test_compile_and_export(labels: Tensor | None, layout: str) -> None:
 def test_onnx() -> None:
     from onnx.reference import ReferenceEvaluator
 
-    head = official.randomize(PointRendHead(6, 4, 8, coarse_pred_each_layer=False)).eval()
+    head = official.randomize(PointRendHead(6, 4, hidden_features=8, coarse_pred_each_layer=False)).eval()
     inputs = (torch.randn(2, 6, 5), torch.randn(2, 4, 5))
     program = torch.onnx.export(head, inputs, dynamo=True, verbose=False)
     assert program is not None
@@ -234,7 +246,7 @@ def test_func_and_second_derivatives() -> None:
 
 
 def test_bad_inputs() -> None:
-    head, coarse = PointRendHead(6, 4, 8), CoarseMaskHead(6, 4, 4, 8)
+    head, coarse = PointRendHead(6, 4, hidden_features=8), CoarseMaskHead(6, 4, hidden_channels=4, hidden_features=8)
     x, c = torch.randn(2, 6, 5), torch.randn(2, 4, 5)
     bad: list[tuple[Any, type[Exception], str]] = [
         (lambda: head(x[0], c), ValueError, r"fine: expected shape \(N, 6, P\), got \(6, 5\)"),
@@ -248,7 +260,7 @@ def test_bad_inputs() -> None:
         (lambda: PointRendHead(6, 4, num_fc=0), ValueError, "num_fc: expected at least 1, got 0"),
         (lambda: PointRendHead(6, 4.0), TypeError, "num_classes: expected an int, got 4.0"),
         (lambda: coarse(torch.randn(1, 6, 7, 7)), ValueError, r"features: expected shape \(R, 6, 14, 14\), got"),
-        (lambda: CoarseMaskHead(6, 4, conv_dim=-1), ValueError, "conv_dim: expected at least 1, got -1"),
+        (lambda: CoarseMaskHead(6, 4, hidden_channels=-1), ValueError, "hidden_channels: expected at least 1, got -1"),
     ]
     for call, error, message in bad:
         with pytest.raises(error, match=message):
@@ -256,5 +268,7 @@ def test_bad_inputs() -> None:
 
 
 def test_repr() -> None:
-    assert "6, 4, fc_dim=8, num_fc=3, coarse_pred_each_layer=True, class_agnostic=False" in repr(PointRendHead(6, 4, 8))
-    assert repr(CoarseMaskHead(6, 4, 4, 8)).startswith("CoarseMaskHead(\n  6, 4\n")
+    assert "6, 4, hidden_features=8, num_fc=3, coarse_pred_each_layer=True, class_agnostic=False" in repr(
+        PointRendHead(6, 4, hidden_features=8)
+    )
+    assert repr(CoarseMaskHead(6, 4, hidden_channels=4, hidden_features=8)).startswith("CoarseMaskHead(\n  6, 4\n")

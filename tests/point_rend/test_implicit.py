@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from paper_layers.point_rend import (
     ImplicitPointHead,
     ImplicitPointRendMask,
     PointRendMask,
+    _boxes,
     load_official,
 )
-from paper_layers.point_rend import boxes as boxes_module
-from paper_layers.point_rend.targets import rows
+from paper_layers.point_rend._boxes import flatten
 from testing.official import point_rend as official
-from tests.point_rend.test_heads import LAYOUTS, arranged, numbers
+from tests.point_rend.test_heads import numbers
 from tests.point_rend.test_mask import CLASSES, Fixed, inputs, true_masks
 from tests.point_rend.test_semantic import CLOSE, F64
 
@@ -33,7 +32,7 @@ MATRIX = "positional_encoding_gaussian_matrix"
 
 
 class Official(nn.Module):
-    """Both heads under the official names."""
+    """Hold both heads under the official names."""
 
     def __init__(self, channels: int, outputs: int):
         super().__init__()
@@ -49,9 +48,9 @@ def pair(
     theirs = official.randomize(Official(channels, 1 if agnostic else classes)).double()
     with torch.no_grad():
         for parameter in theirs.parameter_head.prediction.parameters():
-            parameter.mul_(0.2)  # So that logits are about 1.
+            parameter.mul_(0.2)  # Makes logits about 1.
         theirs.point_head.get_buffer(MATRIX).copy_(numbers(2, 128, seed=9))
-    small = {"fc_dim": 8, "parameter_conv_dim": 6, "parameter_fc_dim": 10, "num_points": 20}
+    small = {"hidden_features": 8, "parameter_hidden_channels": 6, "parameter_hidden_features": 10, "num_points": 20}
     small |= {"subdivision_num_points": 36}
     ours = ImplicitPointRendMask(channels, classes, class_agnostic=agnostic, **{**small, **settings}, dtype=F64)
     return load_official(ours, theirs.state_dict()), theirs
@@ -62,31 +61,9 @@ def box_parameters(theirs: Official, features: Tensor, boxes: list[Tensor]) -> T
     return theirs.parameter_head(official.box_sample(features, boxes, grid, 0.25).unflatten(2, (14, 14)))
 
 
-@pytest.mark.parametrize("num_fc", [1, 3])
-@pytest.mark.parametrize("agnostic", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_head_equals_official(num_fc: int, agnostic: bool, layout: str) -> None:
-    ours = ImplicitPointHead(6, 4, 8, num_fc, agnostic, dtype=F64)
-    theirs = official.ImplicitHead(6, 1 if agnostic else 4, 8, num_fc).double()
-    theirs.load_state_dict(ours.state_dict())
-    for n, p in ((3, 5), (1, 1), (0, 5), (3, 0)):
-        parameters, fine = numbers(n, ours.num_params, seed=1), arranged(numbers(n, 6, p), layout)
-        points = torch.rand(n, p, 2, generator=torch.Generator().manual_seed(2), dtype=F64)
-        leaves = [x.requires_grad_() for x in (parameters, fine, points)]
-        labels = torch.tensor([2, 0, 3])[:n]
-        every = theirs(*leaves)
-        own = every if agnostic else official.of_class(every, labels)
-        for chosen, expected in ((None, every), (labels, own)):
-            actual = ours(*leaves, chosen)
-            torch.testing.assert_close(actual, expected)
-            grad = numbers(*expected.shape)
-            grads = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for y in (actual, expected)]
-            torch.testing.assert_close(*grads)
-
-
 def test_gradients() -> None:
-    head = ImplicitPointHead(2, 2, 2, 1, dtype=F64)
-    leaves = [numbers(1, head.num_params), numbers(1, 2, 2, seed=1), numbers(1, 2, 2, seed=2).sigmoid()]
+    head = ImplicitPointHead(2, 2, hidden_features=2, num_fc=1, dtype=F64)
+    leaves = [numbers(1, 2, 2, seed=1), numbers(1, head.num_params), numbers(1, 2, 2, seed=2).sigmoid()]
     leaves = [x.requires_grad_() for x in leaves]
     assert torch.autograd.gradcheck(head, leaves)
     assert torch.autograd.gradgradcheck(lambda *x: head(*x).square(), leaves, fast_mode=True)
@@ -100,29 +77,6 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(losses, (numbers(1, 6, 4, 5).requires_grad_(), bias), fast_mode=True)
 
 
-def test_encoding_is_precise() -> None:
-    """Half precision would lose whole turns of the phase."""
-    head = ImplicitPointHead(6, 4, 8)
-    head.get_buffer(MATRIX).copy_(numbers(2, 128))
-    points = torch.rand(2, 50, 2, generator=torch.Generator().manual_seed(0))
-    t = 2 * math.pi * ((2 * points.double() - 1) @ head.get_buffer(MATRIX).double())
-    expected = torch.cat([t.sin(), t.cos()], 2)
-    # The encoding's own rows, by a perceptron of one layer that passes it on: relu(x) - relu(-x).
-    wide = ImplicitPointHead(1, 256, 512, 1)
-    wide.load_state_dict(head.state_dict())
-    eye = torch.eye(256)
-    first = torch.cat([torch.cat([eye, -eye]), torch.zeros(512, 1)], 1)
-    parameters = torch.cat([first.flatten(), torch.cat([eye, -eye], 1).flatten(), torch.zeros(512 + 256)])
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype):
-            actual = wide(parameters.expand(2, -1), torch.zeros(2, 1, 50).to(dtype), points)
-        torch.testing.assert_close(actual.mT.double(), expected, atol=torch.finfo(dtype).eps, rtol=0)
-    half = [wide(parameters.expand(2, -1), torch.zeros(2, 1, 50), p) for p in (points.half(), points.half().float())]
-    assert torch.equal(*half)
-    exact = wide(parameters.expand(2, -1), torch.zeros(2, 1, 50), points)
-    torch.testing.assert_close(exact.mT.double(), expected, atol=1e-5, rtol=0)
-
-
 def test_sizes() -> None:
     assert ImplicitPointHead(256, 80, class_agnostic=True, device="meta").num_params == 263_169
     assert ImplicitPointHead(256, 80, device="meta").num_params == 263_169 + 79 * 257
@@ -134,7 +88,7 @@ def test_sizes() -> None:
 
 
 def test_start() -> None:
-    ours = ImplicitPointRendMask(8, 4, fc_dim=8, parameter_conv_dim=6)
+    ours = ImplicitPointRendMask(8, 4, hidden_features=8, parameter_hidden_channels=6)
     assert ours.parameter_head.prediction.weight.std().item() == pytest.approx(0.001, rel=0.05)
     assert ours.point_head.get_buffer(MATRIX).std().item() == pytest.approx(1, rel=0.2)
     for value in ours.state_dict().values():
@@ -149,7 +103,7 @@ def test_inference_equals_official(agnostic: bool, init: int, steps: int, count:
     ours, theirs = pair(agnostic=agnostic, subdivision_num_points=count)
     features, boxes, labels = inputs()
     parameters = box_parameters(theirs, features, boxes)
-    torch.testing.assert_close(ours.coarse(features, boxes), parameters, **CLOSE)
+    torch.testing.assert_close(ours.predict_parameters(features, boxes), parameters, **CLOSE)
     expected = official.mask_inference(
         parameters, features, boxes, torch.cat(labels), theirs.point_head, steps, init, count,
         mask_points=official.implicit_points,
@@ -167,9 +121,9 @@ def test_inference_equals_official(agnostic: bool, init: int, steps: int, count:
 def test_steps_and_any_size(size: int) -> None:
     ours, theirs = pair()
     features, boxes, labels = inputs()
-    rois, classes = rows(boxes, labels, features.device)
-    parameters = ours.coarse(features, boxes)
-    steps = list(ours.steps(parameters, features, boxes, labels, size=size))
+    rois, classes = flatten(boxes, labels, CLASSES, features.device)
+    parameters = ours.predict_parameters(features, boxes)
+    steps = list(ours.steps(features, parameters, boxes, labels, size=size))
     assert torch.equal(steps[-1].logits, ours(features, boxes, labels, size=size))
     assert steps[-1].logits.shape == (5, 1, size, size)
     side = steps[0].logits.shape[2]
@@ -192,14 +146,14 @@ def test_two_maps_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pair(channels=8, spatial_scale=(0.25, 0.125))
     features, boxes, labels = inputs()
     maps = [features, numbers(3, 2, 10, 15, seed=8)]
-    parameters = ours.coarse(maps, boxes)
-    steps = list(ours.steps(parameters, maps, boxes, labels, size=24))
+    parameters = ours.predict_parameters(maps, boxes)
+    steps = list(ours.steps(maps, parameters, boxes, labels, size=24))
     points = steps[0].points
     fine = [official.box_sample(m, boxes, points, s) for m, s in zip(maps, (0.25, 0.125), strict=True)]
     expected = theirs.point_head(parameters, torch.cat(fine, 1), points)
     torch.testing.assert_close(steps[0].logits.flatten(2), official.of_class(expected, torch.cat(labels)), **CLOSE)
     for chunk in (1, 36 * 2, 36 * 100):
-        monkeypatch.setattr(boxes_module, "_CHUNK", chunk)
+        monkeypatch.setattr(_boxes, "_CHUNK", chunk)
         torch.testing.assert_close(ours(maps, boxes, labels, size=24), steps[-1].logits)
 
 
@@ -237,13 +191,15 @@ def test_matched_and_ignored_masks() -> None:
         for m, i in ((masks, matched), (each, None))
     )
     assert actual == expected
-    # Of the first image's boxes no point counts: the loss is that of the others.
+    # All points of the first image's boxes are ignored, so the loss is that of the other boxes.
     boxes[0] = boxes[0].clamp(4, 76)
     each[0] = torch.full_like(each[0], -1)
     some = ours(features, boxes, labels, each, generator=torch.Generator().manual_seed(0))
     points = torch.rand(5, 20, 2, generator=torch.Generator().manual_seed(0))[2:]
-    fine = point_sample(features, points, boxes=rows(boxes, labels, features.device)[0][2:], spatial_scale=0.25)
-    logits = ours.point_head(ours.coarse(features, boxes)[2:], fine, points, labels[2])
+    fine = point_sample(
+        features, points, boxes=flatten(boxes, labels, CLASSES, features.device)[0][2:], spatial_scale=0.25
+    )
+    logits = ours.point_head(fine, ours.predict_parameters(features, boxes)[2:], points, labels[2])
     true = official.true_masks(boxes[1:], each[1:], points)
     torch.testing.assert_close(some["loss_mask_point"], F.binary_cross_entropy_with_logits(logits[:, 0], true), **CLOSE)
 
@@ -287,7 +243,7 @@ def test_half_types_and_autocast(dtype: torch.dtype) -> None:
 
 
 def test_small_parameters_count_in_half() -> None:
-    """Their squares are less than the least number of float16."""
+    """The parameters' squares are below the smallest float16 number."""
     ours, _ = pair()
     nn.init.zeros_(ours.parameter_head.prediction.weight)
     nn.init.constant_(ours.parameter_head.prediction.bias, 1e-4)
@@ -314,7 +270,7 @@ def test_compile() -> None:
 def test_export() -> None:
     ours, _ = pair()
     features, boxes, labels = inputs()
-    rois, classes = rows(boxes, labels, features.device)
+    rois, classes = flatten(boxes, labels, CLASSES, features.device)
     count = {0: torch.export.Dim("rows", min=2, max=100)}
     program = torch.export.export(Fixed(ours), (features, rois, classes), dynamic_shapes=(None, count, count))
     for some in (slice(0, 2), slice(0, 5)):
@@ -332,7 +288,7 @@ def test_copies_and_meta() -> None:
     places = [[t.to("meta") for t in some] for some in (boxes, labels)]
     assert meta(features.to("meta"), *places, size=24).shape == expected.shape
     assert "ImplicitPointRendMask(\n  spatial_scale=0.25, num_points=20, subdivision_num_points=36\n" in repr(ours)
-    assert "ImplicitPointHead(6, 4, fc_dim=8, num_fc=3, class_agnostic=False)" in repr(ours)
+    assert "ImplicitPointHead(6, 4, hidden_features=8, num_fc=3, class_agnostic=False)" in repr(ours)
     assert f"BoxHead(\n    6, {ours.point_head.num_params}\n" in repr(ours)
 
 
@@ -353,12 +309,12 @@ def test_official_checkpoints(tmp_path: Path) -> None:
         assert all(torch.equal(value, wanted[name]) for name, value in ours.state_dict().items())
     matrix = theirs.point_head.get_buffer(MATRIX)
     for form in ({**state, **host}, theirs.point_head.state_dict()):
-        head = load_official(ImplicitPointHead(6, CLASSES, 8, dtype=F64), form)
+        head = load_official(ImplicitPointHead(6, CLASSES, hidden_features=8, dtype=F64), form)
         assert torch.equal(head.get_buffer(MATRIX), matrix)
     for form in ({**state, **host}, theirs.parameter_head.state_dict()):
         head = load_official(copy.deepcopy(ours.parameter_head), form)
         assert torch.equal(head.fc2.weight, theirs.parameter_head.fc2.weight)
-    # Wide features, whose channels are reduced first.
+    # Features with more channels than hidden_channels.
     wide, theirs = pair(channels=8)
     weight = theirs.parameter_head.reduce_channel_dim_conv.weight
     assert torch.equal(wide.parameter_head.reduce_channels.weight, weight)
@@ -378,15 +334,15 @@ def test_bad_inputs() -> None:
     features, boxes, labels = inputs()
     parameters, fine, points = numbers(2, head.num_params), numbers(2, 6, 5), numbers(2, 5, 2)
     masks, joined = true_masks(), torch.cat(labels)
-    rois = rows(boxes, labels, features.device)[0]
+    rois = flatten(boxes, labels, CLASSES, features.device)[0]
     bad: list[tuple[Any, type[Exception], str]] = [
-        (lambda: head(parameters[:, 1:], fine, points), ValueError, r"parameters: expected shape \(2, 2284\), got"),
-        (lambda: head(parameters[:1], fine, points), ValueError, r"parameters: expected shape \(2, 2284\), got \(1,"),
-        (lambda: head(parameters, fine[:, :5], points), ValueError, r"fine: expected shape \(R, 6, P\), got \(2, 5, 5"),
-        (lambda: head(parameters, fine, points[:, :4]), ValueError, r"points: expected shape \(2, 5, 2\), got \(2, 4"),
-        (lambda: head(parameters, fine, points, joined), ValueError, r"labels: expected shape \(2,\), got \(5,\)"),
-        (lambda: head(parameters, fine, points, points), TypeError, "labels: expected an int64 Tensor"),
-        (lambda: head(parameters, fine, points, joined[:2] - 9), RuntimeError, "out of bounds"),
+        (lambda: head(fine, parameters[:, 1:], points), ValueError, r"parameters: expected shape \(2, 2284\), got"),
+        (lambda: head(fine, parameters[:1], points), ValueError, r"parameters: expected shape \(2, 2284\), got \(1,"),
+        (lambda: head(fine[:, :5], parameters, points), ValueError, r"fine: expected shape \(R, 6, P\), got \(2, 5, 5"),
+        (lambda: head(fine, parameters, points[:, :4]), ValueError, r"points: expected shape \(2, 5, 2\), got \(2, 4"),
+        (lambda: head(fine, parameters, points, joined), ValueError, r"labels: expected shape \(2,\), got \(5,\)"),
+        (lambda: head(fine, parameters, points, points), TypeError, "labels: expected an int64 Tensor"),
+        (lambda: head(fine, parameters, points, joined[:2] - 9), RuntimeError, "out of bounds"),
         (lambda: ours(features, boxes, joined[:4]), ValueError, r"labels: expected shape \(5,\), got \(4,\)"),
         (lambda: ours(features, boxes[:2], labels), ValueError, "boxes: expected a tensor for each of 3 images, got 2"),
         (lambda: ours(features, boxes, labels, size=0), ValueError, "size: expected at least 1, got 0"),
@@ -394,12 +350,16 @@ def test_bad_inputs() -> None:
         (lambda: ours(features, boxes, labels, masks[:2]), ValueError, "masks: expected a tensor for each of 3 images"),
         (lambda: ours(features[:, :5], boxes, labels), ValueError, r"features: expected shape \(R, 6, 14, 14\)"),
         (
-            lambda: ours.refine(parameters, features, boxes, labels),
+            lambda: ours.refine(features, parameters, boxes, labels),
             ValueError,
-            r"coarse: expected shape \(5, 2284\), got \(2, 2284\)",
+            r"parameters: expected shape \(5, 2284\), got \(2, 2284\)",
         ),
         (lambda: ImplicitPointRendMask(6, 4, num_points=0), ValueError, "num_points: expected at least 1, got 0"),
-        (lambda: ImplicitPointRendMask(6, 4, parameter_fc_dim=0), ValueError, "fc_dim: expected at least 1, got 0"),
+        (
+            lambda: ImplicitPointRendMask(6, 4, parameter_hidden_features=0),
+            ValueError,
+            "hidden_features: expected at least 1, got 0",
+        ),
         (lambda: ImplicitPointHead(6, 4, num_fc=0), ValueError, "num_fc: expected at least 1, got 0"),
         (lambda: ImplicitPointHead(6, 4.0), TypeError, "num_classes: expected an int, got 4.0"),
     ]

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from paper_layers.point_rend import PointRendSemantic, Step, draw_steps
+from paper_layers.point_rend import PointRendSemantic, RefinementStep, draw_steps
 
 
 @pytest.mark.parametrize("classes", [1, 3])
 def test_draws_maps_and_points(classes: int) -> None:
-    refine = PointRendSemantic(4, classes, 8, subdivision_num_points=50)
+    refine = PointRendSemantic(4, classes, hidden_features=8, subdivision_num_points=50)
     coarse, features = torch.randn(2, classes, 6, 9), torch.randn(2, 4, 12, 18)
-    steps = list(refine.steps(coarse, features, (24, 36)))
+    steps = list(refine.steps(features, coarse, (24, 36)))
     figure = draw_steps(steps, 1, image=torch.rand(3, 24, 36))
     first, *axes = figure.axes
     assert first.images[0].get_array().shape == (24, 36, 3)
@@ -35,13 +35,13 @@ def test_draws_maps_and_points(classes: int) -> None:
 
 
 def test_points_lie_on_their_pixels() -> None:
-    """The extent of the map is that of the points."""
-    figure = draw_steps([Step(torch.zeros(1, 1, 4, 8), torch.tensor([[[0.0625, 0.125]]]))])
+    """The map and the points have the same extent."""
+    figure = draw_steps([RefinementStep(torch.zeros(1, 1, 4, 8), torch.tensor([[[0.0625, 0.125]]]))])
     image = figure.axes[0].images[0]
     assert list(image.get_extent()) == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (1, 5, 7), (3, 5, 7)])
 def test_images(shape: tuple[int, ...]) -> None:
-    figure = draw_steps([Step(torch.zeros(1, 2, 4, 8), None)], image=torch.rand(shape))
+    figure = draw_steps([RefinementStep(torch.zeros(1, 2, 4, 8), None)], image=torch.rand(shape))
     assert figure.axes[0].images[0].get_array().shape[:2] == (5, 7)

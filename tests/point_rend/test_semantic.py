@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from paper_layers import point_sample, uncertain_points
 from paper_layers.point_rend import PointRendSemantic, load_official
-from paper_layers.point_rend.semantic import segmentation_loss
-from paper_layers.point_rend.subdivision import grid_sizes, halvings, regular_grid
+from paper_layers.point_rend._subdivision import grid_sizes, halvings, regular_grid
+from paper_layers.point_rend.semantic import _segmentation_loss
 from testing.official import point_rend as official
 from tests.point_rend.test_heads import numbers
 
@@ -29,21 +29,26 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 def pair(
     channels: int = 7, classes: int = 4, each: bool = False, **settings: Any
 ) -> tuple[PointRendSemantic, nn.Module]:
-    """Ours and the official head with the same parameters, in float64."""
+    """Return our module and the official head with the same parameters, in float64."""
     theirs = official.randomize(official.PointHead(channels, classes, 8, each)).double()
     ours = PointRendSemantic(
-        channels, classes, 8, 3, each, **{"num_points": 40, "subdivision_num_points": 50, **settings}, dtype=F64
+        channels,
+        classes,
+        hidden_features=8,
+        coarse_pred_each_layer=each,
+        **{"num_points": 40, "subdivision_num_points": 50, **settings},
+        dtype=F64,
     )
     return load_official(ours, {f"point_head.{k}": v for k, v in theirs.state_dict().items()}), theirs
 
 
 def inputs(n: int = 2, classes: int = 4) -> tuple[Tensor, list[Tensor]]:
-    """Coarse logits and two levels of features, 7 channels together."""
+    """Return coarse logits and two levels of features with 7 channels in all."""
     return numbers(n, classes, 6, 8), [numbers(n, 5, 24, 32, seed=1), numbers(n, 2, 12, 16, seed=2)]
 
 
 def labels(n: int = 2, classes: int = 4) -> Tensor:
-    """A fifth of them does not count."""
+    """Return labels, a fifth of which are ignored."""
     generator = torch.Generator().manual_seed(3)
     target = torch.randint(classes, (n, 48, 64), generator=generator)
     return target.where(torch.rand(target.shape, generator=generator) < 0.8, 255)
@@ -57,19 +62,19 @@ def test_inference_equals_official(each: bool, steps: int, classes: int) -> None
     coarse, features = inputs(classes=classes)
     kept = coarse.clone()
     expected = official.semantic_inference(coarse, features, theirs, steps, 50)
-    actual = ours(coarse, features, size=(6 * 2**steps, 8 * 2**steps))
+    actual = ours(features, coarse, size=(6 * 2**steps, 8 * 2**steps))
     torch.testing.assert_close(actual, expected, **CLOSE)
     assert torch.equal(coarse, kept)
-    # Every layout, with the same result.
+    # Every memory layout has the same result.
     lasting = [x.contiguous(memory_format=torch.channels_last) for x in (coarse, *features)]
-    torch.testing.assert_close(ours(lasting[0], lasting[1:], size=expected.shape[2:]), expected, **CLOSE)
+    torch.testing.assert_close(ours(lasting[1:], lasting[0], size=expected.shape[2:]), expected, **CLOSE)
 
 
 def test_inference_is_differentiable() -> None:
     ours, theirs = pair()
     coarse, features = inputs()
     leaves = [x.requires_grad_() for x in (coarse, *features)]
-    actual = ours(coarse, features, size=(24, 32))
+    actual = ours(features, coarse, size=(24, 32))
     expected = official.semantic_inference(coarse, features, theirs, 2, 50)
     grad = numbers(*expected.shape, seed=5)
     grads = [torch.autograd.grad(y, leaves, grad) for y in (actual, expected)]
@@ -83,7 +88,7 @@ def test_losses_equal_official(classes: int, each: bool) -> None:
     coarse, features = inputs(classes=classes)
     leaves = [x.requires_grad_() for x in (coarse, *features)]
     target = labels(classes=classes)
-    losses = ours(coarse, features, target, generator=torch.Generator().manual_seed(7))
+    losses = ours(features, coarse, target, generator=torch.Generator().manual_seed(7))
     expected = official.semantic_losses(coarse, features, theirs, target, 40, torch.Generator().manual_seed(7))
     assert list(losses) == ["loss_sem_seg", "loss_sem_seg_point"]
     torch.testing.assert_close(tuple(losses.values()), expected, **CLOSE)
@@ -91,16 +96,16 @@ def test_losses_equal_official(classes: int, each: bool) -> None:
     expected_grads = torch.autograd.grad(sum(expected), [*leaves, *theirs.parameters()])
     for a, b in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b.reshape(a.shape), **CLOSE)
-    alone = ours.point_loss(coarse, features, target, generator=torch.Generator().manual_seed(7))
+    alone = ours.point_loss(features, coarse, target, generator=torch.Generator().manual_seed(7))
     assert torch.equal(alone, losses["loss_sem_seg_point"])
 
 
 def test_one_class_is_binary() -> None:
-    """A fault of the official code, whose uncertainty wants two."""
+    """The official uncertainty needs two classes, so the official code fails."""
     ours, _ = pair(classes=1)
     coarse, features = inputs(classes=1)
     target = labels(classes=2)
-    losses = ours(coarse, features, target)
+    losses = ours(features, coarse, target)
     full = F.interpolate(coarse, (48, 64), mode="bilinear", align_corners=False)[:, 0]
     counted = target != 255
     expected = F.binary_cross_entropy_with_logits(full[counted], target[counted].double())
@@ -109,7 +114,7 @@ def test_one_class_is_binary() -> None:
     some = point_sample(target[:, None].double(), points, mode="nearest")[:, 0].long()
     logits = numbers(2, 1, 9)
     expected = F.binary_cross_entropy_with_logits(logits[:, 0][some != 255], some[some != 255].double())
-    torch.testing.assert_close(segmentation_loss(logits, some, 255), expected)
+    torch.testing.assert_close(_segmentation_loss(logits, some, 255), expected)
 
 
 @pytest.mark.parametrize(("classes", "wrong"), [(1, (2, 7, -1, 254, 2**40)), (3, (3, 7, -1, -100, 256))])
@@ -120,23 +125,23 @@ def test_labels_out_of_range(classes: int, wrong: tuple[int, ...]) -> None:
     for value in wrong:
         target = labels(classes=max(2, classes))
         target[-1, -1, -1] = value
-        message = f"target: expected classes from 0 to {max(2, classes) - 1} or ignore_index, 255, got {value}"
+        message = f"labels: expected classes from 0 to {max(2, classes) - 1} or ignore_index, 255, got {value}"
         for call in (ours, ours.point_loss, compiled)[: classes + 1]:  # Compiled once.
             with pytest.raises(ValueError, match=message):
-                call(coarse, features, target)
+                call(features, coarse, target)
     target = labels(classes=2)
-    losses = ours(coarse, features, target.to(torch.uint8), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(losses, ours(coarse, features, target, generator=torch.Generator().manual_seed(0)))
-    assert all(loss.isfinite() for loss in ours(coarse, features, target == 1).values())
+    losses = ours(features, coarse, target.to(torch.uint8), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(losses, ours(features, coarse, target, generator=torch.Generator().manual_seed(0)))
+    assert all(loss.isfinite() for loss in ours(features, coarse, target == 1).values())
 
 
 @pytest.mark.parametrize("classes", [1, 4])
 def test_all_ignored_is_zero_with_a_graph(classes: int) -> None:
-    """NaN in the official code."""
+    """The official code returns NaN."""
     ours, _ = pair(classes=classes)
     coarse, features = inputs(classes=classes)
     leaves = [coarse.requires_grad_(), features[0].requires_grad_()]
-    losses = ours(coarse, features, torch.full((2, 48, 64), 255))
+    losses = ours(features, coarse, torch.full((2, 48, 64), 255))
     assert [loss.item() for loss in losses.values()] == [0, 0]
     grads = torch.autograd.grad(sum(losses.values()), [*leaves, *ours.parameters()])
     assert not any(g.any() for g in grads)
@@ -158,7 +163,7 @@ def test_halvings(size: tuple[int, int], start: tuple[int, int]) -> None:
 @pytest.mark.parametrize("num_points", [1, 100, 784, 785, 10_000])
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_grids_are_official(init: int, num_points: int, steps: int) -> None:
-    """Where the official rule does not eat more steps than there are."""
+    """The official rule, where it does not skip more maps than there are."""
     first, left = init, steps
     while 4 * first * first <= num_points and left > 0:
         first, left = 2 * first, left - 1
@@ -175,10 +180,10 @@ def test_regular_grid_is_that_of_uncertain_points() -> None:
 def test_any_size(size: tuple[int, int]) -> None:
     ours, _ = pair()
     coarse, features = inputs()
-    steps = list(ours.steps(coarse, features, size))
+    steps = list(ours.steps(features, coarse, size))
     final = steps[-1]
     assert final.logits.shape == (2, 4, *size)
-    assert torch.equal(final.logits, ours(coarse, features, size=size))
+    assert torch.equal(final.logits, ours(features, coarse, size=size))
     assert steps[0].points is None
     if size == (6, 8):
         assert torch.equal(steps[0].logits, coarse)
@@ -198,16 +203,16 @@ def test_half_types_and_autocast(dtype: torch.dtype) -> None:
     ours = ours.float()
     coarse, features = inputs()
     coarse, features = coarse.float(), [f.float() for f in features]
-    expected = ours(coarse, features, size=(24, 32))
+    expected = ours(features, coarse, size=(24, 32))
     with torch.autocast("cpu", dtype):
-        # What the networks before hand over: logits in float32, features in half.
-        actual = ours(coarse, [f.to(dtype) for f in features], size=(24, 32))
-        losses = ours(coarse, [f.to(dtype) for f in features], labels())
+        # Networks pass logits in float32 and features in half precision.
+        actual = ours([f.to(dtype) for f in features], coarse, size=(24, 32))
+        losses = ours([f.to(dtype) for f in features], coarse, labels())
     assert actual.dtype == torch.float32
     assert (actual - expected).abs().median() < 0.05
     grads = torch.autograd.grad(sum(losses.values()), list(ours.parameters()))
     assert all(g.isfinite().all() for g in grads)
-    actual = copy.deepcopy(ours).to(dtype)(coarse.to(dtype), [f.to(dtype) for f in features], size=(24, 32))
+    actual = copy.deepcopy(ours).to(dtype)([f.to(dtype) for f in features], coarse.to(dtype), size=(24, 32))
     assert actual.dtype == dtype
     assert (actual.float() - expected).abs().median() < 0.05
 
@@ -216,8 +221,8 @@ def test_half_types_and_autocast(dtype: torch.dtype) -> None:
 def test_empty_and_single(n: int) -> None:
     ours, _ = pair()
     coarse, features = inputs(n)
-    assert ours(coarse, features, size=(24, 32)).shape == (n, 4, 24, 32)
-    losses = ours(coarse, features, labels(n))
+    assert ours(features, coarse, size=(24, 32)).shape == (n, 4, 24, 32)
+    losses = ours(features, coarse, labels(n))
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in ours.parameters())
@@ -226,12 +231,12 @@ def test_empty_and_single(n: int) -> None:
 def test_compile() -> None:
     ours, _ = pair()
     coarse, features = inputs()
-    refine = torch.compile(lambda c, *f: ours(c, f, size=(24, 32)), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(refine(coarse, *features), ours(coarse, features, size=(24, 32)))
+    refine = torch.compile(lambda c, *f: ours(f, c, size=(24, 32)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(refine(coarse, *features), ours(features, coarse, size=(24, 32)))
     target = labels()
 
     def loss(coarse: Tensor, target: Tensor, *features: Tensor) -> Tensor:
-        return sum(ours(coarse, features, target).values())
+        return sum(ours(features, coarse, target).values())
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     torch.manual_seed(0)
@@ -241,14 +246,14 @@ def test_compile() -> None:
 
 
 class Fixed(nn.Module):
-    """The inference of one size, for export."""
+    """Refine to one size, for export."""
 
     def __init__(self, refine: nn.Module):
         super().__init__()
         self.refine = refine
 
-    def forward(self, coarse: Tensor, features: list[Tensor]) -> Tensor:
-        return self.refine(coarse, features, size=(24, 32))
+    def forward(self, features: list[Tensor], coarse: Tensor) -> Tensor:
+        return self.refine(features, coarse, size=(24, 32))
 
 
 def test_export() -> None:
@@ -256,29 +261,29 @@ def test_export() -> None:
     coarse, features = inputs()
     batch = {0: torch.export.Dim("batch")}
     module = Fixed(ours)
-    program = torch.export.export(module, (coarse, features), dynamic_shapes=(batch, [batch, batch]))
+    program = torch.export.export(module, (features, coarse), dynamic_shapes=([batch, batch], batch))
     coarse, features = inputs(3)
-    torch.testing.assert_close(program.module()(coarse, features), module(coarse, features))
+    torch.testing.assert_close(program.module()(features, coarse), module(features, coarse))
 
 
 def test_copies_and_meta() -> None:
     ours, _ = pair()
     coarse, features = inputs()
-    expected = ours(coarse, features, size=(24, 32))
+    expected = ours(features, coarse, size=(24, 32))
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert torch.equal(twin(coarse, features, size=(24, 32)), expected)
+        assert torch.equal(twin(features, coarse, size=(24, 32)), expected)
     meta = copy.deepcopy(ours).to("meta")
-    actual = meta(coarse.to("meta"), [f.to("meta") for f in features], size=(24, 32))
+    actual = meta([f.to("meta") for f in features], coarse.to("meta"), size=(24, 32))
     assert actual.shape == expected.shape
     nn.init.constant_(ours.point_head.predictor.weight, torch.nan)
     ours.reset_parameters()
-    assert ours(coarse, features, size=(24, 32)).isfinite().all()
+    assert ours(features, coarse, size=(24, 32)).isfinite().all()
     assert "num_points=40" in repr(ours)
     assert "subdivision_num_points=50, ignore_index=255" in repr(ours)
 
 
 def test_distributed(tmp_path: Any) -> None:
-    """Also where no label counts, every parameter has a gradient."""
+    """Every parameter has a gradient, also if all labels are ignored."""
     ours, _ = pair()
     coarse, features = inputs()
     twin = copy.deepcopy(ours)
@@ -286,7 +291,7 @@ def test_distributed(tmp_path: Any) -> None:
     try:
         parallel = nn.parallel.DistributedDataParallel(ours)
         for target in (labels(), torch.full_like(labels(), 255)):
-            losses = [m(coarse, features, target, generator=torch.Generator().manual_seed(0)) for m in (parallel, twin)]
+            losses = [m(features, coarse, target, generator=torch.Generator().manual_seed(0)) for m in (parallel, twin)]
             for loss in losses:
                 sum(loss.values()).backward()
             for actual, expected in zip(ours.parameters(), twin.parameters(), strict=True):
@@ -303,7 +308,7 @@ def test_any_ignore_index(ignore_index: int) -> None:
     for number in (255, ignore_index):
         ours.ignore_index, target = number, labels()
         target[target == 255] = number
-        losses.append(ours(coarse, features, target, generator=torch.Generator().manual_seed(0)))
+        losses.append(ours(features, coarse, target, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(*losses)
 
 
@@ -311,14 +316,14 @@ def test_bad_inputs() -> None:
     ours, _ = pair()
     coarse, features = inputs()
     bad: list[tuple[Any, type[Exception], str]] = [
-        (lambda: ours(coarse, features), ValueError, r"size: expected \(height, width\) where there is no target"),
-        (lambda: ours(coarse, features, size=(0, 8)), ValueError, "size: expected at least 1"),
-        (lambda: ours(coarse, features, size=(1.5, 8)), TypeError, "size: expected an int or a pair of ints"),
-        (lambda: ours(coarse[:, :3], features, size=(9, 9)), ValueError, r"coarse: expected shape \(N, 4, h, w\)"),
-        (lambda: ours(coarse.long(), features, size=(9, 9)), TypeError, "coarse: expected one of float32"),
-        (lambda: ours(coarse, features[:1], size=(9, 9)), ValueError, r"fine: expected shape \(N, 7, P\)"),
-        (lambda: ours(coarse, features, labels().float()), TypeError, "target: expected an int64 Tensor"),
-        (lambda: ours(coarse, features, labels()[:1]), ValueError, r"target: expected shape \(2, H, W\), got \(1,"),
+        (lambda: ours(features, coarse), ValueError, r"size: expected \(height, width\) where there are no labels"),
+        (lambda: ours(features, coarse, size=(0, 8)), ValueError, "size: expected at least 1"),
+        (lambda: ours(features, coarse, size=(1.5, 8)), TypeError, "size: expected an int or a pair of ints"),
+        (lambda: ours(features, coarse[:, :3], size=(9, 9)), ValueError, r"coarse: expected shape \(N, 4, h, w\)"),
+        (lambda: ours(features, coarse.long(), size=(9, 9)), TypeError, "coarse: expected one of float32"),
+        (lambda: ours(features[:1], coarse, size=(9, 9)), ValueError, r"fine: expected shape \(N, 7, P\)"),
+        (lambda: ours(features, coarse, labels().float()), TypeError, "labels: expected an int64 Tensor"),
+        (lambda: ours(features, coarse, labels()[:1]), ValueError, r"labels: expected shape \(2, H, W\), got \(1,"),
         (lambda: PointRendSemantic(7, 4, num_points=0), ValueError, "num_points: expected at least 1, got 0"),
         (lambda: PointRendSemantic(7, 4, subdivision_num_points=0), ValueError, "subdivision_num_points: expected at"),
     ]

@@ -23,11 +23,6 @@ from paper_layers import swap
 from paper_layers.point_rend import PointRendMask
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def detector(num_classes: int = 4, **arguments: Any) -> Any:
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
     few: dict[str, Any] = {f"rpn_{when}_nms_top_n_{mode}": 40 for when in ("pre", "post") for mode in ("train", "test")}
@@ -45,10 +40,10 @@ def scene(objects: int = 2, size: tuple[int, int] = (64, 80)) -> dict[str, Tenso
 
 
 def pair() -> tuple[Any, Any, dict[str, Any]]:
-    """A detector, what it becomes, and what the former's roi_heads take and find."""
+    """Return a detector, its swapped copy, and a record of the inputs and outputs of the detector's roi_heads."""
     plain, seen = detector(), {}
-    model: Any = swap.pointrend(copy.deepcopy(plain), num_points=20, subdivision_num_points=100)
-    with torch.no_grad():  # Predictions that differ between classes.
+    model: Any = swap.point_rend(copy.deepcopy(plain), num_points=20, subdivision_num_points=100)
+    with torch.no_grad():  # Makes predictions differ between classes.
         nn.init.normal_(model.roi_heads.point_rend.coarse_head.prediction.weight)
     select = plain.roi_heads.select_training_samples
 
@@ -57,7 +52,7 @@ def pair() -> tuple[Any, Any, dict[str, Any]]:
         return seen["samples"]
 
     plain.roi_heads.select_training_samples = remember
-    # Copies, as the boxes there are replaced by those in the images given.
+    # Copies, as torchvision later replaces the boxes by rescaled ones.
     plain.roi_heads.register_forward_hook(
         lambda _, args, output: seen.update(args=args, found=[dict(found) for found in output[0]])
     )
@@ -67,7 +62,7 @@ def pair() -> tuple[Any, Any, dict[str, Any]]:
 def test_keeps_the_rest() -> None:
     plain = detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4).eval()
     old = {name: (p, p.clone()) for name, p in plain.named_parameters()}
-    model = swap.pointrend(plain)
+    model = swap.point_rend(plain)
     assert model is plain
     assert type(model) is detection.MaskRCNN
     assert not any(module.training for module in model.modules())
@@ -81,7 +76,7 @@ def test_keeps_the_rest() -> None:
     assert isinstance(head, PointRendMask)
     assert (head.coarse_head.in_channels, head.coarse_head.num_classes, head.spatial_scale) == (256, 4, 0.25)
     modules = list(model.modules())
-    assert swap.pointrend(model) is model
+    assert swap.point_rend(model) is model
     assert list(model.modules()) == modules
 
 
@@ -127,13 +122,13 @@ def test_training(objects: tuple[int, int]) -> None:
         torch.testing.assert_close(losses[name], value)
     assert all(float(value.detach()) > 0 for value in by_hand.values())
     sum(losses.values()).backward()
-    # Batch norm's statistics of layers that are frozen aside, everything trains.
+    # Everything trains except frozen batch norms.
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert model.roi_heads._point_rend_samples == ()
 
 
 def test_without_objects() -> None:
-    model = swap.pointrend(detector())
+    model = swap.point_rend(detector())
     losses = model([torch.rand(3, 64, 80)] * 2, [scene(0), scene(0)])
     assert losses["loss_mask"] == losses["loss_mask_point"] == 0
     sum(losses.values()).backward()
@@ -141,7 +136,7 @@ def test_without_objects() -> None:
 
 
 def test_without_boxes() -> None:
-    model = swap.pointrend(detector(box_score_thresh=2.0)).eval()
+    model = swap.point_rend(detector(box_score_thresh=2.0)).eval()
     with torch.no_grad():
         (found,) = model([torch.rand(3, 64, 80)])
     assert found["boxes"].shape == (0, 4)
@@ -149,7 +144,7 @@ def test_without_boxes() -> None:
 
 
 def test_learns() -> None:
-    model = swap.pointrend(detector(), num_points=50)
+    model = swap.point_rend(detector(), num_points=50)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     x, targets = [torch.rand(3, 64, 80)], [scene(2)]
     losses = []
@@ -168,7 +163,7 @@ def test_with_keypoints() -> None:
     heads.keypoint_roi_pool = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2)
     heads.keypoint_head = detection.keypoint_rcnn.KeypointRCNNHeads(256, (16,))
     heads.keypoint_predictor = detection.keypoint_rcnn.KeypointRCNNPredictor(16, 3)
-    swap.pointrend(model)
+    swap.point_rend(model)
     target = scene(2)
     target["keypoints"] = torch.cat([target["boxes"].unflatten(1, (2, 2)), torch.ones(2, 2, 1)], 2)
     target["keypoints"] = torch.cat([target["keypoints"], target["keypoints"][:, :1]], 1)
@@ -180,7 +175,7 @@ def test_with_keypoints() -> None:
 
 
 def test_copies() -> None:
-    model, x = swap.pointrend(detector()).eval(), [torch.rand(3, 64, 80)]
+    model, x = swap.point_rend(detector()).eval(), [torch.rand(3, 64, 80)]
     with torch.no_grad():
         expected = model(x)
         for twin in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
@@ -188,7 +183,7 @@ def test_copies() -> None:
 
 
 def test_autocast() -> None:
-    model = swap.pointrend(detector())
+    model = swap.point_rend(detector())
     with torch.autocast("cpu", torch.bfloat16):
         losses = model([torch.rand(3, 64, 80)], [scene(2)])
         sum(losses.values()).backward()
@@ -199,14 +194,14 @@ def test_autocast() -> None:
 def test_bad_input() -> None:
     model = detector()
     with pytest.raises(ValueError, match=r"fine, coarse: expected None for MaskRCNN, got '0', None"):
-        swap.pointrend(model, fine="0")
+        swap.point_rend(model, fine="0")
     model.roi_heads.mask_predictor = nn.Identity()
     with pytest.raises(ValueError, match=r"nn\.Conv2d that tells the classes"):
-        swap.pointrend(model)
+        swap.point_rend(model)
     faster = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
     with pytest.raises(ValueError, match="got none in FasterRCNN"):
-        swap.pointrend(faster)
-    model = swap.pointrend(detector())
+        swap.point_rend(faster)
+    model = swap.point_rend(detector())
     target = scene(1)
     del target["masks"]
     with pytest.raises(ValueError, match=r"targets\[0\]: expected a key 'masks', got boxes, labels"):

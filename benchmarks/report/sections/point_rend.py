@@ -89,8 +89,8 @@ def section() -> Section:
 @torch.no_grad()
 def _steps_picture(net: Bilinear, image: Tensor) -> Figure:
     assert isinstance(net, PointRend)
-    coarse, fine = net.eval().backbone(image)
-    return draw_steps(net.refine.steps(coarse, fine, image.shape[2:]), image=image[0])
+    fine, coarse = net.eval().backbone(image)
+    return draw_steps(net.refine.steps(fine, coarse, image.shape[2:]), image=image[0])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The subdivision loop that semantic and instance segmentation share: maps grow, and their uncertain pixels are set."""
+"""The subdivision loop shared by semantic and instance segmentation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from paper_layers.ops.uncertain_points.pixels import uncertain_points
 Size = tuple[int, int]
 
 
-class Step(NamedTuple):
-    """A map of the subdivision and the points that were predicted for it.
+class RefinementStep(NamedTuple):
+    """A map of the subdivision and the points predicted for it.
 
     Attributes:
         logits: Shape (N, C, H, W).
-        points: (x, y) in [0, 1] of shape (N, P, 2); None for a map that no point head made.
+        points: (x, y) in [0, 1] of shape (N, P, 2); None for a map that the point head did not predict.
     """
 
     logits: Tensor
@@ -28,10 +28,10 @@ class Step(NamedTuple):
 
 
 def halvings(size: Size, start: Size) -> list[Size]:
-    """The size and its halves, rounded up, down to the first within `start`; smallest first.
+    """Halve the size, rounding up, until it is at most `start`; return all sizes, smallest first.
 
-    So every map is at most twice as large as the one before and the last has any size at all. Where `size` is
-    ``2 ** steps`` times `start`, these are the official sizes.
+    Each map is at most twice as large as the one before, and the last may have any size. If `size` is ``2 ** steps``
+    times `start`, these are the official sizes.
 
     Example:
         >>> halvings((224, 224), (7, 7))
@@ -47,10 +47,10 @@ def halvings(size: Size, start: Size) -> list[Size]:
 
 
 def grid_sizes(size: int, init_resolution: int, num_points: int) -> list[Size]:
-    """Sides of the maps of a box, the first of which is predicted whole: the largest of at most `num_points` pixels.
+    """Return the sizes of a box's maps; the first is the largest with at most `num_points` pixels, if any.
 
-    The official rule: the first resolution doubles, and a step is saved, while the next one's pixels are so few. The
-    last map is never skipped.
+    The official rule doubles the first resolution, and saves a step, as long as the next map has at most `num_points`
+    pixels. The last map is never skipped.
 
     Example:
         >>> grid_sizes(224, init_resolution=7, num_points=28 * 28)
@@ -65,7 +65,7 @@ def grid_sizes(size: int, init_resolution: int, num_points: int) -> list[Size]:
 
 
 def regular_grid(rows: int, size: Size, device: torch.device | None) -> Tensor:
-    """The centres (x, y) of the pixels of maps of this size, in [0, 1], float32 of shape (rows, H, W, 2)."""
+    """Return the pixels' centres (x, y) in [0, 1] of maps of this size, float32 of shape (rows, H, W, 2)."""
     y, x = ((torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n for n in size)
     grid = torch.stack([x.expand(size), y[:, None].expand(size)], -1)
     return grid.expand(rows, *grid.shape)
@@ -73,17 +73,17 @@ def regular_grid(rows: int, size: Size, device: torch.device | None) -> Tensor:
 
 def subdivide(
     logits: Tensor, sizes: Sequence[Size], num_points: int, predict: Callable[[Tensor], Tensor]
-) -> Iterator[Step]:
-    """Enlarge the map to one size after the other, and predict its most uncertain pixels anew each time.
+) -> Iterator[RefinementStep]:
+    """Enlarge the map to each size in turn, and predict its most uncertain pixels again.
 
-    Figure 4 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020. Earlier maps stay
-    as they were.
+    Figure 4 of Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020. Earlier maps
+    are not changed.
 
     Args:
         logits: The map to start from, of shape (N, C, H, W).
         sizes: (height, width) of each map.
-        num_points: Pixels to predict in each; at most all are.
-        predict: From points (N, P, 2) to logits (N, C, P).
+        num_points: Pixels to predict in each map, at most.
+        predict: Function from points (N, P, 2) to logits (N, C, P).
 
     Example:
         >>> sizes = [(16, 16), (32, 32)]
@@ -96,15 +96,15 @@ def subdivide(
         index, points = uncertain_points(logits, num_points)
         values = predict(points)
         flat = logits.flatten(2)
-        # Into the map that was just made, unless a tracer would lose what is written into a view.
+        # In place, except in a trace, which would lose a write into a view.
         scatter = flat.scatter if is_tracing() else flat.scatter_
-        # Coarse and predicted logits may differ in dtype under autocast.
+        # Under autocast coarse and predicted logits may differ in dtype.
         logits = scatter(2, index[:, None].expand_as(values), values.to(logits.dtype)).view(logits.shape)
-        yield Step(logits, points)
+        yield RefinementStep(logits, points)
 
 
-def last(steps: Iterable[Step]) -> Tensor:
-    """The logits of the last step, holding no earlier ones."""
+def last(steps: Iterable[RefinementStep]) -> Tensor:
+    """Return the logits of the last step, without holding the earlier ones."""
     for step in steps:
         logits = step.logits
     return logits

@@ -1,47 +1,20 @@
-"""Boxes, and the true masks in them: what the masks' losses are taken against."""
+"""True masks in boxes, and the loss of predicted masks against them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers._core import checks, values
+from paper_layers._core import values
 from paper_layers.ops.point_sample import point_sample
-from paper_layers.point_rend.cells import covered_share
-
-Boxes = Tensor | Sequence[Tensor]
-
-
-def rows(boxes: Boxes, labels: Tensor | Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """All boxes (R, 5), with the image's number first, and their classes (R,), int64."""
-    if isinstance(boxes, Tensor):
-        parts = [boxes]
-    else:
-        parts = [F.pad(part, (1, 0), value=number) for number, part in enumerate(boxes)]
-    for part in parts:
-        if part.dim() != 2 or part.shape[1] != 5:
-            raise ValueError(f"boxes: expected shape (R_i, 4) for each image or (R, 5), got {tuple(part.shape)}")
-    rois = torch.cat(parts) if parts else torch.empty(0, 5, device=device)
-    if not isinstance(labels, Tensor):
-        labels = torch.cat(list(labels)) if labels else torch.empty(0, dtype=torch.int64, device=device)
-    labels = values.integers("labels", labels, rois.shape[0])
-    checks.same_device("labels", labels, "boxes", rois)
-    return rois, labels
-
-
-def finite(boxes: Tensor) -> Tensor:
-    """Boxes (R, 5) to train on, none of which would make the losses NaN."""
-    largest = sys.float_info.max
-    corners = values.within("boxes", boxes[:, 1:], -largest, largest, "finite numbers")
-    return boxes.where(corners.isfinite().all(1, keepdim=True), 0)  # All are: so a compiler keeps the check.
+from paper_layers.point_rend._cells import covered_share
 
 
 def mask_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean binary cross-entropy over the labels that are not -1; zero if there are none."""
+    """Return the mean binary cross-entropy over labels other than -1, or zero if there are none."""
     counted = labels >= 0
     loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
     return loss.where(counted, 0).sum() / counted.sum().clamp(min=1)
@@ -50,7 +23,7 @@ def mask_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def sample_masks(
     masks: Sequence[Tensor], points: Tensor, boxes: Sequence[Tensor], matched: Sequence[Tensor] | None
 ) -> Tensor:
-    """The true masks at points (R, ..., 2) of all images' boxes: (R, ...), soft at borders, -1 beside a pixel of -1."""
+    """Sample true masks at points (R, ..., 2) of all boxes: (R, ...), soft at borders, -1 next to a pixel of -1."""
     values = [points.new_empty(0, *points.shape[1:-1])]
     parts = [some for some in points.split([box.shape[0] for box in boxes]) if some.shape[0] > 0]
     for (mask, numbers, box), some in zip(_images(masks, boxes, matched), parts, strict=True):
@@ -63,7 +36,7 @@ def sample_masks(
 def cell_labels(
     masks: Sequence[Tensor], side: int, boxes: Sequence[Tensor], matched: Sequence[Tensor] | None
 ) -> Tensor:
-    """Whether the true mask covers half of each of side x side cells of the boxes: (R, side, side) of 0, 1, or -1."""
+    """Label side x side cells of each box: 1 if the true mask covers half of it, else 0; -1 next to a pixel of -1."""
     labels = [torch.empty(0, side, side, device=masks[0].device if masks else None)]
     for mask, numbers, box in _images(masks, boxes, matched):
         covered, *ignored = (covered_share(part, numbers, box.detach(), side) for part in _parts(mask))
@@ -73,14 +46,14 @@ def cell_labels(
 
 
 def _parts(mask: Tensor) -> list[Tensor]:
-    """How far pixels belong to the object, and which do not count, if any may."""
+    """Return the mask without ignored pixels and, for a signed dtype, the ignored pixels."""
     return [mask.clamp(min=0), mask < 0] if mask.dtype.is_signed else [mask]
 
 
 def _images(
     masks: Sequence[Tensor], boxes: Sequence[Tensor], matched: Sequence[Tensor] | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each image with boxes: its masks (M, H, W), the number of each box's mask, and the boxes."""
+    """Yield, for each image with boxes, its masks (M, H, W), the index of each box's mask, and the boxes."""
     if len(masks) != len(boxes):
         raise ValueError(f"masks: expected a tensor for each of {len(boxes)} images, got {len(masks)}")
     if matched is not None and len(matched) != len(boxes):
