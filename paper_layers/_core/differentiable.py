@@ -69,19 +69,21 @@ def differentiable(
     declaration = (forward, backward, formula, second, vmap, outputs, saved, kept, exposed, constant, selective)
 
     def call(*arguments: Any) -> Any:
-        if _is_constant(arguments):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and _is_constant(arguments):
             return forward(*arguments[:-1], *arguments[-1])
         count = len(arguments) - 1
         _make_functions(name, count)
-        return getattr(_functions, f"{name}_{count}").apply(*_distinct(arguments))
+        function = getattr(_functions, f"{name}_{count}")
+        return function.apply(*_distinct(arguments) if compiling else arguments)
 
     _makers[name] = lambda count: _make(name, count, call, *declaration)
     return call
 
 
 def _is_constant(arguments: tuple[Any, ...]) -> bool:
-    """Return whether nothing needs a gradient or a transform's rule."""
-    if torch.compiler.is_compiling() or _torch_private.in_transform():
+    """Return whether nothing needs a gradient or a transform's rule, while not compiling."""
+    if _torch_private.in_transform():
         return False
     if torch.is_grad_enabled():
         for argument in arguments:
@@ -91,9 +93,7 @@ def _is_constant(arguments: tuple[Any, ...]) -> bool:
 
 
 def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Replace each repeated tensor by a view of itself while compiling: Dynamo refuses the same tensor twice."""
-    if not torch.compiler.is_compiling():
-        return arguments
+    """Replace each repeated tensor by a view of itself: Dynamo refuses the same tensor twice."""
     result: list[Any] = []
     for i, argument in enumerate(arguments):
         repeated = isinstance(argument, Tensor) and any(argument is other for other in arguments[:i])
@@ -119,6 +119,7 @@ def _make(
 ) -> tuple[Any, Any]:
     """Make the Functions of forward and backward for so many tensors."""
     inputs = tuple(range(count)) if saved is None else tuple(saved)
+    smooth = tuple(i for i in range(outputs) if i not in constant)
     forward_rule, backward_rule = vmap if isinstance(vmap, tuple) else (vmap, vmap)
 
     class Forward(torch.autograd.Function):
@@ -140,13 +141,15 @@ def _make(
                 output = call(*tensors[:count], ctx.settings)
                 return tuple((output if isinstance(output, tuple) else (output,))[i] for i in exposed)
 
-            tensors = (*[grad for i, grad in enumerate(grads) if i not in constant], *_load(ctx, again))
-            needs = ctx.needs_input_grad[:-1]
-            settings = (*ctx.settings, needs) if selective else ctx.settings
-            if _is_constant(tensors):
+            tensors = (*[grads[i] for i in smooth], *_load(ctx, again))
+            needs = ctx.needs_input_grad
+            settings = (*ctx.settings, needs[:-1]) if selective else ctx.settings
+            compiling = torch.compiler.is_compiling()
+            if not compiling and _is_constant(tensors):
                 results = backward(*tensors, *settings)
             else:
-                results = getattr(_functions, f"{name}_backward_{count}").apply(*_distinct(tensors), settings)
+                function = getattr(_functions, f"{name}_backward_{count}")
+                results = function.apply(*_distinct(tensors) if compiling else tensors, settings)
             results = (results,) if isinstance(results, Tensor) else results
             found = [grad if need else None for grad, need in zip(results, needs, strict=False)]
             return *found, *[None] * (count + 1 - len(found))
@@ -184,7 +187,7 @@ def _make(
 
     # Without a signature torch inspects `forward` at every call; Dynamo counts its parameters.
     _sign(Forward, count + 1)
-    _sign(Backward, outputs - len(constant) + len(inputs) + len(kept) + len(exposed) + 1)
+    _sign(Backward, len(smooth) + len(inputs) + len(kept) + len(exposed) + 1)
     return Forward, Backward
 
 
