@@ -190,7 +190,7 @@ def test_pointrend(named: bool) -> None:
                 torch.testing.assert_close(fx.Interpreter(module).run(*values), expected)
 
 
-def test_bigan_discriminator() -> None:
+def test_big_bigan() -> None:
     layers = nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(inplace=True), nn.Conv2d(4, 1, 4), nn.ReLU(inplace=True)
     model = swap.big_bigan(nn.Sequential(*layers), 5, hidden_features=4, depth=2).eval()
     images, latents = torch.randn(4, 3, 8, 8), torch.randn(4, 5)
