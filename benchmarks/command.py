@@ -1,4 +1,4 @@
-"""The options that all benchmarks have, and the files of their results."""
+"""Options of all benchmarks, and their result files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows in columns as wide as their cells, the first flush left, the others flush right."""
+    """Format rows as a table, with the first column flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (head, *rows)]
     return "\n".join("   ".join(line).rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""On what, and with which versions, numbers were measured: the head of every result file."""
+"""The machine and versions of a measurement: the head of every result file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FOLDER = Path(paper_layers.__file__).resolve().parent.parent
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Versions, processor and date."""
+    """Return versions, processor and date."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -25,7 +25,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],  # Before the run; times mean little on a machine that others use.
+        "load": os.getloadavg()[0],  # Before the run: on a busy machine, times mean little.
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
 

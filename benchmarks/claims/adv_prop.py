@@ -2,21 +2,21 @@
 
 The same network trained equally many steps, from the same start and on the same batches, in three ways:
 
-- vanilla: on clean images;
-- shared: on clean and adversarial images, through one set of norms;
-- split: on the same, through split norms, AdvProp.
+- vanilla: clean images;
+- shared: clean and adversarial images, one set of norms;
+- split: clean and adversarial images, split norms (AdvProp).
 
-What came out (benchmarks/results/claims_adv_prop.json): with strong attacks in training, clean accuracy falls with
-shared norms, by 0.9 and 1.6, and split norms win most of it back, 0.85 and 1.3 of it; above vanilla they are not. With
-a weak attack nothing differs. Corrupted and attacked images are the other way round: shared norms do best, and the main
-norms of a split network lie between them and vanilla. The auxiliary ones come near the shared ones, but for the
-strongest attack, with which they lose 10 points of clean accuracy.
+Results (benchmarks/results/claims_adv_prop.json): with strong attacks in training, shared norms lose 0.9 and 1.6
+points of clean accuracy, and split norms regain 0.85 and 1.3 of them, but don't exceed vanilla. With a weak attack
+nothing differs. On corrupted and attacked images shared norms are best, and the main norms of a split network lie
+between shared norms and vanilla. The auxiliary norms are close to the shared norms, except after the strongest attack,
+where they lose 10 points of clean accuracy.
 
     python -m benchmarks.claims.adv_prop [--path PATH] [--seeds 8] [--steps 300] [--quick] [--json PATH]
 
 PATH is an npz of digits with images (N, H, W) of 0 to 255 and labels; default scikit-learn's. Attacks are targeted in
-training and untargeted in tests, where each branch is attacked itself; their strengths are in grey levels. Beside the
-JSON, a picture of accuracies by strength, of the same name.
+training and untargeted in tests, which attack each branch separately; strengths are in grey levels. A plot of
+accuracy by strength is saved beside the JSON, under the same name.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from benchmarks.command import text_table
 from paper_layers import swap
 from paper_layers.adv_prop import adv_prop_loss, pgd
 
-TRAIN = 1000  # Images; the rest are for tests.
+TRAIN = 1000  # Training images; the rest are for tests.
 BATCH = 50
 BOUNDS = (-1, 1)
-# In training: eps, the length of a step, their number. From weak to strong.
+# Attacks in training, from weak to strong: eps, step size, number of steps.
 Attack = tuple[float, float, int]
 ATTACKS: tuple[Attack, ...] = ((8.0, 3.0, 5), (76.5, 24.0, 5), (127.5, 30.0, 7))
-STRENGTHS = (8, 16, 32, 48, 64, 96)  # Of the attack on trained networks: untargeted, 10 steps.
+STRENGTHS = (8, 16, 32, 48, 64, 96)  # Strengths of the untargeted attack on trained networks, with 10 steps.
 SHOWN = (16, 32, 64)  # In the table.
 STYLES = (("#78716c", "-"), ("#1d4ed8", "-"), ("#c2410c", "-"), ("#c2410c", "--"))
 
@@ -61,7 +61,7 @@ def network(channels: int = 1, classes: int = 10) -> nn.Sequential:
 
 @functools.lru_cache(maxsize=1)
 def datasets(path: str | None) -> tuple[Data, Data]:
-    """To train and to test on, always the same: images of 8 x 8 pixels from -1 to 1."""
+    """Return the same training and test images every time: 8 x 8 pixels from -1 to 1."""
     images, labels = canvas.digits(path, 8)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     x, y = (2 * images[:, None] - 1)[order], labels[order]
@@ -91,15 +91,15 @@ CORRUPTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Measured(NamedTuple):
-    """Accuracies through one branch, in percent."""
+    """Accuracies of one branch, in percent."""
 
     clean: float
     corrupted: float  # Mean over the corruptions.
-    attacked: list[float]  # At each of the strengths.
+    attacked: list[float]  # At each strength.
 
 
 class Outcome(NamedTuple):
-    branches: list[Measured]  # Main; of the split network the auxiliary one as well.
+    branches: list[Measured]  # The main branch, and the auxiliary branch if the network is split.
     seconds: float  # Of training.
 
 
@@ -129,7 +129,7 @@ def attacked_images(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tenso
 
 
 def measured(model: nn.Module, data: Data) -> Measured:
-    """Of a network with plain norms."""
+    """Return the accuracies of a network with plain norms."""
     x, y = data
     corrupted = statistics.fmean(accuracy(model, (change(x), y)) for change in CORRUPTIONS.values())
     attacked = [accuracy(model, (attacked_images(model, x, y, eps), y)) for eps in STRENGTHS]
@@ -137,7 +137,7 @@ def measured(model: nn.Module, data: Data) -> Measured:
 
 
 def branches(model: nn.Module, way: str) -> list[nn.Module]:
-    """The plain networks within: one, or the main and the auxiliary one."""
+    """Return the plain networks of its branches: one, or the main and the auxiliary one."""
     if way != "split":
         return [model]
     return [swap.plain_batch_norm(copy.deepcopy(model), number) for number in (0, 1)]
@@ -156,7 +156,7 @@ def run(network: tuple[str, Attack], seed: int, steps: int, path: str | None) ->
 
 
 def rows(outcomes: dict[tuple[str, Attack], list[Outcome]]) -> list[dict[str, Any]]:
-    """Of each network and branch: accuracies, and what is between it and others trained from the same seeds."""
+    """Return each branch's accuracies, and their differences from other networks with the same seeds."""
     vanilla = [outcome.branches[0].clean for outcome in outcomes["vanilla", ATTACKS[-1]]]
     found = []
     for (way, attack), runs in outcomes.items():
@@ -190,7 +190,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def draw(axes: Any, curves: dict[str, Sequence[float]]) -> None:
-    """Accuracy by the attack's strength."""
+    """Plot accuracy by the attack's strength."""
     for (name, values), (color, style) in zip(curves.items(), STYLES, strict=False):
         axes.plot((0, *STRENGTHS), values, style, color=color, label=name, marker="o", markersize=3.5)
     axes.set(xlabel="eps of the attack, grey levels", ylabel="accuracy, %", ylim=(0, 102))

@@ -1,4 +1,4 @@
-"""Small convolutional players of BigBiGAN for 16 x 16 images, and their training, which can be resumed."""
+"""Small convolutional players of BigBiGAN for 16 x 16 images, and their resumable training."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from tqdm import tqdm
 
 from paper_layers.big_bigan import BigBiGANDiscriminator, LatentHead, discriminator_step, encoder_generator_step
 
-SIZE = 16  # Pixels of an image's side; values are from -1 to 1.
-CHANNELS = 32  # Of the last maps, 4 x 4; earlier ones have fewer.
-LATENT, WIDTH, DEPTH = 32, 128, 2  # Of the latent, and of the perceptrons H, J and the encoder's.
+SIZE = 16  # Height and width of the images; values are from -1 to 1.
+CHANNELS = 32  # Channels of the last maps, 4 x 4; earlier maps have fewer.
+LATENT, WIDTH, DEPTH = 32, 128, 2  # WIDTH and DEPTH of the MLPs in H, J and the encoder.
 BATCH = 64
-RATES = {"discriminator": 4e-4, "players": 2e-4}  # Of Adam.
-AVERAGE = 0.995  # Of the generator that is looked at.
+RATES = {"discriminator": 4e-4, "players": 2e-4}  # Learning rates of Adam.
+AVERAGE = 0.995  # Decay of the generator's running average, which is evaluated.
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained: the scores, and whether latents of images are samples or means."""
+    """A choice of scores, and of samples or means as the latents of images."""
 
     terms: tuple[str, ...] = ("x", "z", "xz")
     stochastic: bool = True
 
 
 class Encoder(nn.Module):
-    """From images (N, 1, 16, 16) to latents."""
+    """Map images (N, 1, 16, 16) to latents."""
 
     def __init__(self, stochastic: bool = True):
         super().__init__()
         self.stochastic = stochastic
         self.trunk = nn.Sequential(*_down(1, CHANNELS // 2, norm=True), *_down(CHANNELS // 2, CHANNELS, norm=True))
         self.trunk.append(nn.Flatten())
-        self.head = LatentHead(16 * CHANNELS, LATENT, WIDTH, DEPTH)
+        self.head = LatentHead(16 * CHANNELS, LATENT, hidden_features=WIDTH, depth=DEPTH)
 
     def forward(self, images: Tensor) -> Any:
         latent = self.head(self.trunk(images))
         return latent if self.stochastic else latent.mean
 
     def features(self, images: Tensor) -> Tensor:
-        """What the latents are a linear function of."""
+        """Return the features before the last, linear layer."""
         return self.head.mlp(self.trunk(images))
 
 
@@ -58,7 +58,7 @@ def _down(before: int, channels: int, norm: bool) -> list[nn.Module]:
 
 
 def generator() -> nn.Sequential:
-    """From latents to images."""
+    """Build a network from latents to images."""
     size = (CHANNELS, 4, 4)
     layers: list[nn.Module] = [nn.Linear(LATENT, math.prod(size), bias=False), nn.Unflatten(1, size)]
     layers += [nn.BatchNorm2d(CHANNELS), nn.ReLU(inplace=True)]
@@ -67,9 +67,10 @@ def generator() -> nn.Sequential:
 
 
 def discriminator(terms: tuple[str, ...]) -> BigBiGANDiscriminator:
-    """Of images and latents."""
+    """Build a discriminator of images and latents."""
     layers = [*_down(1, CHANNELS // 2, norm=False), *_down(CHANNELS // 2, CHANNELS, norm=False), nn.Flatten()]
-    return BigBiGANDiscriminator(nn.Sequential(*layers), 16 * CHANNELS, LATENT, terms, width=WIDTH, depth=DEPTH)
+    options: Any = {"terms": terms, "hidden_features": WIDTH, "depth": DEPTH}
+    return BigBiGANDiscriminator(nn.Sequential(*layers), 16 * CHANNELS, LATENT, **options)
 
 
 class Training:
@@ -85,18 +86,18 @@ class Training:
             torch.optim.Adam(parameters, rate, (0.5, 0.999), fused=True)
             for parameters, rate in zip((self.discriminator.parameters(), players), RATES.values(), strict=True)
         ]
-        self.done = 0  # Steps.
+        self.done = 0  # Steps done.
 
     @property
     def _parts(self) -> list[Any]:
         return [self.encoder, self.generator, self.average, self.discriminator, *self.optimizers]
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on."""
+        """Return everything that the next step depends on."""
         return {"done": self.done, "rng": torch.get_rng_state(), "parts": [part.state_dict() for part in self._parts]}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go back to a `state`."""
+        """Restore a `state`."""
         self.done = state["done"]
         torch.set_rng_state(state["rng"])
         for part, values in zip(self._parts, state["parts"], strict=True):
@@ -105,7 +106,7 @@ class Training:
     def run(
         self, images: Tensor, steps: int, checkpoint: Path | None = None, every: int = 500, progress: str | None = None
     ) -> None:
-        """Train until so many steps are done, from the checkpoint if there is one, which is written now and then."""
+        """Train until `steps` are done, from the checkpoint if it exists; write it every `every` steps."""
         if checkpoint is not None and checkpoint.exists():
             self.load(torch.load(checkpoint, weights_only=True))
         bar = tqdm(total=steps, initial=self.done, desc=progress, unit="step", disable=progress is None)
@@ -119,7 +120,7 @@ class Training:
                 if checkpoint is not None and (self.done % every == 0 or self.done == steps):
                     checkpoint.parent.mkdir(parents=True, exist_ok=True)
                     torch.save(self.state(), checkpoint.with_suffix(".new"))
-                    checkpoint.with_suffix(".new").replace(checkpoint)  # Whole or not at all.
+                    checkpoint.with_suffix(".new").replace(checkpoint)  # Atomic: never a partial file.
 
     def _step(self, images: Tensor) -> list[Tensor]:
         losses = []

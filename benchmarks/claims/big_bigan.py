@@ -1,24 +1,24 @@
-"""BigBiGAN's claims at small scale: what the unary scores and the random encoder bring to pictures and features.
+"""BigBiGAN's claims at small scale: unary scores and a random encoder improve pictures and features.
 
-The same convolutional players trained equally long on digits (data, steps, batches, rates), with the scores of images,
-latents and pairs that the discriminator has, and the encoder's latents drawn or means:
+The same convolutional players are trained equally long on digits (data, steps, batches, rates). The variants differ in
+the discriminator's scores (images, latents, pairs), and in the encoder's latents (samples or means). Measured are
 
-- pictures: Fréchet distance between those of G's running average and test images, in the last features of a small
-  classifier that never changes;
-- features: accuracy of a linear classifier and of the nearest neighbours on the encoder's last hidden layer, frozen,
-  normalized by `bn_crelu`. The encoder before training is the floor.
+- pictures: Fréchet distance between test images and pictures of G's running average, in the last features of a small,
+  fixed classifier;
+- features: accuracy of a linear classifier and of nearest neighbours on the frozen encoder's last hidden layer,
+  normalized by `bn_crelu`. The baseline is the untrained encoder.
 
-What came out for 10,000 digits of MNIST (benchmarks/results/claims_big_bigan.json): the encoder learns, 92 % by linear
-classifier against 89 before training, with whatever scores; what the unary ones bring, three seeds do not show, neither
-in pictures nor in features. A deterministic encoder is worse: 90 %, nearest neighbours 88 in place of 91, Fréchet
-distance 7.1 in place of 6.2. Steps and rates were chosen in a few trials by the same test images.
+Results for 10,000 digits of MNIST (benchmarks/results/claims_big_bigan.json): the encoder learns with any scores, from
+89 to 92 % by linear classifier; three seeds show no benefit of the unary scores, neither in pictures nor in features.
+A deterministic encoder is worse: linear classifier 90 %, nearest neighbours 88 instead of 91 %, Fréchet distance 7.1
+instead of 6.2. Steps and learning rates were chosen in a few trials on the same test images.
 
     python -m benchmarks.claims.big_bigan [--path PATH] [--seeds 3] [--steps 4000] [--processes 2] [--work FOLDER]
         [--quick] [--json PATH]
 
-PATH is an npz file with images (N, H, W) and labels (N,), such as MNIST's; default scikit-learn's digits. Finished
-trainings and the state of broken ones are kept in FOLDER, where the same command goes on; the result file, and a
-picture beside it, are written after each seed.
+PATH is an npz file with images (N, H, W) and labels (N,), such as MNIST's; default scikit-learn's digits. FOLDER
+keeps finished trainings and the state of interrupted ones; the same command resumes there. The result file, and a plot
+beside it, are written after each seed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ VARIANTS = {
 }
 OURS, UNTRAINED = "all three", "untrained"
 NAMES = {"frechet": "Fréchet distance", "probe": "linear probe, %", "neighbors": "nearest neighbours, %"}
-_BATCH = 500  # Of evaluation.
+_BATCH = 500  # Images at a time in evaluation.
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Outcome:
 
 @torch.no_grad()
 def assess(training: Training, path: str | None) -> Outcome:
-    """The scores of the players as they are."""
+    """Measure the players as they are."""
     train_data, test_data = digits(path, SIZE)
     encoder, generator = training.encoder.eval(), training.average.eval()
     latents = torch.randn(len(test_data[0]), LATENT, generator=torch.Generator().manual_seed(0))
@@ -80,7 +80,7 @@ def _by_batch(function: Any, inputs: Tensor) -> Tensor:
 
 
 def run(name: str, seed: int, steps: int, path: str | None, work: str, progress: bool = False) -> Outcome:
-    """The outcome of a variant, of which no more is computed than is missing in `work`."""
+    """Return a variant's outcome, from the files in `work` if they exist."""
     kept = Path(work) / f"{'data' if path is None else Path(path).stem}-{steps}-{name.replace(' ', '-')}-{seed}.json"
     if not kept.exists():
         training = Training(VARIANTS.get(name, Variant()), seed)
@@ -94,7 +94,7 @@ def run(name: str, seed: int, steps: int, path: str | None, work: str, progress:
 
 
 def rows(outcomes: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
-    """Of each variant the scores, their mean, and how far they are from those of all three terms, seed by seed."""
+    """Return each variant's scores, their mean, and their differences from all three terms, seed by seed."""
     found = []
     for name, runs in outcomes.items():
         row: dict[str, Any] = {"name": name}
@@ -106,21 +106,21 @@ def rows(outcomes: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """The rows as text."""
+    """Format the rows as a table."""
     head = [column for name in NAMES.values() for column in (name, "- all three")]
     lines = [[row["name"], *with_leads(row, NAMES, "minus_all_three", OURS, digits=2)] for row in found]
     return command.text_table(["", *head], lines)
 
 
 def picture(found: list[dict[str, Any]]) -> Any:
-    """All values and their means, one panel a score."""
+    """Plot all values and their means, one panel per score."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.8), layout="constrained")
     for axes, (score, title) in zip(figure.subplots(1, len(NAMES), sharey=True), NAMES.items(), strict=True):
         for place, row in enumerate(found):
             if score == "frechet" and row["name"] == UNTRAINED:
-                continue  # A hundred times as far.
+                continue  # A hundred times larger than the others.
             values = row[score]["values"]
             axes.plot(
                 values, [place] * len(values), "o", color="#c2410c" if row["name"] == OURS else "#78716c", alpha=0.6

@@ -1,4 +1,4 @@
-"""Images where small features matter: a whole digit on a larger canvas, among fragments of other digits and strokes."""
+"""Images with small features: a whole digit on a larger canvas, among fragments of other digits and strokes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from benchmarks.claims.training import two_thirds
 
-SIZE, DIGIT, FRAGMENT = 32, 12, 6  # Pixels of the canvas, of the digit and of a fragment.
+SIZE, DIGIT, FRAGMENT = 32, 12, 6  # Sides of the canvas, the digit and a fragment, in pixels.
 FRAGMENTS, STROKES = 5, 2
 
 
 def digits(path: str | Path | None = None, size: int = DIGIT) -> tuple[Tensor, Tensor]:
-    """Digits (N, size, size) with values in [0, 1] and labels (N,): scikit-learn's, or those of an npz file."""
+    """Load digits (N, size, size) with values in [0, 1], and labels (N,), from scikit-learn or an npz file."""
     if path is None:
         from sklearn.datasets import load_digits
 
@@ -30,13 +30,13 @@ def digits(path: str | Path | None = None, size: int = DIGIT) -> tuple[Tensor, T
 
 
 def split(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Two thirds to train on, the rest to test on."""
+    """Split into two thirds for training and one third for tests."""
     train, test = two_thirds(len(images))
     return (images[train], labels[train]), (images[test], labels[test])
 
 
 def canvases(images: Tensor, labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` canvases (count, 1, SIZE, SIZE), each labelled with its whole digit (count,)."""
+    """Draw canvases (count, 1, SIZE, SIZE), with the labels (count,) of their whole digits."""
     rng = np.random.default_rng(seed)
     source = images.numpy()
     chosen = rng.permutation(np.resize(np.arange(len(source)), count))

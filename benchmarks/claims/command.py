@@ -1,4 +1,4 @@
-"""The command line of the claims: several networks trained with several seeds, set side by side."""
+"""Command line of the claims, which compare several networks trained with several seeds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def main(
 
 
 def head(doc: str | None) -> dict[str, Any]:
-    """The claim and, before the load is our own, the machine."""
+    """Return the claim and the machine; call it before the load is our own."""
     return {"claim": (doc or "").splitlines()[0], **environment()}
 
 

@@ -1,15 +1,15 @@
-"""DeepGCN's claims at small scale: depth harms plain graph networks alone; dynamic, dilated graphs help.
+"""DeepGCN's claims at small scale: depth harms only plain graph networks; dynamic, dilated graphs help.
 
 1. Plain, residual and dense networks of 7, 14, 28 and 56 layers, on clouds of primitives and, with --path, on the
-   nodes of graphs that are given. No dilation, so that nothing but depth differs.
-2. Residual networks of 14 layers on the clouds: neighbours by coordinates once for all blocks ("fixed"), by each
-   block's features ("dynamic"), with dilations 1 to 4, and with stochastic ones.
+   nodes of given graphs. Without dilation, so only depth differs.
+2. Residual networks of 14 layers on the clouds. Neighbours are found by coordinates once for all blocks ("fixed"), by
+   each block's features ("dynamic"), with dilations 1 to 4, or with stochastic dilation.
 
-What came out (benchmarks/results/claims_deep_gcn.json): the first claim shows, the second does not at this scale, where
-the fixed graph is the best and dilation changes little.
+Results (benchmarks/results/claims_deep_gcn.json): the first claim holds. The second does not at this scale: the fixed
+graph is best, and dilation changes little.
 
 All norms precede the activation, as in the first official code (order="norm_act"), and the prediction is as narrow as
-the blocks: the published one would be most of such a small network.
+the blocks; the published one would dominate such a small network.
 
     python -m benchmarks.claims.deep_gcn [--path graphs.npz] [--seeds 3] [--steps 160] [--quick] [--json PATH]
 """
@@ -31,10 +31,10 @@ from benchmarks.command import text_table
 from paper_layers.deep_gcn import DeepGCN, LayerOptions, Perceptron, StaticDeepGCN
 
 CHANNELS, GROWTH, K, HIDDEN = 16, 4, 8, 64
-TRAIN, TEST = 1000, 200  # Clouds.
+TRAIN, TEST = 1000, 200  # Number of clouds.
 BATCH = {"clouds": 4, "graphs": 32}
 DEPTHS = (7, 14, 28, 56)
-GRAPH_DEPTH = 14  # Of the second claim.
+GRAPH_DEPTH = 14  # Layers in the second claim.
 
 
 def _prediction(pooled: int, features: int, num_classes: int, dropout: float, options: LayerOptions) -> nn.Sequential:
@@ -54,14 +54,14 @@ class CloudNet(DeepGCN):
 
 
 class FixedGraphNet(CloudNet):
-    """The neighbours of the head, by coordinates, are those of all blocks."""
+    """All blocks use the head's neighbours, found by coordinates."""
 
     def features(self, x: Tensor, *clouds: Any, **graph: Any) -> Tensor:
         return super().features(x, index=self.head.knn(x[..., :3]))
 
 
 class GraphNet(StaticDeepGCN):
-    """StaticDeepGCN with a narrow prediction, on a pair of features and neighbours."""
+    """StaticDeepGCN with a narrow prediction, for a pair of features and neighbours."""
 
     def _add_prediction(self, num_classes: int, dropout: float, options: LayerOptions) -> None:
         self.fusion = Perceptron(self.num_features, HIDDEN, **{**options, "norm": None})
@@ -76,7 +76,7 @@ def undilated(block: int) -> int:
 
 
 def dilated(block: int) -> int:
-    """At most k * dilation = 32 of 256 points, the share of the paper's 448 of 4096."""
+    """Choose neighbours among at most 32 of 256 points, like the paper's 448 of 4096."""
     return min(1 + block // 4, 4)
 
 
@@ -94,7 +94,7 @@ GRAPHS: dict[str, tuple[type[DeepGCN], dict[str, Any]]] = {
 
 
 class Cell(NamedTuple):
-    """One network on one kind of data, to be trained with every seed."""
+    """One network on one kind of data, trained with every seed."""
 
     claim: str  # "depth" or "graph"
     data: str  # "clouds" or "graphs"
@@ -111,7 +111,7 @@ class Cell(NamedTuple):
 
 class Outcome(NamedTuple):
     accuracy: float  # In percent.
-    seconds: float  # Of training.
+    seconds: float  # Training time.
     parameters: int
 
 
@@ -135,7 +135,7 @@ def run(cell: Cell, seed: int, steps: int, path: str | None) -> Outcome:
 
 
 def cells(options: Options) -> list[Cell]:
-    """The longest first, so that the last ones fill the cores evenly."""
+    """Return the longest trainings first, so the last ones fill the cores evenly."""
     depths, data = DEPTHS[:2] if options.quick else DEPTHS, ("clouds", "graphs") if options.path else ("clouds",)
     found = [Cell("depth", kind, name, depth) for depth in depths for kind in data for name in NETWORKS]
     found += [Cell("graph", "clouds", name, GRAPH_DEPTH) for name in GRAPHS]
@@ -155,7 +155,7 @@ def row(cell: Cell, runs: list[Outcome]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Accuracy in percent, mean and standard deviation over the seeds."""
+    """Return accuracy in percent, mean and standard deviation over the seeds."""
     found = {Cell(*(r[name] for name in Cell._fields)): f"{r['mean']:.1f} ± {r['deviation']:.1f}" for r in rows}
     depths = sorted({cell.layers for cell in found if cell.claim == "depth"})
     parts = []

@@ -1,4 +1,4 @@
-"""Many graphs in one file, whose nodes are to be labelled: any of them as one graph."""
+"""Node labelling on many graphs in one file; any selection of them can be joined to one graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paper_layers.deep_gcn import from_edge_index
 
 
 class Rows:
-    """Rows of graphs, one graph after the other; the rows of those with the numbers asked for."""
+    """Rows of consecutive graphs, indexed by the numbers of the graphs."""
 
     def __init__(self, values: Tensor, ptr: Tensor):
         self.values, self.ptr = values, ptr
@@ -27,7 +27,7 @@ class Rows:
 
 
 class Graphs(Rows):
-    """Features and tables of neighbours, which count within each graph."""
+    """Features, and tables of neighbours numbered within each graph."""
 
     def __init__(self, features: Tensor, index: Tensor, ptr: Tensor):
         super().__init__(features, ptr)
@@ -41,7 +41,7 @@ class Graphs(Rows):
 
 
 def load(path: str | Path) -> tuple[Data, Data]:
-    """Two thirds of the graphs to train on, the rest to test on.
+    """Split into two thirds of the graphs for training and one third for tests.
 
     The npz file has `features` (N, C), `node_labels` (N,), `edge_index` (2, E), and `graph` (N,): the graph of each
     node, ascending.

@@ -1,8 +1,8 @@
 """LIP's claim at small scale: downsampling by learned importance keeps small features that other ways lose.
 
-The same network with six ways of downsampling, trained equally long on digits among clutter. One of them is a control:
-LIP's logit modules are also capacity and depth, so "max + same modules" adds the very same convolutions and norms (with
-the same parameter count and start at zero) as residual branches before max pooling: features instead of importances.
+The same network is trained equally long with six ways of downsampling, on digits among clutter. One is a control: LIP's
+logit modules also add capacity and depth, so "max + same modules" adds the same convolutions and norms (with the same
+parameter count and zero initialization) as residual branches before max pooling: features instead of importances.
 
     python -m benchmarks.claims.lip [--data digits.npz] [--seeds 5] [--steps 400] [--quick] [--json PATH]
 """
@@ -25,19 +25,19 @@ from benchmarks.command import text_table
 from paper_layers import swap
 from paper_layers.lip import BottleneckLogit
 
-WIDTH = 16  # Of LIP's bottlenecks.
+WIDTH = 16  # Width of LIP's bottlenecks.
 TRAIN, TEST = 4000, 2000
 
 
 class Residual(BottleneckLogit):
-    """The input and, in place of its logits, what their convolutions make of it without the gate."""
+    """Add the output of the logit's convolutions, without the gate, to the input."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input + self.head.norm(self.head.conv(self.stem(input)))
 
 
 def network(pool: Callable[[int], nn.Module], stride: int = 1) -> nn.Sequential:
-    """Three stages of convolution and downsampling, a fourth convolution, global average, linear."""
+    """Build three stages of convolution and downsampling, a fourth convolution, global average, linear."""
     layers: list[nn.Module] = []
     before = 1
     for channels in (16, 32, 64):
@@ -68,13 +68,13 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
 
 @functools.lru_cache(maxsize=1)
 def datasets(seed: int, path: str | None) -> tuple[Data, Data]:
-    """To train on, of this seed, and to test on, always the same."""
+    """Return training data that depend on the seed, and the same test data every time."""
     train_digits, test_digits = canvas.split(*canvas.digits(path))
     return canvas.canvases(*train_digits, TRAIN, seed), canvas.canvases(*test_digits, TEST, seed=10_000)
 
 
 def run(name: str, seed: int, steps: int, path: str | None) -> tuple[float, float, int]:
-    """Train one network: its accuracy in percent, the seconds that training took, its parameters."""
+    """Train one network; return its accuracy in percent, the seconds of training, and its parameters."""
     train_data, test_data = datasets(seed, path)
     torch.manual_seed(seed)
     model = VARIANTS[name]().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

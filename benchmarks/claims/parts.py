@@ -1,4 +1,4 @@
-"""Point clouds of objects put together from primitives, each point labelled with the primitive that it lies on."""
+"""Point clouds of objects made of primitives, with each point labelled by its primitive."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 CLASSES = ("box", "cylinder", "sphere", "torus", "cone")
-CHANNELS = 6  # Coordinates and the surface's normal, as a scanner with a mesh gives them.
-POINTS, PIECES = 256, 4  # Points of a cloud, and primitives that share them.
+CHANNELS = 6  # Coordinates and the surface's normal.
+POINTS, PIECES = 256, 4  # Points and primitives of a cloud.
 NOISE = 0.01  # Standard deviation of each channel; the largest radius of an object is 1.
 
-Surface = tuple[np.ndarray, np.ndarray]  # Points (count, 3) spread evenly over it, and normals.
+Surface = tuple[np.ndarray, np.ndarray]  # Evenly distributed points (count, 3), and their normals.
 
 
 def clouds(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` objects, each standing upright: features (count, POINTS, CHANNELS) and labels (count, POINTS)."""
+    """Draw upright objects: features (count, POINTS, CHANNELS) and labels (count, POINTS)."""
     rng = np.random.default_rng(seed)
     made = [_object(rng) for _ in range(count)]
     features, labels = (np.stack(column) for column in zip(*made, strict=True))
@@ -23,7 +23,7 @@ def clouds(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _object(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Each piece touches or enters the one before: nothing but the shape tells where it ends."""
+    """Place pieces so that each touches or enters the one before; only the shape shows where it ends."""
     kinds = rng.integers(0, len(CLASSES), PIECES)
     share = POINTS // PIECES
     pieces: list[np.ndarray] = []
@@ -41,12 +41,12 @@ def _object(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     points /= np.linalg.norm(points, axis=1).max()
     features = np.hstack([points, np.concatenate(directions)])
     features += rng.normal(0, NOISE, features.shape)
-    order = rng.permutation(POINTS)  # The place in the list tells nothing.
+    order = rng.permutation(POINTS)  # The order must not reveal the labels.
     return features[order], kinds.repeat(share)[order]
 
 
 def _turn(rng: np.random.Generator) -> np.ndarray:
-    """About the vertical axis."""
+    """Rotate about the vertical axis."""
     cos, sin = np.cos(angle := rng.uniform(0, 2 * np.pi)), np.sin(angle)
     return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
 
@@ -74,12 +74,12 @@ def _box(half: np.ndarray, count: int, rng: np.random.Generator) -> Surface:
 
 
 def _turned(profile: np.ndarray, count: int, rng: np.random.Generator) -> Surface:
-    """What a line of (radius, height), walked with the outside on the right, leaves when it turns about the axis."""
+    """Sample the surface that a line of (radius, height) makes by turning about the axis, outside on its right."""
     start, step = profile[:-1], np.diff(profile, axis=0)
     length = np.linalg.norm(step, axis=1)
     area = (start[:, 0] + step[:, 0] / 2) * length
     at = rng.choice(len(step), count, p=area / area.sum())
-    # Of a ring's area a share lies within each radius that grows with its square.
+    # The area within a radius grows with its square.
     first, last = start[at, 0], start[at, 0] + step[at, 0]
     radius = np.sqrt(first**2 + rng.uniform(size=count) * (last**2 - first**2))
     flat = np.isclose(first, last)

@@ -1,19 +1,19 @@
 """PointRend's claim at small scale: maps refined at uncertain points are sharper than enlarged coarse ones.
 
-The same coarse network trained equally long (steps, batches, start) with three ways to the full size:
+The same coarse network is trained equally long (steps, batches, start) with three ways to get logits of the full size:
 
-- bilinear: the coarse logits are enlarged;
-- PointRend: they are refined at uncertain points, from features of half the size;
-- dense: the point head labels every pixel, in training and in inference: the same layers, the same parameters.
+- bilinear: enlarge the coarse logits;
+- PointRend: refine them at uncertain points, from features of half the size;
+- dense: label every pixel with the same point head, in training and in inference.
 
-What came out (benchmarks/results/claims_point_rend.json): PointRend is far above bilinear, above all at the
-borders. From dense prediction it does not differ by more than seeds do; that one takes 5 times as long
-to train and, for an image of 512 x 512 pixels, 3.5 times the time and 14 times the memory.
+Results (benchmarks/results/claims_point_rend.json): PointRend is far better than bilinear, most of all at the borders.
+It differs from dense prediction by no more than seeds do, but dense prediction takes 5 times as long to train and, for
+an image of 512 x 512 pixels, 3.5 times the time and 14 times the memory.
 
     python -m benchmarks.claims.point_rend [--path PATH] [--seeds 3] [--steps 400] [--quick] [--json PATH]
 
 PATH is a folder with images/ and labels/ (see benchmarks/claims/scenes.py), or an npz of digits for the scenes, with
-images (N, 28, 28). How the cost grows with the size is in benchmarks/micro/point_rend.py.
+images (N, 28, 28). benchmarks/micro/point_rend.py measures the cost by size.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from benchmarks.micro.command import as_dicts
 from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, Result, compare
 from paper_layers.point_rend import PointRendHead, PointRendSemantic
 
-TRAIN, TEST = 800, 200  # Scenes.
+TRAIN, TEST = 800, 200  # Number of scenes.
 BATCH = 8
 FINE, HEAD = 16, 64  # Channels of the fine features and of the point head.
-TRAIN_POINTS, POINTS = 1024, 2048  # Of an image in training, and of a map in inference.
-DISTANCE = 2  # Pixels from a border that are near it.
-SIZES = (scenes.SIZE, 4 * scenes.SIZE)  # Of the images that inference is measured on.
+TRAIN_POINTS, POINTS = 1024, 2048  # Points of an image in training, and of a map in inference.
+DISTANCE = 2  # Pixels within this distance are near a border.
+SIZES = (scenes.SIZE, 4 * scenes.SIZE)  # Sides of the images in inference.
 
 
 class Backbone(nn.Module):
@@ -66,7 +66,7 @@ def _layer(before: int, channels: int, stride: int = 1, dilation: int = 1) -> nn
 
 
 class Bilinear(nn.Module):
-    """From images (N, C, H, W) to logits (N, classes, H, W); `loss` is of images and labels."""
+    """Map images (N, C, H, W) to logits (N, classes, H, W); `loss` takes images and labels."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -125,18 +125,18 @@ def network(way: str, channels: int, classes: int) -> Bilinear:
     return WAYS[way](channels, classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-# --- what comes out of training
+# --- training
 
 
 class Outcome(NamedTuple):
     scores: Scores
-    seconds: float  # Of training.
+    seconds: float  # Training time.
     parameters: int
 
 
 @functools.lru_cache(maxsize=1)
 def datasets(path: str | None, seed: int) -> tuple[Data, Data]:
-    """To train on, of this seed where scenes are made, and to test on, always the same."""
+    """Return training data, drawn with the seed if scenes are made, and the same test data every time."""
     if path is not None and Path(path).is_dir():
         return scenes.folder(path)
     train_digits, test_digits = scenes.split(scenes.digits(path))
@@ -167,7 +167,7 @@ def run(way: str, seed: int, steps: int, path: str | None) -> Outcome:
 def _inputs(way: str, case: Case) -> Inputs:
     side = case.params["side"]
     model = network(way, 1, len(scenes.CLASSES)).eval()
-    if isinstance(model, PointRend):  # As many for each pixel of a border: these grow with the side.
+    if isinstance(model, PointRend):  # In proportion to the border's pixels, which grow with the side.
         model.refine.subdivision_num_points = POINTS * side // scenes.SIZE
     return model, torch.rand(1, 1, side, side).contiguous(memory_format=torch.channels_last)
 
@@ -177,7 +177,7 @@ def _infer(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def measure_inference(threads: int, sizes: tuple[int, ...]) -> list[Result]:
-    """One image at a time, untrained networks: what they answer does not change the cost."""
+    """Measure untrained networks on single images; the cost does not depend on the weights."""
     contenders = [
         Contender(way, _infer, "ours" if way == OURS else "other", inputs=functools.partial(_inputs, way))
         for way in WAYS
@@ -190,7 +190,7 @@ def measure_inference(threads: int, sizes: tuple[int, ...]) -> list[Result]:
 
 
 def row(way: str, runs: list[Outcome], ours: list[Outcome]) -> dict[str, Any]:
-    """Mean and half of the 95 % interval of each score, and of what PointRend's is above it, seed by seed."""
+    """Return each score's mean and 95 % interval, and those of PointRend's lead, seed by seed."""
     found: dict[str, Any] = {"name": way, "parameters": runs[0].parameters}
     found["train_seconds"] = statistics.median(outcome.seconds for outcome in runs)
     for name in Scores._fields:

@@ -1,4 +1,4 @@
-"""How good features and pictures are: linear probe, nearest neighbours, Fréchet distance."""
+"""Measures of features and pictures: linear probe, nearest neighbours, Fréchet distance."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NEIGHBORS = 10
 
 
 def normalized(train_features: Tensor, test_features: Tensor) -> tuple[Tensor, Tensor]:
-    """BN+CReLU of both, by the statistics of the first."""
+    """Apply BN+CReLU to both, with the statistics of the first."""
     mean, var = train_features.mean(0), train_features.var(0, unbiased=False)
     return bn_crelu(train_features, mean, var), bn_crelu(test_features, mean, var)
 
 
 def linear_probe(train_data: Data, test_data: Data) -> float:
-    """Percent right, on test features, of a logistic regression on training features."""
+    """Return the test accuracy, in percent, of a logistic regression."""
     from sklearn.linear_model import LogisticRegression
 
     probe = LogisticRegression(max_iter=1000).fit(*(part.numpy() for part in train_data))
@@ -30,14 +30,14 @@ def linear_probe(train_data: Data, test_data: Data) -> float:
 
 
 def knn_accuracy(train_data: Data, test_data: Data) -> float:
-    """Percent right of the majority among the nearest training features."""
+    """Return the accuracy, in percent, of the majority of the nearest training features."""
     index, _ = knn(test_data[0], train_data[0], k=NEIGHBORS)
     votes = torch.nn.functional.one_hot(train_data[1][index]).sum(1)
     return 100 * (votes.argmax(1) == test_data[1]).float().mean().item()
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Of normal distributions with the means and covariances of two sets of features (N, C)."""
+    """Compute the Fréchet distance of two sets of features (N, C), taken as normal distributions."""
     means, covariances = zip(*((t.mean(0), torch.cov(t.T)) for t in (a.double(), b.double())), strict=True)
     values, vectors = torch.linalg.eigh(covariances[0])
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -48,14 +48,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 @functools.lru_cache(maxsize=1)
 def digits(path: str | None, size: int) -> tuple[Data, Data]:
-    """Training and test images (N, 1, size, size), from -1 to 1, and labels."""
+    """Load training and test images (N, 1, size, size), from -1 to 1, and labels."""
     parts = canvas.split(*canvas.digits(path, size))
     train_part, test_part = ((images[:, None] * 2 - 1, labels) for images, labels in parts)
     return train_part, test_part
 
 
 class Judge(nn.Module):
-    """A small classifier, whose last features are where pictures are compared."""
+    """A small classifier; pictures are compared by its last features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Judge(nn.Module):
 
 @functools.lru_cache(maxsize=1)
 def judge(path: str | None, size: int, steps: int = 600) -> Judge:
-    """Always the same one for the same data."""
+    """Train the classifier, the same every time for the same data."""
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.manual_seed(0)
         data = digits(path, size)[0]

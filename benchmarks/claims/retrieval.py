@@ -1,4 +1,4 @@
-"""Small data for retrieval: classes to train on, and others, or finer ones, that are looked for afterwards."""
+"""Small data sets for retrieval; the test classes are new, or finer than the training classes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class Retrieval(NamedTuple):
     train: Tensor  # (N, features)
     train_labels: Tensor
     test: Tensor
-    test_labels: Tensor  # What is looked for: no class of the training.
+    test_labels: Tensor  # Not the classes of the training.
 
 
 def halves(seed: int) -> Tensor:
-    """Which of two classes each digit is in: five in either."""
+    """Assign each digit to one of two classes, five to each."""
     return torch.randperm(10, generator=torch.Generator().manual_seed(seed)) % 2
 
 
 def digits(seed: int) -> Retrieval:
-    """Scikit-learn's digits: half to train on as two classes of five digits, half where the ten are looked for."""
+    """Load scikit-learn's digits: train on half as two classes of five digits, test on half as ten classes."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -34,7 +34,7 @@ def digits(seed: int) -> Retrieval:
 
 
 def letters(path: str | Path) -> Retrieval:
-    """UCI's letter recognition: a file of lines of a letter and 16 numbers. A to M to train on, N to Z to look for."""
+    """Load UCI's letter recognition (lines of a letter and 16 numbers): train on A to M, test on N to Z."""
     with open(path, newline="") as file:
         rows = [row for row in csv.reader(file) if len(row) == 17 and len(row[0]) == 1]
     labels = torch.tensor([ord(row[0]) - ord("A") for row in rows])

@@ -1,4 +1,4 @@
-"""Scenes of thin and curved shapes, with the class of each pixel; or images and label maps from a folder."""
+"""Scenes of thin and curved shapes with label maps, or images and label maps from a folder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from benchmarks.claims.training import two_thirds
 
-CLASSES = ("background", "digit", "line")  # Lines are curves and rings.
-SIZE, SHAPES = 128, 6  # Pixels of a scene's side, and shapes on it.
-IGNORED = 255  # The label of pixels that do not count.
-_FINE = 4  # Strokes are drawn on so many times as many rows and columns.
+CLASSES = ("background", "digit", "line")  # Lines include curves and rings.
+SIZE, SHAPES = 128, 6  # Height and width of a scene, and its number of shapes.
+IGNORED = 255  # Label of ignored pixels.
+_FINE = 4  # Factor of the larger grid on which strokes are drawn.
 
 Scenes = tuple[Tensor, Tensor]  # Images (N, C, SIZE, SIZE), values from 0 to 1; labels (N, SIZE, SIZE).
 
 
 def digits(path: str | Path | None = None) -> Tensor:
-    """Handwritten digits (N, H, W), values from 0 to 1: those of an npz file, or scikit-learn's of 8 x 8 pixels."""
+    """Load digits (N, H, W), values from 0 to 1, from an npz file or scikit-learn's (8 x 8)."""
     if path is not None:
         with np.load(path) as data:
             return torch.from_numpy(data["images"]).float() / 255
@@ -31,13 +31,13 @@ def digits(path: str | Path | None = None) -> Tensor:
 
 
 def split(glyphs: Tensor) -> tuple[Tensor, Tensor]:
-    """Two thirds to train on, the rest to test on."""
+    """Split into two thirds for training and one third for tests."""
     train, test = two_thirds(len(glyphs))
     return glyphs[train], glyphs[test]
 
 
 def scenes(glyphs: Tensor, count: int, seed: int) -> Scenes:
-    """`count` scenes: shapes of any place, size, turn and tone on a textured background, the later over the earlier."""
+    """Draw scenes: shapes of random place, size, angle and tone on a textured background, later ones on top."""
     rng, source = np.random.default_rng(seed), glyphs.numpy()
     shapes: list[tuple[str, Callable[[], np.ndarray]]] = [
         ("digit", lambda: _digit(source[rng.integers(len(source))], rng)),
@@ -61,10 +61,10 @@ def scenes(glyphs: Tensor, count: int, seed: int) -> Scenes:
 
 
 def folder(path: str | Path) -> tuple[Scenes, Scenes]:
-    """Two thirds of the images in path/images to train on, the rest to test on.
+    """Split the images in path/images into two thirds for training and one third for tests.
 
-    For each there is a label map of the same stem in path/labels: one channel, the class of each pixel, 255 where it
-    does not count. The middle square of both is taken, and resized.
+    Each has a label map of the same stem in path/labels, with one channel: the class of each pixel, or 255 to ignore
+    it. Both are cropped to the middle square and resized.
     """
     found = sorted(file for file in (Path(path) / "images").iterdir() if not file.name.startswith("."))
     maps = {file.stem: file for file in (Path(path) / "labels").iterdir()}
@@ -90,29 +90,29 @@ def _square(image: Image.Image, how: Image.Resampling) -> Image.Image:
 
 
 def _texture(rng: np.random.Generator) -> np.ndarray:
-    """Smooth noise of two scales."""
+    """Draw smooth noise of two scales."""
     noise = (Image.fromarray(rng.normal(0, 0.05, (side, side)).astype(np.float32)) for side in (6, 24))
     return sum(np.asarray(part.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for part in noise)
 
 
-# --- shapes: how much of each pixel they cover, (SIZE, SIZE), from 0 to 1
+# --- shapes: the covered share of each pixel, (SIZE, SIZE)
 
 
 def _digit(glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Enlarged smoothly, with a border as sharp as the strokes'."""
+    """Enlarge smoothly, with borders as sharp as the strokes'."""
     glyph = np.pad(glyph, 1)
     side, angle = rng.uniform(40, 80), rng.uniform(-0.6, 0.6)
     x, y = rng.uniform(0.15 * SIZE, 0.85 * SIZE, 2)
     scale = len(glyph) / side
     cos, sin, middle = scale * np.cos(angle), scale * np.sin(angle), len(glyph) / 2
-    place = (cos, -sin, middle - cos * x + sin * y, sin, cos, middle - sin * x - cos * y)  # Of the scene's pixels.
+    place = (cos, -sin, middle - cos * x + sin * y, sin, cos, middle - sin * x - cos * y)
     kind, how = Image.Transform.AFFINE, Image.Resampling.BICUBIC
     value = np.asarray(Image.fromarray(glyph).transform((SIZE, SIZE), kind, place, how))
     return ((value - 0.5) / scale + 0.5).clip(0, 1)
 
 
 def _curve(rng: np.random.Generator) -> np.ndarray:
-    """Two waves along a line: points (x, y) in pixels."""
+    """Draw two waves along a line: points (x, y) in pixels."""
     along = np.linspace(-0.5, 0.5, 256)
     across = sum(rng.uniform(0.05, 0.2) * np.sin(n * np.pi * along + rng.uniform(0, 2 * np.pi)) for n in (2, 4))
     return _placed(np.stack([along, across], 1) * rng.uniform(40, 110), rng)
@@ -130,7 +130,7 @@ def _placed(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _stroke(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A line through the points, 2 to 5 pixels wide."""
+    """Draw a line through the points, 2 to 5 pixels wide."""
     image = Image.new("L", (_FINE * SIZE, _FINE * SIZE))
     width = round(_FINE * rng.uniform(2, 5))
     ImageDraw.Draw(image).line((_FINE * points).ravel().tolist(), 255, width)

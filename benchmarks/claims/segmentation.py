@@ -1,4 +1,4 @@
-"""How good label maps are, above all at the borders of their classes."""
+"""Measures of label maps, overall and at the borders of their classes."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import Tensor
 
 
 class Scores(NamedTuple):
-    """Means over the classes, in percent."""
+    """Mean scores over the classes, in percent."""
 
     miou: float
-    near: float  # mIoU of the pixels near true borders alone.
+    near: float  # mIoU only of pixels near true borders.
     boundary: float  # Boundary IoU.
 
 
 def bands(masks: Tensor, counted: Tensor, distance: int) -> Tensor:
-    """The pixels of each mask (N, K, H, W) with a counted pixel that is none of it at most so many away.
+    """Return each mask's (N, K, H, W) pixels that have a counted pixel outside the mask within `distance`.
 
-    Of rows and columns alike, as repeated erosions by 3 x 3 leave them. The frame of an image is no border.
+    The distance is the maximum of rows and columns, as in repeated 3 x 3 erosions. The image's frame is not a border.
     """
     outside = (~masks & counted).float()
     return masks & (F.max_pool2d(outside, 2 * distance + 1, stride=1, padding=distance) > 0)
 
 
 class Overlaps:
-    """Intersections and unions of predicted and true classes, over any number of images.
+    """Intersections and unions of predicted and true classes, summed over images.
 
-    Boundary IoU is that of Cheng, Girshick, Dollár, Berg, Kirillov, "Boundary IoU", CVPR 2021, equation 1: of each
-    class, the predicted pixels near the predicted border against the true ones near the true border. Classes that are
-    neither predicted nor true nowhere do not count.
+    Boundary IoU: Cheng, Girshick, Dollár, Berg, Kirillov, "Boundary IoU", CVPR 2021, equation 1. For each class, it is
+    the IoU of the predicted pixels near the predicted border and the true pixels near the true border. Classes without
+    predicted or true pixels are ignored.
     """
 
     def __init__(self, classes: int, distance: int, ignored: int):
@@ -39,7 +39,7 @@ class Overlaps:
         self.counts = torch.zeros(3, 2, classes, dtype=torch.int64)
 
     def add(self, predicted: Tensor, truth: Tensor) -> None:
-        """Label maps (N, H, W)."""
+        """Add label maps (N, H, W)."""
         counted = (truth != self.ignored)[:, None]
         number = torch.arange(self.classes)[:, None, None]
         ours, theirs = ((labels[:, None] == number) & counted for labels in (predicted, truth))

@@ -1,28 +1,27 @@
-"""SoftTriple's claims at small scale: several centers help where a class has several modes, tau merges surplus ones.
+"""SoftTriple's claims at small scale: several centers help if a class has several modes; tau merges surplus centers.
 
 A perceptron with one hidden layer learns embeddings of 32 numbers by
 
-- normalised softmax: SoftTriple with one center a class;
-- SoftTriple with 10 and 20 centers a class, without (tau 0) and with (tau 0.2) the regulariser;
-- triplets: pytorch-metric-learning's triplet loss with its semi-hard miner, on batches of four samples a class.
+- normalised softmax: SoftTriple with one center per class;
+- SoftTriple with 10 and 20 centers per class, without (tau 0) and with (tau 0.2) the regulariser;
+- triplets: pytorch-metric-learning's triplet loss with its semi-hard miner, on batches of four samples per class.
 
-Samples of the same class are then looked for (Recall@1, cosine) and clustered (NMI) where the classes are none of the
-training: the ten digits, of which the training saw to which of two halves they belong (each seed halves them anew);
-with --letters, letters that the training did not see.
+Retrieval (Recall@1, cosine) and clustering (NMI) are tested on other classes than in training. Of the ten digits,
+training sees only the half to which each belongs (each seed draws new halves). With --letters, training and test use
+different letters.
 
-la, gamma, margin, batch, weight decay, the centers' rate and their Adam's eps of 0.01 are the paper's. Nothing was held
-out to choose the others by: the network's size and rate, the steps and the triplets' margin were set by hand, the same
-for all ways and both data, so that each way may do better with its own. Seeds differ in the start, the batches and, for
-the digits, the halves; what a way is above normalised softmax is taken seed by seed.
+la, gamma, margin, batch size, weight decay, the centers' learning rate and their Adam's eps of 0.01 are the paper's.
+The network's size and learning rate, the steps and the triplets' margin were set by hand, without held-out data, and
+are the same for all ways and both data sets; each way may do better with its own. Seeds change the initialization, the
+batches and the digits' halves; differences from normalised softmax are taken seed by seed.
 
     python -m benchmarks.claims.soft_triple [--letters PATH] [--seeds 8] [--steps 1500] [--quick] [--json PATH]
 
-What came out (benchmarks/results/claims_soft_triple.json): on letters several centers find more, by 0.6 to 0.8 of
-recall, and cluster no better than the seeds vary. On digits they find as many, and NMI is 4 to 8 higher, with wide
-intervals. tau of 0 or 0.2 makes no difference to either, but to the centers: of 10, 3 and 5 are left, of 20, 4 and 10.
-Triplets do worse in all.
+Results (benchmarks/results/claims_soft_triple.json): on letters, several centers raise recall by 0.6 to 0.8, and NMI by
+no more than the seeds vary. On digits, recall is the same, and NMI is 4 to 8 higher, with wide intervals. tau (0 or
+0.2) changes neither, only the centers: of 10, 3 and 5 are left, of 20, 4 and 10. Triplets are worse in all.
 
-Beside the JSON, a picture of the same name: embeddings of digits, and centers before and after merging.
+A picture is saved beside the JSON: embeddings of digits, and centers before and after merging.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from paper_layers.soft_triple import SoftTripleLoss, nmi, param_groups, recall_a
 
 HIDDEN, DIM, BATCH = 256, 32, 32
 LR, CENTER_LR = 3e-3, 1e-2
-THRESHOLD = 0.2  # Centers that are closer count as one: 11 degrees.
+THRESHOLD = 0.2  # Centers closer than this, or 11 degrees, count as one.
 BASELINE, TRIPLETS = "normalised softmax", "triplets"
 WAYS: dict[str, dict[str, Any]] = {
     BASELINE: {"centers_per_class": 1},
@@ -56,15 +55,15 @@ WAYS: dict[str, dict[str, Any]] = {
     TRIPLETS: {},
 }
 SHOWN = ("K 20, tau 0", "K 20, tau 0.2")
-Cell = tuple[str, str]  # Digits or letters, and the way.
-STYLES = (("o", "#1d4ed8"), ("s", "#c2410c"))  # Of the two classes of digits.
+Cell = tuple[str, str]  # Data set and way.
+STYLES = (("o", "#1d4ed8"), ("s", "#c2410c"))  # For the two classes of digits.
 
 
 class Outcome(NamedTuple):
     recall: float  # At 1, in percent.
     nmi: float  # In percent.
-    distinct: float  # Centers a class, on average; 0 where there are none.
-    embeddings: Tensor  # Of the test samples, where they are shown.
+    distinct: float  # Mean number of centers per class; 0 for triplets.
+    embeddings: Tensor  # Test embeddings, if they are shown.
     centers: Tensor
 
 
@@ -73,7 +72,7 @@ def network(features: int) -> nn.Module:
 
 
 def train(model: nn.Module, loss: nn.Module, data: Retrieval, steps: int, seed: int) -> None:
-    """As published, but that the network, which is not pretrained, learns faster and with torch's own eps."""
+    """Train as published, except that the network, not pretrained, has a higher learning rate and torch's eps."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(loss, SoftTripleLoss):
         groups = param_groups(model, loss, lr=LR, center_lr=CENTER_LR)
@@ -94,7 +93,7 @@ def train(model: nn.Module, loss: nn.Module, data: Retrieval, steps: int, seed: 
 
 
 def _four_each(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Samples of BATCH / 4 classes, drawn anew where there are fewer."""
+    """Draw four samples each of BATCH / 4 classes, with replacement."""
     classes = torch.randint(int(labels.max()) + 1, (BATCH // 4,), generator=generator)
     if len(classes.unique()) == 1:
         classes[0] = 1 - classes[0].clamp(max=1)
@@ -119,7 +118,7 @@ letters = functools.lru_cache(maxsize=1)(retrieval.letters)
 
 
 def run(cell: Cell, seed: int, steps: int, path: str | None = None) -> Outcome:
-    """The path is of letters, which the digits do not need."""
+    """Train and test one way; `path` is the file of letters."""
     name, way = cell
     data = letters(path) if path and name == "letters" else retrieval.digits(seed)
     torch.manual_seed(seed)
@@ -143,7 +142,7 @@ def run(cell: Cell, seed: int, steps: int, path: str | None = None) -> Outcome:
 
 
 def row(name: str, way: str, runs: list[Outcome], baseline: list[Outcome]) -> dict[str, Any]:
-    """Mean and half of the 95 % interval of each score, and of what it is above the baseline's, seed by seed."""
+    """Return each score's mean and 95 % interval, and those of its lead over the baseline, seed by seed."""
     found: dict[str, Any] = {"data": name, "name": way}
     for score in ("recall", "nmi", "distinct"):
         mine, reference = ([getattr(outcome, score) for outcome in part] for part in (runs, baseline))
@@ -165,7 +164,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(axes: Axes, embeddings: Tensor, labels: Tensor, halves: Tensor, centers: Tensor, merged: bool) -> None:
-    """Embeddings by digit on the plane of their largest variance; a class' centers as one sign, before or after."""
+    """Plot embeddings by digit on their first two principal components, and each class's centers as one sign."""
     middle = embeddings.mean(0)
     plane = torch.linalg.svd(embeddings - middle, full_matrices=False).Vh[:2].mT
     axes.scatter(*((embeddings - middle) @ plane).T, c=labels, cmap="tab10", s=5, alpha=0.5, linewidths=0)
@@ -184,7 +183,7 @@ def draw(axes: Axes, embeddings: Tensor, labels: Tensor, halves: Tensor, centers
 
 
 def picture(shown: dict[str, Outcome]) -> Figure:
-    """Ways on digits with seed 0, before and after merging."""
+    """Draw ways on digits with seed 0, before and after merging."""
     labels, halves = retrieval.digits(0).test_labels, retrieval.halves(0)
     figure = Figure(figsize=(9.5, 9.5), layout="constrained")
     grid = figure.subplots(len(shown), 2)

@@ -1,4 +1,4 @@
-"""The mean of a few trainings, its interval, and what it is above others."""
+"""Means of a few trainings, their intervals, and their leads over others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t, NaN of a single value."""
+    """Return the mean, and half the width of its 95 % interval by Student's t (NaN for a single value)."""
     from scipy.stats import t
 
     if len(values) < 2:
@@ -19,7 +19,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def summary(values: Sequence[float], **leads: Sequence[float]) -> dict[str, Any]:
-    """The values, their mean and interval; mean and interval of each lead over other values, under its name."""
+    """Return the values, their mean and interval, and those of each lead over other values, by its name."""
     mean, interval = mean_and_interval(values)
     found = {"values": list(values), "mean": mean, "interval": interval}
     for name, lead in leads.items():
@@ -28,18 +28,18 @@ def summary(values: Sequence[float], **leads: Sequence[float]) -> dict[str, Any]
 
 
 def minus(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Differences, seed by seed."""
+    """Return the differences, seed by seed."""
     return [a - b for a, b in zip(values, others, strict=True)]
 
 
 def plus_minus(found: dict[str, Any], lead: str = "", digits: int = 1) -> str:
-    """Format a summary's mean and interval, or those of one of its leads."""
+    """Format the mean and interval of a summary, or of one of its leads."""
     mean, interval = (found[lead], found[f"{lead}_interval"]) if lead else (found["mean"], found["interval"])
     return f"{mean:{'+' if lead else ''}.{digits}f} ± {interval:.{digits}f}"
 
 
 def with_leads(row: dict[str, Any], scores: Iterable[str], lead: str, reference: str, digits: int = 1) -> list[str]:
-    """Format each score of a row and its lead; the reference itself has none."""
+    """Format each score of a row, and its lead unless the row is the reference."""
     blank = row["name"] == reference
     pairs = [(plus_minus(row[s], "", digits), "" if blank else plus_minus(row[s], lead, digits)) for s in scores]
     return [cell for pair in pairs for cell in pair]

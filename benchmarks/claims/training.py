@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.micro.harness import WORKER_ENVIRONMENT
 
-# Inputs and labels, both indexed by a tensor of numbers; models answer with the classes' scores in the last dimension.
+# Inputs and labels, both indexed by a tensor of numbers; a model returns class scores in the last dimension.
 Data = tuple[Any, Any]
 Result = TypeVar("Result")
 Loss = Callable[[Any, Any], Tensor]
@@ -32,10 +32,9 @@ def train(
     progress: str | None = None,
     loss: Loss | None = None,
 ) -> float:
-    """Return the seconds that training took with AdamW and a one-cycle schedule; `progress` names a bar.
+    """Train with AdamW and a one-cycle schedule, and return the seconds; `progress` names a bar.
 
-    The seed alone decides the order of the batches. The loss of inputs and labels is by default the cross-entropy of
-    the model's answers.
+    Only the seed decides the order of batches. The loss takes inputs and labels; default: the model's cross-entropy.
     """
 
     def cross_entropy(inputs: Any, labels: Tensor) -> Tensor:
@@ -60,7 +59,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
-    """Share of right answers, in percent."""
+    """Return the accuracy in percent."""
     model.eval()
     inputs, labels = data
     right = count = 0
@@ -74,18 +73,18 @@ def accuracy(model: nn.Module, data: Data) -> float:
 def in_parallel(
     job: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], title: str, processes: int | None = None
 ) -> list[Result]:
-    """The job's result for each tuple of arguments, one thread and one process a core, with a progress bar."""
+    """Run the job for each tuple of arguments, with one single-threaded process per core and a progress bar."""
     context = multiprocessing.get_context("spawn")
     workers = ProcessPoolExecutor(processes or os.cpu_count(), context, torch.set_num_threads, (1,))
     with patch.dict(os.environ, WORKER_ENVIRONMENT), workers as pool:
         futures = [pool.submit(job, *values) for values in arguments]
         for future in tqdm(as_completed(futures), title, len(futures), unit="training"):
-            future.result()  # An error ends it here.
+            future.result()  # Raises the job's error.
         return [future.result() for future in futures]
 
 
 def two_thirds(count: int) -> tuple[Tensor, Tensor]:
-    """Two thirds of the numbers below `count` to train on, the rest to test on, always the same."""
+    """Split the numbers below `count` into two thirds for training and one third for tests, the same every time."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     train, test = order.tensor_split([2 * count // 3])
     return train, test

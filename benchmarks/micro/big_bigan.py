@@ -1,8 +1,8 @@
 """BigBiGAN's heads in the discriminator's step, against their own matrix products and power iterations.
 
-A step is the three scores of 256 real and 256 fake pairs of features and latents, in one forward, the hinge loss, and
-the gradients of all parameters and of the features. The limit is what no implementation can leave out: three products
-a layer (two where its input needs no gradient) and, for its spectral norm, two with a vector.
+A step computes the three scores of 256 real and 256 fake pairs of features and latents in one forward, the hinge loss,
+and the gradients of all parameters and of the features. The limit is what every implementation must compute: three
+matrix products per layer (two if its input needs no gradient) and two matrix-vector products for its spectral norm.
 
 python -m benchmarks.micro.big_bigan [--device cuda] [--threads 2] [--quick] [--only TEXT] [--json PATH]
 """
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from benchmarks.micro.command import Options, Target, main
 from benchmarks.micro.harness import Case, Comparison, Contender, Inputs, Result
-from paper_layers.big_bigan import BigBiGANHeads, discriminator_loss
-from paper_layers.big_bigan.spectral import SpectralLinear
+from paper_layers.big_bigan import BigBiGANHeads, SpectralLinear, discriminator_loss
 
-PAIRS = 256  # Real ones, and as many fake ones.
+PAIRS = 256  # Number of real pairs, and of fake pairs.
 LATENT = 120
-SIZES = ((512, 512), (1536, 2048))  # Features and width.
-TARGET = 1.15  # Times the limit.
+SIZES = ((512, 512), (1536, 2048))  # Input features and hidden features.
+TARGET = 1.15  # Time over the limit's time.
 
 
 def step(heads: BigBiGANHeads, features: Tensor, latents: Tensor, *parameters: Tensor) -> Tensor:
@@ -35,14 +34,14 @@ def in_two_calls(heads: BigBiGANHeads, features: Tensor, latents: Tensor, *param
 
 
 def inputs(case: Case) -> Inputs:
-    feature_dim, width = case.params["features"], case.params["width"]
-    heads = BigBiGANHeads(feature_dim, LATENT, width=width, device=case.device)
-    features = torch.randn(2 * PAIRS, feature_dim, device=case.device, requires_grad=True)
+    in_features, width = case.params["features"], case.params["width"]
+    heads = BigBiGANHeads(in_features, LATENT, hidden_features=width, device=case.device)
+    features = torch.randn(2 * PAIRS, in_features, device=case.device, requires_grad=True)
     return heads, features, torch.randn(2 * PAIRS, LATENT, device=case.device), *heads.parameters()
 
 
 def inputs_of_torch(case: Case) -> Inputs:
-    """The same, in a process whose layers are torch's own, under torch's parametrization."""
+    """Make the same inputs, in a process that uses torch's own layers and parametrization."""
     SpectralLinear.forward = nn.Linear.forward  # type: ignore[method-assign]
     return inputs(case)
 
@@ -59,7 +58,7 @@ def products(layers: list[tuple[Tensor, ...]]) -> Tensor:
 
 
 def inputs_of_products(case: Case) -> Inputs:
-    """What the step's linear layers multiply, each in memory of its own: input, weight, gradient and two vectors."""
+    """Make the operands of each linear layer, in separate memory: input, weight, gradient and two vectors."""
     heads = inputs(case)[0]
     shapes = [(m.out_features, m.in_features) for m in heads.modules() if isinstance(m, nn.Linear)]
     rows = 2 * PAIRS
@@ -83,7 +82,7 @@ CONTENDERS = (
 
 def plan(options: Options) -> list[Comparison]:
     sizes = SIZES[:1] if options.quick else SIZES
-    # What is moved is of the heap that is touched beforehand.
+    # The bytes moved determine how much of the heap is touched beforehand.
     cases = [Case({"features": f, "width": width}, inputs, 16 * 4 * width**2, True) for f, width in sizes]
     return [Comparison(CONTENDERS, cases, LIMIT)]
 

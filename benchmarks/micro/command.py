@@ -1,4 +1,4 @@
-"""The command line of the micro benchmarks, and what they print."""
+"""Command line and tables of the micro benchmarks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Options = argparse.Namespace
 
 
 def times_as_fast(ours: Result | None, theirs: Result | None) -> float:
-    """NaN unless both were measured."""
+    """Return the ratio, or NaN unless both were measured."""
     return theirs.median / ours.median if ours and theirs else math.nan
 
 
 @dataclass(frozen=True)
 class Target:
-    """A number that the package has to reach in each of several measurements; NaN where nothing was measured."""
+    """A number that every one of several measurements must reach; NaN for missing measurements."""
 
     title: str
-    wanted: float  # NaN: the measurements are printed alone.
+    wanted: float  # NaN: print only the measurements.
     measured: Sequence[float]
     at_most: bool = False
 
@@ -58,10 +58,10 @@ def main(
     benchmark: Its name in the result file.
     plan: Return the comparisons of a run.
     doc: The benchmark's docstring, printed by --help.
-    quick: What --quick leaves out.
-    threads: The numbers of threads where the command line names none.
+    quick: Help for --quick: the parts that it leaves out.
+    threads: Default numbers of threads.
     extend: Add further options to the parser.
-    targets: Return the targets that results of a device are held against.
+    targets: Return the targets for results of a device.
     more: Measure and print something else, and return its part of the result file; not with --only.
     picture: Draw the file's content, for an image beside the result file.
     """
@@ -96,7 +96,7 @@ def main(
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as text, one block a case: slower than ours and faster than ours alike."""
+    """Format the results, one block per case; losses are listed like wins."""
     blocks = []
     for (case, threads), group in itertools.groupby(results, lambda r: (r.case, r.threads)):
         rows, notes, found = [], [], list(group)
@@ -116,5 +116,5 @@ def table(results: Sequence[Result]) -> str:
 
 
 def as_dicts(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """For JSON, without what does not apply."""
+    """Convert a result to JSON, without empty fields."""
     return [{k: v for k, v in asdict(r).items() if v != "" and v == v} for r in results]

@@ -48,7 +48,7 @@ def _module(conv: str, channels: int, device: torch.device) -> nn.Module:
 
 
 def official(conv: str, index: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """Every edge's features side by side, (B, 2 C, N, k), as in the official dense code."""
+    """Concatenate each edge's features, (B, 2 C, N, k), as the official dense code does."""
     x = x.mT.contiguous()[..., None]
     center, neighbor = formulas.ends(x, index)
     relative = neighbor - center
@@ -58,7 +58,7 @@ def official(conv: str, index: Tensor, x: Tensor, weight: Tensor, bias: Tensor, 
 
 
 def algebraic(conv: str, index: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """The linear layer on nodes; then as PyTorch has it, with all edges (B N, k, C)."""
+    """Apply the linear layer to nodes, then plain PyTorch to all edges (B N, k, C)."""
     flat = x.flatten(0, 1)
     rows = (index + torch.arange(len(x), device=x.device)[:, None, None] * x.shape[1]).flatten(0, 1)
     if conv == "mr":
@@ -71,7 +71,7 @@ def algebraic(conv: str, index: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
 
 
 def pyg(conv: str, index: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """PyG's gathering and scattering of edges."""
+    """Gather and scatter edges, as PyG does."""
     from torch_geometric.utils import scatter
 
     flat = x.flatten(0, 1)
@@ -95,7 +95,7 @@ def _product_inputs(case: Case) -> Inputs:
     return tuple(t.requires_grad_() for t in leaves)
 
 
-# What any implementation multiplies once the linear layer is on nodes.
+# The products of any implementation with the linear layer on nodes.
 CONV_LIMIT = Contender("limit: products of the nodes", _product, "limit", inputs=_product_inputs)
 CONV_CONTENDERS = (
     Contender("paper_layers.deep_gcn", ours, "ours"),
@@ -158,7 +158,7 @@ def plan(options: Options) -> list[Comparison]:
         if name == "ResGCN-14" or not options.quick:
             moved = 4 * shape[0] * shape[1] * 64 * shape[2] * 8
             nets += [Case({"net": name, "shape": shape}, our_net_inputs, moved, back) for back in (False, True)]
-    # Each network with processes of its own.
+    # Separate processes for each network.
     rest = [
         Comparison(NET_CONTENDERS, nets[start : start + 2], rounds=4, seconds=0.2) for start in range(0, len(nets), 2)
     ]
@@ -182,7 +182,7 @@ def train_deep(blocks: int, points: int, steps: int, checkpointing: bool) -> dic
 
 
 def resgcn_112(options: Options) -> dict[str, Any]:
-    """Train ResGCN-112 on a large cloud, all its activations in memory and with checkpoints."""
+    """Train ResGCN-112 on a large cloud, with all activations in memory and with checkpoints."""
     deep = []
     if options.device == "cpu" and not options.quick:
         for checkpointing in (False, True):

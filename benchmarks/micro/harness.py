@@ -1,11 +1,11 @@
 """Time contenders against each other and against the machine's limit.
 
-- Each contender has a process of its own, which stays alive and is asked in turn for a round of measurements, never two
-  at once: what one brings along (thread pools, compiled code, a fragmented heap) cannot slow another.
-- The limit of a case is a copy of as many bytes as any implementation must read and write, timed as one more contender
-  (so it runs in the cache where the case fits into it).
-- All processes keep the memory that they free, and touch enough of it beforehand. Otherwise each large tensor is new
-  pages from the system, and the benchmark would time page faults, which cost more than the operation.
+- Each contender has its own process, which stays alive. The processes take turns measuring, never two at once, so one
+  contender's thread pools, compiled code or fragmented heap can't slow another.
+- The limit of a case is the time to copy as many bytes as any implementation must read and write. It is timed as
+  another contender, so it runs in the cache if the case fits into it.
+- All processes keep freed memory, and touch enough of it beforehand. Otherwise the system would map new pages for each
+  large tensor, and the benchmark would time page faults, which cost more than the operation.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ Inputs = tuple[Any, ...]
 WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",  # glibc: large tensors come from the heap ...
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),  # ... and the heap is kept.
-    "KINETO_LOG_LEVEL": "99",  # The profiler that counts bytes is quiet.
+    "KINETO_LOG_LEVEL": "99",  # Silence the profiler that counts bytes.
 }
 
 
-_RESERVE = 4  # The heap that is touched beforehand, in units of the bytes that a case moves: no page faults were left.
+_RESERVE = 4  # Heap touched beforehand, in units of the case's bytes; enough to avoid page faults.
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs, and whether forward alone (without autograd) or forward and backward are timed."""
+    """One set of inputs, timed in forward only (without autograd) or in forward and backward."""
 
-    params: dict[str, Any]  # What `inputs` needs; names and values are the columns of the result.
-    inputs: Callable[[Case], Inputs]  # The same for all contenders; gradients go to tensors that require them.
+    params: dict[str, Any]  # Arguments for `inputs`; names and values are the columns of the result.
+    inputs: Callable[[Case], Inputs]  # Makes the inputs; tensors that require gradients get them.
     moved: int  # Bytes that any implementation must read and write.
     backward: bool
     device: str = "cpu"
@@ -62,19 +62,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to compute something: a function of a module's top level, called with a case's inputs."""
+    """A way to compute something: a top-level function of a module, called with a case's inputs."""
 
     name: str
     function: Callable[..., Tensor]
     role: str  # "ours"; "peer": computes the same; "other": something else, for comparison; "limit".
     compiled: bool = False  # Run it through torch.compile.
-    inputs: Callable[[Case], Inputs] | None = None  # In place of the case's.
-    keeps_heap: bool = True  # False: glibc's defaults, where tensors over 32 MB are mapped anew each time.
+    inputs: Callable[[Case], Inputs] | None = None  # Replaces the case's inputs.
+    keeps_heap: bool = True  # False: glibc's defaults, which map tensors over 32 MB anew each time.
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one contender in one case: seconds and bytes, or the error."""
+    """Result of one contender in one case: seconds and bytes, or the error."""
 
     case: str
     params: dict[str, Any]
@@ -88,7 +88,7 @@ class Result:
     to_limit: float = math.nan  # Median over the limit's median.
     to_ours: float = math.nan  # Median over our median.
     saved: int = 0  # Bytes kept for the backward pass beyond the inputs.
-    peak: int = 0  # Bytes allocated at most beyond the inputs, with output and gradients.
+    peak: int = 0  # Peak bytes beyond the inputs, including output and gradients.
     checksum: float = math.nan
     error: str = ""
 
@@ -98,7 +98,7 @@ def _copy(target: Tensor, source: Tensor) -> Tensor:
 
 
 def _copy_inputs(case: Case) -> Inputs:
-    source = torch.rand(max(case.moved // 8, 1), device=case.device)  # Four bytes each, read once and written once.
+    source = torch.rand(max(case.moved // 8, 1), device=case.device)  # Four bytes, read and written once.
     return torch.zeros_like(source), source
 
 
@@ -106,7 +106,7 @@ LIMIT = Contender("limit: copy", _copy, "limit", inputs=_copy_inputs)
 
 
 class _Task:
-    """A contender made ready for a case, in the worker process."""
+    """A contender prepared for a case, in the worker process."""
 
     def __init__(self, contender: Contender, case: Case):
         torch.manual_seed(0)
@@ -196,7 +196,7 @@ def _worker(pipe: Connection, contender: Contender, threads: int) -> None:
 
 
 class _Process:
-    """The parent's end of a worker."""
+    """The parent's connection to a worker."""
 
     def __init__(self, contender: Contender, threads: int):
         self.contender, self.threads = contender, threads
@@ -213,7 +213,7 @@ class _Process:
         other.close()
 
     def ask(self, request: Case | float) -> Any:
-        """The answer; a string is an error. A worker that died is replaced."""
+        """Return the worker's answer, or its error as a string; replace a worker that died."""
         try:
             self.pipe.send(request)
             return self.pipe.recv()
@@ -230,17 +230,17 @@ class _Process:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Contenders that are measured on the same cases, and for how long."""
+    """Contenders measured on the same cases, and the time to spend."""
 
     contenders: Sequence[Contender]
     cases: Sequence[Case]
     limit: Contender = LIMIT
     rounds: int = 5
-    seconds: float = 0.3  # A round's.
+    seconds: float = 0.3  # Seconds per round.
 
 
 def compare(comparison: Comparison, threads: int) -> list[Result]:
-    """Run every contender on every case, in turn over several rounds."""
+    """Run every contender on every case, taking turns over several rounds."""
     if not comparison.cases:
         return []
     processes = [_Process(contender, threads) for contender in (*comparison.contenders, comparison.limit)]
@@ -260,7 +260,7 @@ def compare(comparison: Comparison, threads: int) -> list[Result]:
 def _compare(processes: list[_Process], case: Case, rounds: int, seconds: float, bar: Any) -> list[Result]:
     facts: dict[str, Any] = {}
     times: dict[str, list[float]] = {}
-    for turn in range(rounds + 1):  # Turn 0 prepares.
+    for turn in range(rounds + 1):  # Round 0 prepares.
         for process in processes:
             name = process.contender.name
             bar.set_postfix_str(f"{case.title}, {name}")
@@ -272,7 +272,7 @@ def _compare(processes: list[_Process], case: Case, rounds: int, seconds: float,
                     facts[name] = answer
                 else:
                     times[name] += answer
-            time.sleep(0.01)  # The threads of the last one stop spinning.
+            time.sleep(0.01)  # Wait until the last contender's threads stop spinning.
             bar.update()
 
     medians = {name: statistics.median(values) for name, values in times.items() if values}
@@ -296,7 +296,7 @@ def _compare(processes: list[_Process], case: Case, rounds: int, seconds: float,
 
 
 def train_alone(train: Callable[..., dict[str, Any]], threads: int, *arguments: Any) -> dict[str, Any]:
-    """Train in a process that does nothing else; add the most memory that it ever held to what `train` returns."""
+    """Run `train` in a separate process, and add the process's peak memory to its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_with_peak, train, threads, arguments).result()
 

@@ -25,7 +25,7 @@ SHAPES = (  # B, N, C, k, dilation
     (1, 16384, 64, 16, 1),
 )
 Shape = tuple[int, int, int, int, int]
-LARGEST_MATRIX = 2**28  # Elements of the N x N matrix that the formulas may store.
+LARGEST_MATRIX = 2**28  # Largest N x N matrix that the formulas may store, in elements.
 
 
 def ours(x: Tensor, k: int, dilation: int) -> Tensor:
@@ -33,7 +33,7 @@ def ours(x: Tensor, k: int, dilation: int) -> Tensor:
 
 
 def official(x: Tensor, k: int, dilation: int) -> Tensor:
-    """|x|^2 - 2 x.y + |y|^2, as in the official dense code."""
+    """Compute |x|^2 - 2 x.y + |y|^2, as the official dense code does."""
     _check_size(x)
     square = x.square().sum(-1, keepdim=True)
     distance = square - 2 * x @ x.mT + square.mT
@@ -89,7 +89,7 @@ def _check_size(x: Tensor) -> None:
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """All inner products, a block at a time over the same memory."""
+    """Compute all inner products, block by block in the same memory."""
     if x.shape[0] * x.shape[1] ** 2 > 2**32:
         raise ValueError("all pairs would take minutes")
     for cloud, others in zip(x, y, strict=True):
@@ -104,7 +104,7 @@ def _product_inputs(case: Case) -> Inputs:
     return x, x.clone(), torch.empty(min(256, x.shape[1]), min(1024, x.shape[1]), device=x.device)
 
 
-# What any method without an index multiplies; trees on three channels do less.
+# The products of any method without an index; trees on three channels compute fewer.
 LIMIT = Contender("limit: sgemm of all pairs", _product, "limit", inputs=_product_inputs)
 CONTENDERS = (
     Contender("paper_layers.knn", ours, "ours"),

@@ -1,8 +1,8 @@
-"""How the time of an exact search in three dimensions grows with the cloud, for kind clouds and for wicked ones.
+"""Time of an exact search in three dimensions by the cloud's size, for ordinary and for difficult clouds.
 
 python -m benchmarks.micro.knn_growth [--threads 2] [--quick] [--json PATH]
 
-Beside PATH, a plot of the same name.
+A plot of the same name is saved beside PATH.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CLOUDS: dict[str, Callable[[int], Tensor]] = {
 
 
 def measure(cloud: Tensor) -> float:
-    """Median of five, or of what fits into two seconds."""
+    """Return the median of five runs, or of fewer if they take more than two seconds."""
     times: list[float] = []
     knn(cloud[None], k=K)
     while len(times) < 5 and (len(times) < 2 or sum(times) < 2):

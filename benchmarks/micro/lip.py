@@ -57,7 +57,7 @@ CONTENDERS = (
     Contender("SoftPool: lip_pool2d(x, x)", ours_softpool, "other"),
     Contender("SoftPool: its formula", softpool, "other"),
 )
-# Layout, our dtype, peer (in float32), how many times as fast we have to be at every shape: forward, with backward.
+# Layout, our dtype, peer (in float32), required speed-up at every shape: forward, forward + backward.
 TARGETS = (
     ("NCHW", "float32", FORMULA, (4.0, 3.0)),
     ("NCHW", "float32", MAX, (1.0, 1.0)),
@@ -75,7 +75,7 @@ def inputs(case: Case) -> Inputs:
 
 
 def make_case(shape: tuple[int, ...], layout: str, dtype: str, backward: bool) -> Case:
-    # Forward reads x and logit and writes a quarter; backward reads these three and the gradient, and writes two.
+    # Forward reads x and logit, writes 1/4; backward also reads output and gradient, writes two gradients.
     passes = 6.75 if backward else 2.25
     moved = int(passes * math.prod(shape) * getattr(torch, dtype).itemsize)
     return Case({"shape": shape, "layout": layout, "dtype": dtype}, inputs, moved, backward)

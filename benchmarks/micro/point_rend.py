@@ -2,7 +2,7 @@
 
 python -m benchmarks.micro.point_rend [--device cuda] [--threads 2 1] [--quick] [--only TEXT] [--json PATH]
 
-Beside PATH, a plot of the same name: multiply-adds, time and memory by the side of the mask.
+A plot of the same name is saved beside PATH: multiply-adds, time and memory by the mask's side.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CLASSES, POINTS, SCALE = 80, 28 * 28, 0.25
 BOXES, GROWTH_BOXES = 100, 8
 SIDES = (28, 56, 112, 224, 448)
 FEATURES = (1, 256, 200, 304)
-CHUNK = 8  # Boxes at once.
+CHUNK = 8  # Boxes at a time.
 
 
 class _Parts(nn.Module):
-    """The official point head, in a module of its official name."""
+    """The official point head, under its official name."""
 
     def __init__(self, classes: int, each: bool):
         super().__init__()
@@ -43,7 +43,7 @@ class _Parts(nn.Module):
 
 
 def mask_inputs(case: Case) -> Inputs:
-    """Ours and the official head with the same parameters; coarse logits; features in channels_last; boxes; classes."""
+    """Make both heads with the same parameters, coarse logits, channels_last features, boxes and classes."""
     theirs = _Parts(CLASSES, True)
     ours = PointRendMask(256, CLASSES, spatial_scale=SCALE)
     load_official(ours.point_head, theirs.state_dict())
@@ -58,7 +58,7 @@ def mask_inputs(case: Case) -> Inputs:
 
 
 def mask_inputs_planar(case: Case) -> Inputs:
-    """The same with features as NCHW."""
+    """Make the same inputs with features in NCHW."""
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in mask_inputs(case))
 
 
@@ -79,7 +79,7 @@ def mask_official(
 def mask_plain(
     ours: nn.Module, head: nn.Module, coarse: Tensor, features: Tensor, boxes: Tensor, labels: Tensor, side: int
 ) -> Tensor:
-    """Only the map of the predicted class; a few boxes at once."""
+    """Compute only the map of the predicted class, a few boxes at a time."""
     parts = []
     for c, b, k in _chunks(coarse, boxes, labels):
         points = official.regular_points(len(b), 28, b.device)
@@ -97,7 +97,7 @@ def mask_plain(
 def mask_dense(
     ours: nn.Module, head: nn.Module, coarse: Tensor, features: Tensor, boxes: Tensor, labels: Tensor, side: int
 ) -> Tensor:
-    """Every pixel, in parts of as many points as above."""
+    """Label every pixel, in chunks of as many points as above."""
     parts = []
     every = official.regular_points(1, side, coarse.device)
     for c, b, k in zip(coarse.split(1), boxes.split(1), labels.split(1), strict=True):
@@ -131,7 +131,7 @@ MASK_CONTENDERS = (
     Contender(OFFICIAL, mask_official, "peer", inputs=mask_inputs_planar),
     Contender(PLAIN, mask_plain, "peer"),
 )
-# As they run where nobody has told glibc to keep the heap.
+# With glibc's defaults, which don't keep the heap.
 MASK_DEFAULTS = tuple(
     replace(contender, name=f"{contender.name}, malloc's defaults", role="other", keeps_heap=False)
     for contender in (MASK_CONTENDERS[0], *MASK_CONTENDERS[2:])
@@ -147,7 +147,7 @@ def semantic_inputs(case: Case) -> Inputs:
     theirs = _Parts(classes, False)
     ours = PointRendSemantic(256, classes)
     load_official(ours, theirs.state_dict())
-    # Smooth, as a network's are: few pixels are uncertain.
+    # Smooth like a network's logits: few pixels are uncertain.
     seed = torch.randn(n, classes, height // 16, width // 16)
     coarse = F.interpolate(seed, (height, width), mode="bilinear").to(case.device)
     features = torch.randn(n, 256, height, width, device=case.device).contiguous(memory_format=torch.channels_last)
@@ -169,7 +169,7 @@ def semantic_official(ours: nn.Module, head: nn.Module, coarse: Tensor, features
 
 
 def semantic_plain(ours: nn.Module, head: nn.Module, coarse: Tensor, features: Tensor, steps: int) -> Tensor:
-    """A running best and second best in place of topk, and the scatter in place."""
+    """Keep a running best and second best instead of topk, and scatter in place."""
     logits = coarse
     for _ in range(steps):
         logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
@@ -218,7 +218,7 @@ def growth(options: Options) -> dict[str, Any]:
 
 
 def _multiply_adds(case: Case, contender: Contender) -> dict[str, Any]:
-    """Of all products of one mask: those of the point head."""
+    """Count the point head's multiply-adds for one mask."""
     one = Case({**case.params, "boxes": 1}, case.inputs, 0, False, case.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         contender.function(*(contender.inputs or case.inputs)(one))

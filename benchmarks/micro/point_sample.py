@@ -27,7 +27,7 @@ def ours(points: Tensor, *maps: Tensor) -> Tensor:
 
 
 def grid_sample(points: Tensor, *maps: Tensor) -> Tensor:
-    """What the official code does, level by level."""
+    """Sample each level and concatenate, as the official code does."""
     grid = 2 * points[:, :, None] - 1
     levels = [F.grid_sample(map, grid, align_corners=False)[..., 0] for map in maps]
     return levels[0] if len(levels) == 1 else torch.cat(levels, 1)
@@ -35,7 +35,7 @@ def grid_sample(points: Tensor, *maps: Tensor) -> Tensor:
 
 OURS, PEER = "paper_layers.point_sample", "F.grid_sample [+ cat]"
 CONTENDERS = (Contender(OURS, ours, "ours"), Contender(PEER, grid_sample, "peer"))
-# Name of the maps, points, layout, how many times as fast as grid_sample we have to be: forward, with backward.
+# Maps, points, layout, required speed-up over grid_sample: forward, forward + backward.
 TARGETS = (
     ("one map", 2048, "NCHW", (1.3, 2.5)),
     ("one map", 8192, "NCHW", (4.0, 7.0)),
@@ -54,10 +54,10 @@ def inputs(case: Case) -> Inputs:
 
 
 def moved(shapes: Sequence[tuple[int, ...]], points: int, layout: str, backward: bool) -> int:
-    """Bytes of the lines that are read and of the output; backward reads a gradient and writes all of the maps'."""
+    """Count bytes of the cache lines read and of the output; backward reads a gradient and writes that of the maps."""
     total = 0
     for n, c, h, w in shapes:
-        # Of n random points: a pixel is taken by one of four corners, a line of a plane holds sixteen pixels.
+        # A random point reads four corner pixels; a plane's cache line holds sixteen pixels.
         near = 4 if layout == "channels_last" else 2 * (1 + 16)
         pixels_read = h * w * (1 - math.exp(-near * points / (h * w)))
         output = n * c * points

@@ -2,8 +2,8 @@
 
 python -m benchmarks.micro.soft_triple [--device cuda] [--threads 2 1] [--quick] [--only TEXT] [--json PATH]
 
-The limit are the matrix products alone, as ours are made: in chunks of classes, the scores once more in the backward.
-At the end a million classes are trained for some steps.
+The limit is the time of our matrix products alone: in chunks of classes, with the scores recomputed in the backward.
+At the end, a million classes are trained for some steps.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from testing.official import soft_triple as formulas
 
 SHAPES = ((32, 64, 98, 10), (128, 512, 100, 10), (256, 512, 11318, 2), (256, 512, 11318, 10), (64, 256, 100000, 4))
 QUICK = SHAPES[:2]
-LARGE = 1 << 23  # Elements of centers from which a case takes seconds.
+LARGE = 1 << 23  # Cases with at least as many elements of centers take seconds.
 MILLION = {"classes": 1_000_000, "centers_per_class": 2, "dim": 128, "batch": 256}
-GRAM_LIMIT = 8e9  # Bytes of all centers' products, of which there are then several.
-CHUNK = 1 << 20  # Scores at a time in the limit.
+GRAM_LIMIT = 8e9  # Largest matrix of all centers' products, in bytes; peers hold several.
+CHUNK = 1 << 20  # Number of scores at a time in the limit.
 
 
 def _sizes(case: Case) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ def _sizes(case: Case) -> tuple[int, ...]:
 
 
 def inputs(case: Case) -> Inputs:
-    """Embeddings, centers, labels, tau."""
+    """Make embeddings, centers, labels, tau."""
     b, d, c, k = _sizes(case)
     make = {"device": case.device}
     x, labels = torch.randn(b, d, **make).requires_grad_(), torch.randint(c, (b,), **make)
@@ -57,7 +57,7 @@ def ours(x: Tensor, centers: Tensor, labels: Tensor, tau: float) -> Tensor:
 
 
 def official_inputs(case: Case) -> Inputs:
-    """Centers in columns, and which pairs are of one class."""
+    """Make centers as columns, and a mask of the pairs in one class."""
     _check_memory(case)
     x, centers, labels, tau = inputs(case)
     fc = centers.detach().flatten(0, 1).mT.contiguous().requires_grad_()
@@ -76,7 +76,7 @@ def block_wise_inputs(case: Case) -> Inputs:
 
 
 def block_wise(x: Tensor, centers: Tensor, labels: Tensor, tau: float, pairs: Tensor) -> Tensor:
-    """The official formula, but for products of centers of one class alone."""
+    """Compute the official formula, with products only of centers of the same class."""
     c, k, _ = centers.shape
     unit = F.normalize(centers, dim=2)
     similarity = (F.normalize(x, dim=1) @ unit.flatten(0, 1).mT).unflatten(1, (c, k))
@@ -110,7 +110,7 @@ def _product_inputs(case: Case) -> Inputs:
 
 
 def own_products(x: Tensor, centers: Tensor, grad: Tensor) -> Tensor:
-    """Scores; scores again, and what both gradients take."""
+    """Compute scores, then scores again and both gradients' products."""
     size = max(1, CHUNK // len(x))
     scores = x.new_empty(min(size, len(centers)), len(x))
     for part in centers.split(size):
@@ -124,7 +124,7 @@ def own_products(x: Tensor, centers: Tensor, grad: Tensor) -> Tensor:
 
 
 def bare_products(x: Tensor, centers: Tensor, grad: Tensor) -> Tensor:
-    """Scores, and what both gradients take, each at once."""
+    """Compute scores and both gradients' products, each at once."""
     scores = x @ centers.mT
     torch.mm(scores.mT, x, out=grad)
     return (scores @ centers)[0]
@@ -136,7 +136,7 @@ OURS = Contender("paper_layers.soft_triple_loss", ours, "ours")
 OFFICIAL = Contender("official formula", official, "peer", inputs=official_inputs)
 BLOCK_WISE = Contender("block-wise formula in PyTorch", block_wise, "peer", inputs=block_wise_inputs)
 METRIC_LEARNING = Contender("pytorch-metric-learning", metric_learning, "peer", inputs=metric_learning_inputs)
-# As they run where nobody has told glibc to keep the heap.
+# With glibc's defaults, which don't keep the heap.
 OURS_AT_DEFAULTS, BLOCK_WISE_AT_DEFAULTS = (
     replace(contender, name=f"{contender.name}, malloc's defaults", role="other", keeps_heap=False)
     for contender in (OURS, BLOCK_WISE)
@@ -144,24 +144,24 @@ OURS_AT_DEFAULTS, BLOCK_WISE_AT_DEFAULTS = (
 
 
 def plan(options: Options) -> Iterator[Comparison]:
-    """Forward + backward; each case with processes of its own: together they hold several times the centers."""
+    """Plan forward + backward, with separate processes for each case to limit their memory."""
     for shape in QUICK if options.quick else SHAPES:
         _, d, c, k = shape
         large = c * k * d >= LARGE
         for tau in (0.0, 0.2):
-            # Large ones touch enough memory on their first run, and all processes have to fit beside each other.
+            # Large cases touch enough memory on their first run, and all processes must fit into memory.
             case = Case({"B, d, C, K": shape, "tau": tau}, inputs, 0 if large else 4 * c * k * d, True)
             contenders = [OURS, OFFICIAL, *([BLOCK_WISE] if tau else []), METRIC_LEARNING]
             rounds, seconds = 5, 0.3
             if large:
-                # With all centers' products a single run takes up to half a minute.
+                # With all centers' products, a single run takes up to half a minute.
                 rounds, seconds = 1 if tau and 4 * (c * k) ** 2 < GRAM_LIMIT else 3, 0.5
                 contenders += [OURS_AT_DEFAULTS, BLOCK_WISE_AT_DEFAULTS] if tau else []
             yield Comparison([*contenders, BARE], [case], LIMIT, rounds, seconds)
 
 
 def targets(results: Sequence[Result], device: str) -> Iterator[Target]:
-    """The large cases."""
+    """Set targets for the large cases."""
     for case in dict.fromkeys(r.case for r in results):
         found = {r.contender: r for r in results if r.case == case and not r.error}
         shape, tau = next(r.params.values() for r in results if r.case == case)
@@ -171,7 +171,7 @@ def targets(results: Sequence[Result], device: str) -> Iterator[Target]:
         name = f"{shape}, tau {tau:g}"
         yield Target(f"{name}: times its own products", 1.5, [mine.to_limit], at_most=True)
         peers = [r for r in found.values() if r.role == "peer"]
-        gradients = 4 * math.prod(shape[1:]) + 4 * shape[0] * shape[1]  # Within each one's peak.
+        gradients = 4 * math.prod(shape[1:]) + 4 * shape[0] * shape[1]  # Included in each peak.
         for index, ratio in ((3, 2.0 if tau == 0 else 3.0), (4, 3.0)):
             if shape == SHAPES[index]:
                 fastest = min((r.to_ours for r in peers), default=math.nan)
@@ -189,7 +189,7 @@ def targets(results: Sequence[Result], device: str) -> Iterator[Target]:
 
 
 def train(classes: int, centers_per_class: int, dim: int, batch: int, steps: int) -> dict[str, Any]:
-    """Steps on random inputs."""
+    """Train some steps on random inputs."""
     net, loss = nn.Linear(dim, dim), SoftTripleLoss(classes, dim, centers_per_class)
     optimizer = torch.optim.Adam(param_groups(net, loss), eps=0.01, weight_decay=1e-4)
     x, labels = torch.randn(batch, dim), torch.randint(classes, (batch,))

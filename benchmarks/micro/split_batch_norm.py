@@ -23,7 +23,7 @@ OURS, TORCH, TIMM = "SplitBatchNorm2d, 2 splits", "nn.BatchNorm2d, one norm", "t
 
 @functools.cache
 def layer(name: str, channels: int, device: str) -> nn.Module:
-    """One for all calls, in training; timm only in the process that needs it."""
+    """Make one norm for all calls, in training mode; import timm only in the process that needs it."""
     if name == OURS:
         return SplitBatchNorm2d(channels, device=device)
     if name == TORCH:
@@ -49,7 +49,7 @@ CONTENDERS = (
     Contender(TORCH, functools.partial(_apply, TORCH), "other"),
     Contender(TIMM, functools.partial(_apply, TIMM), "peer"),
 )
-# Layout, other, our time at most in its own, on a CPU and on a GPU.
+# Layout, peer, largest ratio of our time to its time on a CPU and on a GPU.
 TARGETS = (
     ("NCHW", TORCH, {"cpu": 0.7, "cuda": 1.1}),
     ("NCHW", TIMM, {"cpu": 1 / 1.8}),
@@ -59,7 +59,7 @@ TARGETS = (
 
 
 def plan(options: Options) -> list[Comparison]:
-    """Forward and backward in training. It reads the input, writes the output, reads gradient and input, writes one."""
+    """Forward and backward in training: read the input, write the output, read gradient and input, write a gradient."""
     pairs = [(shape, layout) for shape in SHAPES for layout in LAYOUTS]
     cases = [Case({"shape": s, "layout": layout}, inputs, 5 * 4 * math.prod(s), True) for s, layout in pairs]
     return [Comparison(CONTENDERS, cases, rounds=7)]
@@ -72,7 +72,7 @@ def targets(results: Sequence[Result], device: str) -> Iterator[Target]:
         pairs = [(found.get((shape, layout, other)), found.get((shape, layout, OURS))) for shape in shapes]
         ratios = [times_as_fast(*pair) for pair in pairs]
         yield Target(f"{layout}: our time in that of {other}", wanted.get(device, math.nan), ratios, at_most=True)
-    # The output, the input's gradient, and what is kept of channels.
+    # The output, the input's gradient, and statistics of channels.
     peaks = [r.peak / (4 * math.prod(r.params["shape"])) for r in found.values() if r.contender == OURS]
     yield Target("peak memory, in inputs", 2.01, peaks, at_most=True)
 

@@ -1,4 +1,4 @@
-"""Uncertain points against the official formulas, and the plain PyTorch that computes the same with less.
+"""Uncertain points against the official formulas, and against cheaper plain PyTorch.
 
 python -m benchmarks.micro.uncertain_points [--device cuda] [--threads 2 1] [--quick] [--only TEXT] [--json PATH]
 """
@@ -62,7 +62,7 @@ def _sampler(logits: Tensor, num_points: int, uncertainty_at: Callable[[Tensor],
 
 
 def official(logits: Tensor, num_points: int, labels: Tensor | None, sample: bool) -> Tensor:
-    """topk(2) over the classes, which the sampler all samples, and topk over the points."""
+    """Take topk(2) over all sampled classes, and topk over the points."""
     if not sample:
         return _centres(_uncertainty(logits).flatten(1).topk(num_points).indices, logits)
 
@@ -76,7 +76,7 @@ def official(logits: Tensor, num_points: int, labels: Tensor | None, sample: boo
 
 
 def plain(logits: Tensor, num_points: int, labels: Tensor | None, sample: bool) -> Tensor:
-    """A running best and second best; of labels the class's map alone is sampled."""
+    """Keep a running best and second best; with labels, sample only the class's map."""
     if not sample:
         return _centres(running_uncertainty(logits).flatten(1).topk(num_points).indices, logits)
     if labels is not None:
@@ -96,7 +96,7 @@ def _read_inputs(case: Case) -> Inputs:
     return (torch.rand(max(case.moved // 4, 1), device=case.device),)
 
 
-# Nothing has to be written but the points.
+# Only the points must be written.
 LIMIT = Contender("limit: read", _read, "limit", inputs=_read_inputs)
 CONTENDERS = (
     Contender("paper_layers", ours, "ours"),
@@ -114,7 +114,7 @@ def inputs(case: Case) -> Inputs:
 
 def make_case(op: str, shape: tuple) -> Case:
     n, c, h, w, num_points, *labelled = shape
-    # The logits, or the planes of the labels' classes, and of the sampler its random points.
+    # The logits (with labels, only their classes' planes), and the sampler's random points.
     pixels = n * h * w * (1 if any(labelled) else c)
     moved = 4 * pixels + (24 * n * num_points if labelled else 0)
     return Case({"op": op, "shape": shape}, inputs, moved, backward=False)

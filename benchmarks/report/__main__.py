@@ -1,4 +1,4 @@
-"""Show what the package does on real input: run the sections, one module a paper, and write one page.
+"""Demonstrate the package on real input: run the sections, one module per paper, and write one page.
 
 python -m benchmarks.report
 """

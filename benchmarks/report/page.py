@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: sections of text, code, tables and pictures."""
+"""A self-contained HTML file of sections with text, code, tables and pictures."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid #e7e3db; }
 
 @dataclass
 class Section:
-    """A heading and its content, made of the pieces below."""
+    """A heading and its content, built from the functions below."""
 
     title: str
     pieces: list[str]
@@ -93,7 +93,7 @@ def claims(name: str) -> dict[str, Any] | None:
 
 
 def picture(figure: Figure, caption: str) -> str:
-    """The figure as an SVG inside the page."""
+    """Return the figure as inline SVG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True)
     source = base64.b64encode(buffer.getvalue()).decode()
@@ -108,7 +108,7 @@ def image_grid(
     gap: tuple[float, float] = (0.06, 0.08),
     frame: bool = True,
 ) -> tuple[Figure, Any]:
-    """Draw lines of images: of each its name, the images, and options of `imshow`. Return the figure and its axes."""
+    """Draw lines of images, each given as name, images and options of `imshow`. Return the figure and its axes."""
     figure = Figure(figsize=size)
     grid: Any = figure.subplots(
         len(lines), len(lines[0][1]), squeeze=False, gridspec_kw=dict(zip(("wspace", "hspace"), gap, strict=True))
@@ -123,7 +123,7 @@ def image_grid(
 
 
 def bars(axes: Axes, title: str, values: dict[str, float], digits: int, ours: str) -> None:
-    """A bar for each name, in the accent's colour where `ours` is in it."""
+    """Draw a bar for each name, in the accent colour if it contains `ours`."""
     names = [*values][::-1]  # From the bottom to the top.
     colors = [ACCENT if ours in name else MUTED for name in names]
     drawn = axes.barh(names, [values[name] for name in names], color=colors, height=0.68)
@@ -134,7 +134,7 @@ def bars(axes: Axes, title: str, values: dict[str, float], digits: int, ours: st
 
 
 def write(path: Path, sections: Sequence[Section]) -> None:
-    """All sections, and on what they were made."""
+    """Return the page: all sections, and the machine's description."""
     body = "".join(f"<section><h2>{escape(s.title)}</h2>{''.join(s.pieces)}</section>" for s in sections)
     facts = environment()
     made = (

@@ -1,4 +1,4 @@
-"""Speed of single ops in the report: short measurements, and a panel of bars for each case."""
+"""Speed of single ops: short measurements, and a panel of bars for each case."""
 
 from __future__ import annotations
 

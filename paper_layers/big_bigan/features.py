@@ -9,26 +9,26 @@ from torch import Tensor
 from paper_layers._core import checks
 
 
-def bn_crelu(features: Tensor, mean: Tensor | None = None, var: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def bn_crelu(features: Tensor, mean: Tensor | None = None, var: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     r"""Normalize each channel, and keep positive and negative parts apart: BN+CReLU.
 
     .. math:: a = (x - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon}, \quad y = [\mathrm{relu}(a), \mathrm{relu}(-a)]
 
     Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS 2019, for the encoder's last
-    activations. There are no parameters.
+    activations. It has no parameters.
 
     Args:
-        features: Of shape (N, C) or (N, C, ...).
-        mean: Of shape (C,), say of all training images; default that of `features`.
-        var: Of shape (C,), without Bessel's correction; default that of `features`. Both or neither.
+        features: Shape (N, C) or (N, C, ...).
+        mean: Shape (C,), for example the mean over all training images; default: the mean of `features`.
+        var: Shape (C,), without Bessel's correction; default: the variance of `features`. Give both or neither.
         eps: Added to the variance.
 
     Returns:
-        Of shape (N, 2 C) or (N, 2 C, ...).
+        Shape (N, 2 C) or (N, 2 C, ...).
 
     Raises:
-        TypeError: `features` is no tensor of floating numbers.
-        ValueError: One of `mean` and `var` alone, or shapes that do not fit.
+        TypeError: `features` is not a floating-point tensor.
+        ValueError: Only one of `mean` and `var` is given, or a shape is wrong.
 
     Example:
         >>> import torch
@@ -37,12 +37,11 @@ def bn_crelu(features: Tensor, mean: Tensor | None = None, var: Tensor | None = 
         torch.Size([8, 64])
     """
     checks.floating("features", features)
-    if features.dim() < 2:
-        raise ValueError(f"features: expected shape (N, C) or (N, C, ...), got {tuple(features.shape)}")
+    checks.shape("features", features, ("N", "C", "..."))
     if (mean is None) != (var is None):
         raise ValueError(f"{'mean' if mean is None else 'var'}: expected both mean and var or neither, got None")
-    for name, statistic in (("mean", mean), ("var", var)):
-        if statistic is not None and statistic.shape != features.shape[1:2]:
-            raise ValueError(f"{name}: expected shape ({features.shape[1]},), got {tuple(statistic.shape)}")
+    if mean is not None and var is not None:
+        checks.shape("mean", mean, (features.shape[1],))
+        checks.shape("var", var, (features.shape[1],))
     normalized = F.batch_norm(features, mean, var, training=mean is None, eps=eps)
     return torch.cat([F.relu(normalized), F.relu(-normalized)], 1)

@@ -1,8 +1,8 @@
-"""The heads of the discriminator: what makes one score of features, of latents, of both."""
+"""Heads of the discriminator, which score features, latents, or both."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,36 +11,41 @@ from paper_layers._core import checks
 from paper_layers._core.autocast import without_autocast
 from paper_layers._core.fusing import parameter_dtype
 from paper_layers._core.tracing import Leaf
-from paper_layers.big_bigan.mlp import ResidualMLP, start
+from paper_layers.big_bigan._init import init_orthogonal_
+from paper_layers.big_bigan.mlp import ResidualMLP
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from paper_layers.big_bigan._options import HeadOptions, MLPOptions
 
 
-class Score(Leaf):
-    r"""Project features to one number each, in float32 also under autocast.
+class ProjectionScore(Leaf):
+    r"""Project each feature vector to one number, in float32 also under autocast.
 
     .. math:: s = \theta \cdot h + b + e_y \cdot h
 
-    The scores of Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS 2019, which does not say
-    whether they have a bias and a spectral norm. The last summand is the class projection of Miyato, Koyama, "cGANs
-    with Projection Discriminator", ICLR 2018, of labels y.
+    The scores of Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS 2019. The paper does not
+    say whether they have a bias and a spectral norm. The last term is the class projection of Miyato, Koyama, "cGANs
+    with Projection Discriminator", ICLR 2018, for labels y.
 
     Args:
         in_features: Size of the features h.
-        num_classes: Classes of the labels; None for none, as in the paper.
-        bias: Whether there is a b.
-        spectral_norm: Of :math:`\theta`, and of the matrix of all :math:`e_y`.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        num_classes: Number of classes; None (as in the paper) for no class projection.
+        bias: Add b.
+        spectral_norm: Give :math:`\theta`, and the matrix of all :math:`e_y`, spectral norm 1.
 
     Example:
         >>> import torch
-        >>> from paper_layers.big_bigan import Score
-        >>> Score(16)(torch.randn(8, 16)).shape
+        >>> from paper_layers.big_bigan import ProjectionScore
+        >>> ProjectionScore(16)(torch.randn(8, 16)).shape
         torch.Size([8])
     """
 
     def __init__(
         self,
         in_features: int,
+        *,
         num_classes: int | None = None,
         bias: bool = True,
         spectral_norm: bool = True,
@@ -58,17 +63,17 @@ class Score(Leaf):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again: orthogonal weights and zero bias."""
-        start(self.projection, self.spectral_norm)
+        """Initialize again: orthogonal weights and zero bias."""
+        init_orthogonal_(self.projection, self.spectral_norm)
         if self.classes is not None:
-            start(self.classes, self.spectral_norm)
+            init_orthogonal_(self.classes, self.spectral_norm)
 
     def extra_repr(self) -> str:
-        """What the layers do not show."""
+        """Return the arguments that the layers do not show."""
         return f"{self.in_features}, num_classes={self.num_classes}, spectral_norm={self.spectral_norm}"
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scores (N,) of features (N, in_features), with labels, int64 of shape (N,), if there are classes."""
+        """Score features (N, in_features), with int64 labels (N,) if there are classes; return (N,)."""
         checks.features("features", features, self.in_features)
         if labels is not None and self.num_classes is None:
             raise ValueError("labels: expected None without num_classes, got labels")
@@ -83,127 +88,109 @@ class Score(Leaf):
             return score.float() if score.dtype in (torch.bfloat16, torch.float16) else score
 
 
-class UnaryHead(Leaf):
-    """Score one half of a pair: a residual MLP and a projection; BigBiGAN's H on the latent.
-
-    :math:`s_z = \\theta_z \\cdot H(z)` of Donahue, Simonyan, "Large Scale Adversarial Representation Learning",
-    NeurIPS 2019; `ResidualMLP` and `Score` have the choices that the paper leaves open. With ``depth=0`` it is the
-    projection alone, as on the image's features: :math:`s_x = \\theta_x \\cdot F(x)`.
-
-    Args:
-        in_features: Size of the input.
-        width: Size of the hidden layers.
-        depth: Layers of the MLP, an even number.
-        activation: "pre" or "post", as in `ResidualMLP`.
-        spectral_norm: Of the MLP's weights.
-        num_classes: Classes of the labels, as in `Score`.
-        projection_bias: Whether the projection has a bias.
-        projection_spectral_norm: Whether it has a spectral norm.
-        scored: Without it there is no projection, and None in place of the score.
-        device: Where the parameters are.
-        dtype: Their dtype.
-
-    Example:
-        >>> import torch
-        >>> from paper_layers.big_bigan import UnaryHead
-        >>> hidden, score = UnaryHead(120, width=64)(torch.randn(8, 120))
-        >>> hidden.shape, score.shape
-        (torch.Size([8, 64]), torch.Size([8]))
-    """
+class _Head(Leaf):
+    """A residual MLP, and a projection of its output."""
 
     def __init__(
         self,
         in_features: int,
-        width: int = 2048,
-        depth: int = 8,
-        activation: str = "pre",
-        spectral_norm: bool = True,
+        *,
         num_classes: int | None = None,
         projection_bias: bool = True,
         projection_spectral_norm: bool = True,
         scored: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[MLPOptions],
     ):
         super().__init__()
-        self.mlp = ResidualMLP(in_features, width, depth, activation, spectral_norm, device, dtype)
-        features = self.mlp.out_features
-        projection = (num_classes, projection_bias, projection_spectral_norm, device, dtype)
-        self.score = Score(features, *projection) if scored else None
+        self.mlp = ResidualMLP(in_features, device=device, dtype=dtype, **options)
+        projection: dict[str, Any] = {"bias": projection_bias, "spectral_norm": projection_spectral_norm}
+        projection |= {"num_classes": num_classes, "device": device, "dtype": dtype}
+        self.score = ProjectionScore(self.mlp.out_features, **projection) if scored else None
 
     def reset_parameters(self) -> None:
-        """Start again."""
+        """Initialize the MLP and the projection again."""
         self.mlp.reset_parameters()
         if self.score is not None:
             self.score.reset_parameters()
 
+
+class UnaryHead(_Head):
+    r"""Score one half of a pair with a residual MLP and a projection: BigBiGAN's H, on the latent.
+
+    :math:`s_z = \theta_z \cdot H(z)` of Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS
+    2019. With ``depth=0`` it is the projection alone, as on the image's features: :math:`s_x = \theta_x \cdot F(x)`.
+
+    Args:
+        in_features: Size of the input.
+        num_classes: Number of classes, as in `ProjectionScore`.
+        projection_bias: Give the projection a bias.
+        projection_spectral_norm: Give the projection spectral norm 1.
+        scored: If False, there is no projection and the score is None.
+        **options: `hidden_features`, `depth`, `activation`, `spectral_norm`: see `ResidualMLP`.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.big_bigan import UnaryHead
+        >>> hidden, score = UnaryHead(120, hidden_features=64)(torch.randn(8, 120))
+        >>> hidden.shape, score.shape
+        (torch.Size([8, 64]), torch.Size([8]))
+    """
+
     def forward(self, input: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The hidden features (N, out_features) of the input (N, in_features), and their scores (N,)."""
+        """Return the hidden features (N, out_features) of the input (N, in_features), and their scores (N,)."""
         hidden = self.mlp(input)
         return hidden, None if self.score is None else self.score(hidden, labels)
 
 
-class JointHead(Leaf):
-    """Score pairs: BigBiGAN's J on the features of the image and those of the latent, and a projection.
+class JointHead(_Head):
+    r"""Score pairs with a residual MLP and a projection: BigBiGAN's J, on features of the image and of the latent.
 
-    :math:`s_{xz} = \\theta_{xz} \\cdot J(F(x), H(z))` of Donahue, Simonyan, "Large Scale Adversarial Representation
+    :math:`s_{xz} = \theta_{xz} \cdot J(F(x), H(z))` of Donahue, Simonyan, "Large Scale Adversarial Representation
     Learning", NeurIPS 2019.
 
     Args:
-        feature_dim: Size of the image's features F(x).
-        hidden_dim: Size of the latent's features H(z).
-        width: As in `UnaryHead`, and the other arguments as well.
-        depth: As in `UnaryHead`.
-        activation: As in `UnaryHead`.
-        spectral_norm: As in `UnaryHead`.
-        num_classes: As in `UnaryHead`.
-        projection_bias: As in `UnaryHead`.
-        projection_spectral_norm: As in `UnaryHead`.
-        device: Where the parameters are.
-        dtype: Their dtype.
+        in_features: Size of the image's features F(x).
+        latent_features: Size of the latent's features H(z).
+        num_classes: Number of classes, as in `ProjectionScore`.
+        **options: `hidden_features`, `depth`, `activation`, `spectral_norm`, `projection_bias`,
+            `projection_spectral_norm`: see `UnaryHead`.
 
     Example:
         >>> import torch
         >>> from paper_layers.big_bigan import JointHead
-        >>> JointHead(32, 64, width=64)(torch.randn(8, 32), torch.randn(8, 64)).shape
+        >>> JointHead(32, 64, hidden_features=64)(torch.randn(8, 32), torch.randn(8, 64)).shape
         torch.Size([8])
     """
 
+    score: ProjectionScore
+
     def __init__(
         self,
-        feature_dim: int,
-        hidden_dim: int,
-        width: int = 2048,
-        depth: int = 8,
-        activation: str = "pre",
-        spectral_norm: bool = True,
+        in_features: int,
+        latent_features: int,
+        *,
         num_classes: int | None = None,
-        projection_bias: bool = True,
-        projection_spectral_norm: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[HeadOptions],
     ):
-        super().__init__()
-        feature_dim = checks.integer("feature_dim", feature_dim, 1)
-        hidden_dim = checks.integer("hidden_dim", hidden_dim, 1)
-        self.feature_dim, self.hidden_dim = feature_dim, hidden_dim
-        self.mlp = ResidualMLP(feature_dim + hidden_dim, width, depth, activation, spectral_norm, device, dtype)
-        projection = (num_classes, projection_bias, projection_spectral_norm, device, dtype)
-        self.score = Score(self.mlp.out_features, *projection)
-
-    def reset_parameters(self) -> None:
-        """Start again."""
-        self.mlp.reset_parameters()
-        self.score.reset_parameters()
+        sizes = checks.positive(in_features=in_features, latent_features=latent_features)
+        super().__init__(sum(sizes), num_classes=num_classes, device=device, dtype=dtype, **options)
+        self.in_features, self.latent_features = sizes
 
     def extra_repr(self) -> str:
-        """What the parts do not show."""
-        return f"{self.feature_dim}, {self.hidden_dim}"
+        """Return the arguments that the layers do not show."""
+        return f"{self.in_features}, {self.latent_features}"
 
     def forward(self, features: Tensor, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scores (N,) of features (N, feature_dim) and (N, hidden_dim), with labels if there are classes."""
-        checks.features("features", features, self.feature_dim)
-        checks.features("hidden", hidden, self.hidden_dim)
-        if features.shape[0] != hidden.shape[0]:
-            raise ValueError(f"hidden: expected {features.shape[0]} rows, as features has, got {hidden.shape[0]}")
+        """Score features (N, in_features) with hidden features (N, latent_features), and labels if there are classes.
+
+        Returns:
+            Scores (N,).
+        """
+        checks.features("features", features, self.in_features)
+        checks.floating("hidden", hidden)
+        checks.shape("hidden", hidden, (features.shape[0], self.latent_features))
         return self.score(self.mlp(torch.cat([features, hidden], 1)), labels)

@@ -14,27 +14,26 @@ REDUCTIONS = ("sum", "mean")
 
 
 def discriminator_loss(
-    real: Scores, fake: Scores, reduction: str = "sum", weights: Mapping[str, float] | None = None
+    real: Scores, fake: Scores, *, reduction: str = "sum", weights: Mapping[str, float] | None = None
 ) -> Tensor:
-    r"""The discriminator's hinge loss on the scores of real pairs (x, E(x)) and fake pairs (G(z), z).
+    r"""Compute the discriminator's hinge loss from the scores of real pairs (x, E(x)) and fake pairs (G(z), z).
 
     .. math:: L = \sum_{t} E[\max(0, 1 - s_t)]_{\mathrm{real}} + E[\max(0, 1 + s_t)]_{\mathrm{fake}}
 
     From Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS 2019.
 
     Args:
-        real: Scores of real pairs, as the discriminator gives them.
-        fake: Scores of fake pairs, of the same terms.
-        reduction: "sum" over the terms, as in the paper, or "mean", as in the authors' notebook: of three terms a
-            third.
-        weights: A factor for some terms, by name; default 1.
+        real: The discriminator's scores of real pairs.
+        fake: The discriminator's scores of fake pairs, with the same terms.
+        reduction: "sum" over the terms, as in the paper, or "mean", as in the authors' notebook.
+        weights: Factors of the terms, by name; default 1.
 
     Returns:
-        One number, in the dtype of the scores, which is float32 also under autocast.
+        A scalar in the dtype of the scores (float32 also under autocast).
 
     Raises:
-        TypeError: A weight is no number.
-        ValueError: Terms differ, there are none or no pairs, or `reduction` or a weight's term is unknown.
+        TypeError: A weight is not a number.
+        ValueError: The terms differ; there are no terms or no pairs; `reduction` or a weight's term is unknown.
 
     Example:
         >>> import torch
@@ -47,21 +46,15 @@ def discriminator_loss(
 
 
 def encoder_generator_loss(
-    real: Scores, fake: Scores, reduction: str = "sum", weights: Mapping[str, float] | None = None
+    real: Scores, fake: Scores, *, reduction: str = "sum", weights: Mapping[str, float] | None = None
 ) -> Tensor:
-    r"""The loss that encoder and generator share: scores of real pairs go down, those of fake pairs up.
+    r"""Compute the joint loss of encoder and generator, which lowers real pairs' scores and raises fake pairs' scores.
 
     .. math:: L = \sum_{t} E[s_t]_{\mathrm{real}} - E[s_t]_{\mathrm{fake}}
 
     From Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS 2019. It is linear, so
-    it has no lower bound. :math:`s_x` of real pairs gives the encoder no gradient, :math:`s_z` of fake pairs none to
-    the generator.
-
-    Args:
-        real: As in `discriminator_loss`, and the other arguments as well.
-        fake: As in `discriminator_loss`.
-        reduction: As in `discriminator_loss`.
-        weights: As in `discriminator_loss`.
+    it has no lower bound. The encoder gets no gradient from :math:`s_x` of real pairs, the generator none from
+    :math:`s_z` of fake pairs. `discriminator_loss` documents the arguments.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The penalty on the discriminator's slope."""
+"""The penalty on the discriminator's gradient."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from paper_layers.big_bigan.scores import Scores
 
 
 def r1_penalty(scores: Scores, images: Tensor) -> Tensor:
-    r"""The mean squared slope of the scores at the images, through the trunk and J, to be added to the loss.
+    r"""Compute the mean squared gradient of the scores with respect to the images; add it to the loss.
 
     .. math:: R = E[\lVert \nabla_x (s_x + s_{xz}) \rVert^2]
 
-    R1 of Mescheder, Geiger, Nowozin, "Which Training Methods for GANs do actually Converge?", ICML 2018, with real
-    images, and R2 with fake ones; they multiply it by :math:`\gamma / 2`. Its gradient is a second derivative, which
-    `torch.compile` has not.
+    Mescheder, Geiger, Nowozin, "Which Training Methods for GANs do actually Converge?", ICML 2018: R1 on real images,
+    R2 on fake ones, multiplied by :math:`\gamma / 2`. Its own gradient is a second derivative, which `torch.compile`
+    does not support.
 
     Args:
-        scores: What the discriminator made of `images`.
-        images: N images that required gradients when it did.
+        scores: The discriminator's scores of `images`.
+        images: N images, with `requires_grad` set before they were scored.
 
     Returns:
-        One number, with a graph behind it.
+        A differentiable scalar.
 
     Raises:
-        ValueError: `images` does not require gradients, or no score depends on it.
+        ValueError: `images` do not require gradients, or no score depends on them.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> from paper_layers.big_bigan import BigBiGANDiscriminator, r1_penalty
-        >>> discriminator = BigBiGANDiscriminator(nn.Conv2d(3, 32, 3), feature_dim=32, latent_dim=16, width=64)
+        >>> discriminator = BigBiGANDiscriminator(nn.Conv2d(3, 32, 3), 32, latent_dim=16, hidden_features=64)
         >>> images = torch.randn(8, 3, 16, 16, requires_grad=True)
         >>> r1_penalty(discriminator(images, torch.randn(8, 16)), images).backward()
     """

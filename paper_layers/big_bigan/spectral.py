@@ -11,19 +11,26 @@ from paper_layers._core._torch_private import SpectralNorm
 from paper_layers._core.fusing import is_plain, known, readable
 from paper_layers.ops.spectral_linear import spectral_linear
 
-_EPS = 1e-12  # The op's, and torch's default.
+_EPS = 1e-12  # The default of torch, and the value in the op.
 
 
 class SpectralLinear(nn.Linear):
-    """A linear layer that makes `torch.nn.utils.parametrizations.spectral_norm` cheap: same numbers, same state dict.
+    """A linear layer with a cheaper `torch.nn.utils.parametrizations.spectral_norm`: same numbers, same state dict.
 
-    Torch divides the weight, and differentiates the division, in ten passes over memory of the weight's size, which
-    cost a third of the products for a batch of 512 and a width of 2048; see `spectral_linear`. `weight` still gives the
-    normalized weight.
+    Torch divides the weight by its norm, in ten passes over the weight in memory, forward and backward. They take a
+    third of the time of the matrix products for 512 rows and 2048 features. This layer scales the output instead, see
+    `paper_layers.ops.spectral_linear`. The attribute `weight` is still the normalized weight.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers.big_bigan import SpectralLinear
+        >>> layer = torch.nn.utils.parametrizations.spectral_norm(SpectralLinear(16, 4))
+        >>> layer(torch.randn(8, 16)).shape
+        torch.Size([8, 4])
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer; in training mode after a step of the power iteration."""
+        """Apply the layer, in training mode after one step of the power iteration."""
         norm = self._norm()
         if norm is None:
             return super().forward(input)
@@ -31,7 +38,7 @@ class SpectralLinear(nn.Linear):
         return spectral_linear(input, weight.original, self.bias, u=norm._u, v=norm._v, training=norm.training)
 
     def _norm(self) -> Any:
-        """The spectral norm, where it is the weight's only parametrisation and does what the op does."""
+        """Return the spectral norm if it is the weight's only parametrization and the op computes the same."""
         if not parametrize.is_parametrized(self, "weight") or parametrize._cache_enabled:
             return None
         chain: Any = self.parametrizations.weight  # type: ignore[union-attr]

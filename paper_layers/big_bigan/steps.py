@@ -1,4 +1,4 @@
-"""One step of each player: what runs, in one call of the discriminator, and what gets gradients."""
+"""One step of each player, with one call of the discriminator."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from paper_layers._core import checks
 from paper_layers._core.recompute import reopened
 from paper_layers.big_bigan.latent import Latent
 from paper_layers.big_bigan.losses import discriminator_loss, encoder_generator_loss
 from paper_layers.big_bigan.penalties import r1_penalty
 from paper_layers.big_bigan.scores import Scores
 
-Encoder = Callable[[Any], Any]  # Gives a Latent, of which a sample is taken, or latents (N, latent_dim).
+Encoder = Callable[[Any], Any]  # Returns a Latent or latents (N, latent_dim).
 
 
-class Step(NamedTuple):
-    """What a step gives: the loss to call `backward` on, and the scores of real and fake pairs."""
+class StepResult(NamedTuple):
+    """The loss to call `backward` on, and the scores of real and fake pairs."""
 
     loss: Tensor
     real: Scores
@@ -40,39 +41,39 @@ def discriminator_step(
     reduction: str = "sum",
     weights: Mapping[str, float] | None = None,
     r1_gamma: float = 0.0,
-) -> Step:
+) -> StepResult:
     r"""Compute the discriminator's loss; encoder and generator get no gradient.
 
     Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS 2019. Real and fake pairs are scored
-    in one call, so that spectral norms are updated once and DDP broadcasts buffers once. Reads the scores to see that
-    they are finite, for which a GPU has to finish them.
+    in one call, so spectral norms are updated once and DDP broadcasts buffers once. The step checks that the scores are
+    finite, so the CPU waits for the GPU.
 
     Args:
-        discriminator: A `BigBiGANDiscriminator`, also within DDP or compiled.
-        encoder: From images to a `Latent`, of which one sample is taken, or to latents (N, latent_dim).
-        generator: From latents to images.
-        images: Real ones.
-        latents: Random ones for the generator.
-        encoder_images: What the encoder sees, where its resolution is another one; default `images`.
-        labels: Those of the real and those of the fake pairs, if the discriminator has classes.
-        reduction: As in `discriminator_loss`.
-        weights: As in `discriminator_loss`.
-        r1_gamma: Adds ``r1_gamma / 2 * r1_penalty`` of the real pairs.
+        discriminator: A `BigBiGANDiscriminator`, also in DDP or compiled.
+        encoder: Maps images to a `Latent`, from which one sample is drawn, or to latents (N, latent_dim).
+        generator: Maps latents to images.
+        images: Real images.
+        latents: Random latents for the generator.
+        encoder_images: Images for the encoder, if it takes another resolution; default `images`.
+        labels: Labels of the real and of the fake pairs, if the discriminator has classes.
+        reduction: See `discriminator_loss`.
+        weights: See `discriminator_loss`.
+        r1_gamma: Adds ``r1_gamma / 2 * r1_penalty`` on the real pairs.
 
     Returns:
-        Loss and scores; the caller differentiates, with its scaler if it has one, and updates.
+        Loss and scores; the caller calls `backward` and updates the parameters.
 
     Raises:
-        TypeError: `labels` is no pair.
-        ValueError: A score is not finite, or something does not fit.
+        TypeError: `labels` is not a pair.
+        ValueError: A score is not finite; the shapes of images, latents or labels differ; see `discriminator_loss`.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> from paper_layers.big_bigan import BigBiGANDiscriminator, LatentHead
         >>> from paper_layers.big_bigan import discriminator_step, encoder_generator_step
-        >>> encoder, generator = LatentHead(64, 16, width=32), nn.Linear(16, 64)
-        >>> discriminator = BigBiGANDiscriminator(nn.Linear(64, 32), feature_dim=32, latent_dim=16, width=32)
+        >>> encoder, generator = LatentHead(64, 16, hidden_features=32), nn.Linear(16, 64)
+        >>> discriminator = BigBiGANDiscriminator(nn.Linear(64, 32), 32, 16, hidden_features=32)
         >>> images, latents = torch.randn(8, 64), torch.randn(8, 16)
         >>> discriminator_step(discriminator, encoder, generator, images, latents).loss.backward()
         >>> encoder_generator_step(discriminator, encoder, generator, images, latents).loss.backward()
@@ -83,10 +84,10 @@ def discriminator_step(
     if r1_gamma:
         images = images.detach().requires_grad_()
     real, fake = _score(discriminator, images, encoded, generated, latents, labels)
-    loss = discriminator_loss(real, fake, reduction, weights)
+    loss = discriminator_loss(real, fake, reduction=reduction, weights=weights)
     if r1_gamma:
         loss = loss + r1_gamma / 2 * r1_penalty(real, images)
-    return Step(loss, real, fake)
+    return StepResult(loss, real, fake)
 
 
 def encoder_generator_step(
@@ -100,26 +101,11 @@ def encoder_generator_step(
     labels: tuple[Tensor, Tensor] | None = None,
     reduction: str = "sum",
     weights: Mapping[str, float] | None = None,
-) -> Step:
+) -> StepResult:
     """Compute the loss of encoder and generator; the discriminator's parameters get no gradient.
 
-    As `discriminator_step`, which has the example. Of a discriminator within DDP the module inside is called, as it has
-    no gradients to reduce; encoder and generator within DDP are called as they are.
-
-    Args:
-        discriminator: As in `discriminator_step`, and the other arguments as well.
-        encoder: As in `discriminator_step`.
-        generator: As in `discriminator_step`.
-        images: As in `discriminator_step`.
-        latents: As in `discriminator_step`.
-        encoder_images: As in `discriminator_step`.
-        labels: As in `discriminator_step`.
-        reduction: As in `encoder_generator_loss`.
-        weights: As in `encoder_generator_loss`.
-
-    Raises:
-        TypeError: `labels` is no pair.
-        ValueError: A score is not finite, or something does not fit.
+    `discriminator_step` has an example, and documents the arguments and errors. If the discriminator is in DDP, the
+    module inside is called, as it has no gradients to reduce. Encoder and generator in DDP are called as they are.
     """
     if isinstance(discriminator, DistributedDataParallel):
         discriminator = discriminator.module
@@ -127,7 +113,7 @@ def encoder_generator_step(
     generated = generator(latents)
     with reopened(functools.partial(_frozen, discriminator)):
         real, fake = _score(discriminator, images, encoded, generated, latents, labels)
-    return Step(encoder_generator_loss(real, fake, reduction, weights), real, fake)
+    return StepResult(encoder_generator_loss(real, fake, reduction=reduction, weights=weights), real, fake)
 
 
 def _sampled(latent: Any) -> Tensor:
@@ -156,20 +142,13 @@ def _score(
     latents: Tensor,
     labels: tuple[Tensor, Tensor] | None,
 ) -> tuple[Scores, Scores]:
-    """The scores of (images, encoded) and of (generated, latents), in one call."""
-    if generated.shape[1:] != images.shape[1:]:
-        raise ValueError(
-            f"generator: expected images of shape {tuple(images.shape[1:])}, as the real ones, "
-            f"got {tuple(generated.shape[1:])}"
-        )
-    if encoded.shape[1:] != latents.shape[1:]:
-        raise ValueError(
-            f"encoder: expected latents of shape {tuple(latents.shape[1:])}, as latents, got {tuple(encoded.shape[1:])}"
-        )
+    """Score (images, encoded) and (generated, latents) in one call."""
+    checks.shape("generator(latents)", generated, ("N", *images.shape[1:]))
+    checks.shape("encoder(images)", encoded, ("N", *latents.shape[1:]))
     pairs = [torch.cat([images, generated]), torch.cat([encoded, latents])]
     if labels is not None:
         if not isinstance(labels, tuple | list) or len(labels) != 2:
-            raise TypeError(f"labels: expected those of real and those of fake pairs, got {type(labels).__name__}")
+            raise TypeError(f"labels: expected a pair, for real and fake pairs, got {type(labels).__name__}")
         pairs.append(torch.cat(labels))
     scores = discriminator(*pairs)
     real, fake = scores.split(images.shape[0])

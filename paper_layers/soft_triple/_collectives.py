@@ -1,8 +1,8 @@
-"""What ranks that hold some classes each tell one another, with the gradients that DDP expects.
+"""Collectives for losses whose classes are sharded over ranks, with the gradients that DDP expects.
 
-Each rank has a loss of its own and DDP minimises their mean J: it averages the gradients of its parameters over the
-ranks. So for `world` ranks an embedding's gradient is here `world` times that of J, and what stays on its rank, as the
-centers do, gets the gradient of J itself.
+Each rank has its own loss, and DDP minimises their mean J by averaging its parameters' gradients over the ranks. For
+`world` ranks, an embedding's gradient is therefore `world` times the gradient of J. Parameters that DDP does not
+average, such as the centers, get the gradient of J itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paper_layers.ops.soft_triple.loss import cross_entropy
 
 
 def gather_rows(rows: Tensor, sizes: list[int], group: Any) -> Tensor:
-    """The rows (size, ...) of all ranks, one rank's after another's; without gradients."""
+    """Concatenate the rows (size, ...) of all ranks, without gradients."""
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -27,7 +27,7 @@ def gather_rows(rows: Tensor, sizes: list[int], group: Any) -> Tensor:
 
 
 class Gather(torch.autograd.Function):
-    """`gather_rows`, in the dtype that gradients are to be summed in."""
+    """`gather_rows` with gradients; `dtype` is the dtype in which they are summed."""
 
     @staticmethod
     def forward(rows: Tensor, sizes: list[int], group: Any, dtype: torch.dtype) -> Tensor:
@@ -48,11 +48,14 @@ class Gather(torch.autograd.Function):
 
 
 class Join(torch.autograd.Function):
-    """From each rank's `soft_triple`, shapes (B,), (B,) and (), to the cross-entropies and the sum of the distances."""
+    """Join each rank's outputs of `soft_triple`, shapes (B,), (B,) and (), to cross-entropies and a sum of distances.
+
+    The other outputs are factors of their gradients.
+    """
 
     @staticmethod
     def forward(others: Tensor, target: Tensor, distance: Tensor, group: Any) -> tuple[Tensor, ...]:
-        # Finite, also where no rank has a class but the row's own.
+        # Finite also if no rank has another class than the row's own.
         highest = others.clamp(min=torch.finfo(others.dtype).min).contiguous()
         dist.all_reduce(highest, dist.ReduceOp.MAX, group)
         own = (others - highest).exp()

@@ -1,4 +1,4 @@
-"""Pytorch-metric-learning's interface of a loss, without importing the package."""
+"""The interface of pytorch-metric-learning's losses, without importing the package."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paper_layers._core import checks
 
-def taken_by_metric_learning(kind: type) -> type:
-    """The class itself, or a subclass that is one of pytorch-metric-learning's losses as well, once that is imported.
 
-    Its DistributedLossWrapper asks for the class. Nothing is inherited: all attributes are found before its own.
+def as_metric_learning_loss(kind: type) -> type:
+    """Return the class, or a subclass that is also a loss of pytorch-metric-learning once that package is imported.
+
+    Its DistributedLossWrapper checks for its own base class. The subclass inherits no behaviour from that class, as all
+    attributes are found in ours first.
     """
     theirs = sys.modules.get("pytorch_metric_learning.losses.base_metric_loss_function")
     if theirs is None or not getattr(kind, "_takes_joint_batch", True):
@@ -25,14 +28,14 @@ def taken_by_metric_learning(kind: type) -> type:
 
 @functools.cache
 def _joined(kind: type, base: type) -> type:
-    # Attributes that its methods read; its constructor, which is not called, sets them.
+    # Attributes that its constructor would set, which is not called.
     body: dict[str, Any] = {"collect_stats": False, "embedding_regularizer": None, "__doc__": kind.__doc__}
     body |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_made_from": kind}
     return type(kind.__name__, (kind, base), {**body, "__reduce_ex__": _reduce})
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickle and copy by the class that there is a name for: the other may have neither name nor base elsewhere."""
+    """Pickle and copy by our class: another process may lack the joined class and its base."""
     reduced: Any = nn.Module.__reduce_ex__(self, 2)
     return _rebuild, (self._made_from,), *reduced[2:]
 
@@ -42,28 +45,24 @@ def _rebuild(kind: Any) -> Any:
 
 
 def check_references(embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None) -> None:
-    """Rows to compare with are for losses of pairs, but the rows themselves may stand there."""
+    """Check that reference rows, which losses of pairs take, are None or the rows themselves."""
     for name, value, own in (("ref_emb", ref_emb, embeddings), ("ref_labels", ref_labels, labels)):
         if value is not None and value is not own:
             raise ValueError(f"{name}: expected None, since SoftTriple compares with centers, got a Tensor")
 
 
-def counts_of_tuples(indices_tuple: Sequence[Tensor], embeddings: Tensor) -> Tensor:
-    """How often each row occurs in a miner's pairs or triplets: (B,), in a floating dtype."""
+def count_rows(indices_tuple: Sequence[Tensor], embeddings: Tensor) -> Tensor:
+    """Count how often each row occurs in a miner's pairs or triplets: float32 of shape (B,)."""
     if not isinstance(indices_tuple, tuple | list) or not all(isinstance(part, Tensor) for part in indices_tuple):
         raise TypeError(f"indices_tuple: expected Tensors in a tuple, got {type(indices_tuple).__name__}")
     counts = embeddings.new_zeros(len(embeddings), dtype=torch.float32)
     for part in indices_tuple:
-        if part.dtype != torch.int64 or part.dim() != 1:
-            raise TypeError(
-                f"indices_tuple: expected int64 Tensors of one dimension, got {part.dtype} of {tuple(part.shape)}"
-            )
-        counts = counts.index_add(0, part, counts.new_ones(len(part)))
+        counts = counts.index_add(0, checks.numbers("indices_tuple", part), counts.new_ones(len(part)))
     return counts
 
 
-def weights_of_counts(counts: Tensor) -> Tensor:
-    """Counts relative to the largest, or ones where all are zero."""
+def counts_to_weights(counts: Tensor) -> Tensor:
+    """Divide counts by the largest; return ones if all are zero."""
     if counts.shape[0] == 0:
         return counts
     largest = counts.max()

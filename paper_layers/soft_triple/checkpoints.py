@@ -1,4 +1,4 @@
-"""Published SoftTriple centers: their layouts into ours."""
+"""Load published SoftTriple centers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paper_layers.soft_triple.loss import SoftTripleLoss
 
 _Loss = TypeVar("_Loss", bound=SoftTripleLoss)
 
-# Beside a network's own keys: nothing else is called fc alone, much ends in weight.
+# In a checkpoint of a whole training: `fc` under any prefix, `weight` only under usual names of a loss.
 _COLUMNS = re.compile(r"(?:^|\.)fc$")
 _ROWS = re.compile(r"^(?:.*\.)?(?:loss|loss_fn|loss_func|metric_loss|criterion|losses\.\w+)\.weight$|^weight$")
 
@@ -21,29 +21,28 @@ _ROWS = re.compile(r"^(?:.*\.)?(?:loss|loss_fn|loss_func|metric_loss|criterion|l
 def load_official(module: _Loss, state_dict: StateDict) -> _Loss:
     """Load the centers of the official SoftTriple code, or of pytorch-metric-learning, into a loss of this package.
 
-    For Qian et al., "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling", ICCV 2019. The official ``fc``
-    and that of pytorch-metric-learning 2.x are of shape (d, C K), with center k of class c in column c K + k; the
-    ``weight`` of pytorch-metric-learning 3.x is of shape (C K, d). They may stand alone or, as ``criterion.fc``,
-    ``losses.0.weight`` and so on, in the checkpoint of a whole training, of which the rest is left to the network.
+    For Qian et al., "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling", ICCV 2019. The official code and
+    pytorch-metric-learning 2.x have ``fc`` of shape (d, C K), with center k of class c in column c K + k;
+    pytorch-metric-learning 3.x has ``weight`` of shape (C K, d). The key may also be part of a checkpoint of a whole
+    training, as ``criterion.fc``, ``losses.0.weight`` and so on; the other keys are ignored.
 
-    From the same centers the loss is the official one. That of pytorch-metric-learning differs where its
-    ``SparseCentersRegularizer`` is used: it lacks the 1e-5 under the root of each distance, less than tau / 600 of
-    the loss, but without which its gradient is NaN once two centers coincide.
+    With the same centers, the loss is equal to the official one. It differs from pytorch-metric-learning's with
+    ``SparseCentersRegularizer``, which lacks the 1e-5 under the root of each distance. The difference is less than
+    tau / 600, but without the 1e-5 the gradient is NaN once two centers coincide.
 
     Args:
         module: The loss to load into.
-        state_dict: The official state dict, of tensors or NumPy arrays. It may stand within
-            ``{"model": ...}`` or ``{"state_dict": ...}``, and have DataParallel's ``module.`` before each key. Or the
-            path of a file that holds one, written by torch.save or, as in model zoos, by pickle. Nothing in a file is
-            run: anything but tensors, arrays, numbers, strings and containers is refused.
+        state_dict: The official state dict, of tensors or NumPy arrays, or the path of a file that torch.save or pickle
+            wrote. It may be inside ``{"model": ...}`` or ``{"state_dict": ...}``, and have DataParallel's ``module.``
+            before each key. No code in a file is run: only tensors, arrays, numbers, strings and containers are loaded.
 
     Returns:
         `module`.
 
     Raises:
         TypeError: `state_dict` is neither a mapping nor a path, or a key is not a string.
-        pickle.UnpicklingError: A file holds anything else.
-        ValueError: The centers are missing, ambiguous or of another shape.
+        pickle.UnpicklingError: A file contains other objects.
+        ValueError: The centers are missing or ambiguous, or have another shape.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""How good an embedding is for retrieval and clustering, as metric learning papers measure it."""
+"""Measures of retrieval and clustering, as in metric-learning papers."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ def recall_at_k(
     gallery: Tensor | None = None,
     gallery_labels: Tensor | None = None,
 ) -> dict[int, float]:
-    """Share of queries that have a sample of their own class among their k nearest by cosine.
+    """Compute the share of queries with a sample of their own class among the k nearest by cosine.
 
-    The Recall@k of Qian et al., "SoftTriple Loss", ICCV 2019, section 4, and of metric learning at large: every sample
-    is a query and all others are searched. The search is exact and holds N x max(k) neighbours, never N x N distances.
+    The Recall@k of Qian et al., "SoftTriple Loss", ICCV 2019, section 4, as usual in metric learning: every sample is a
+    query, and all others are searched. The search is exact and stores N x max(k) neighbours, never N x N distances.
 
-    Of equally near samples the one that comes first counts as nearer. A query that nothing can be found for, since no
-    other sample has its class, is left out. A zero vector stands at a cosine of 1/2 to all others.
+    Ties are broken by index. A query is left out if no other sample has its class. A zero vector has distance 1/2
+    to every non-zero vector.
 
     Args:
-        embeddings: Shape (N, d), floating point, of any length: they are normalised here.
+        embeddings: Shape (N, d), floating point, not necessarily normalised.
         labels: Classes, integers or bool of shape (N,).
-        k: How many neighbours are looked at; more than there are samples means all of them.
+        k: One or several numbers of neighbours; may exceed the number of samples.
         gallery: Samples to search in place of the other queries, shape (M, d).
-        gallery_labels: Their classes, integers or bool of shape (M,).
+        gallery_labels: Classes of the gallery, integers or bool of shape (M,).
 
     Returns:
-        The recall, 0 to 1, of each k; NaN where all queries are left out.
+        The recall for each k, from 0 to 1; NaN if all queries are left out.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes or sizes do not fit, or one of `gallery` and `gallery_labels` is missing.
+        ValueError: A shape is wrong, `k` is below 1 or empty, or only one of `gallery` and `gallery_labels` is given.
 
     Example:
         >>> import torch
@@ -52,7 +52,7 @@ def recall_at_k(
     labels = _samples("embeddings", embeddings, "labels", labels)
     if (gallery is None) != (gallery_labels is None):
         missing, given = ("gallery", "gallery_labels") if gallery is None else ("gallery_labels", "gallery")
-        raise ValueError(f"{missing}: expected a Tensor beside {given}, got None")
+        raise ValueError(f"{missing}: expected a Tensor, as {given} is given, got None")
     alone = gallery is None or gallery_labels is None
     if gallery is not None and gallery_labels is not None:
         gallery_labels = _samples("gallery", gallery, "gallery_labels", gallery_labels)
@@ -79,25 +79,24 @@ def recall_at_k(
 
 
 def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
-    """Normalised mutual information of the classes and as many clusters of k-means.
+    """Compute the normalised mutual information of the classes and as many k-means clusters.
 
-    As in Qian et al., "SoftTriple Loss", ICCV 2019, section 4: the embeddings are normalised, clustered by
-    scikit-learn's k-means into as many clusters as there are classes, and the information that clusters and classes
-    share is divided by the arithmetic average of their entropies. Needs scikit-learn:
-    ``pip install paper-layers[evaluation]``.
+    As in Qian et al., "SoftTriple Loss", ICCV 2019, section 4: scikit-learn's k-means clusters the normalised
+    embeddings, and the mutual information of clusters and classes is divided by the mean of their entropies. Needs
+    scikit-learn: ``pip install paper-layers[evaluation]``.
 
     Args:
         embeddings: Shape (N, d), floating point.
         labels: Classes, integers or bool of shape (N,).
-        seed: Of k-means, whose result depends on where it starts.
+        seed: Seed of the initial clusters.
 
     Returns:
-        0, where clusters tell nothing of the class, to 1.
+        A number from 0 (clusters independent of the classes) to 1 (clusters equal to the classes).
 
     Raises:
         ImportError: scikit-learn is not installed.
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes do not fit, or there is no sample.
+        ValueError: A shape is wrong, or there are no samples.
 
     Example:
         >>> import torch
@@ -133,7 +132,7 @@ def _samples(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> 
 
 
 def _count(labels: Tensor, among: Tensor) -> Tensor:
-    """How often each label occurs among others."""
+    """Count how often each label occurs in `among`."""
     ordered = among.sort().values
     first, past = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
     return past - first

@@ -1,4 +1,4 @@
-"""The SoftTriple loss with its centers."""
+"""The SoftTriple loss as a module with its centers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
 from paper_layers.ops.soft_triple.logits import soft_triple_logits
 from paper_layers.ops.soft_triple.loss import REDUCTIONS, soft_triple_loss
-from paper_layers.soft_triple import merging
+from paper_layers.soft_triple import _merging
 from paper_layers.soft_triple._metric_learning import (
+    as_metric_learning_loss,
     check_references,
-    counts_of_tuples,
-    taken_by_metric_learning,
-    weights_of_counts,
+    count_rows,
+    counts_to_weights,
 )
 
 
@@ -29,37 +29,34 @@ class SoftTripleLoss(Leaf):
               + \tau R(w), \quad
               S_{ic} = \sum_k \operatorname{softmax}_k(x_i^\top w_{ck} / \gamma)\, x_i^\top w_{ck}
 
-    with unit vectors x and w, of Qian, Shang, Sun, Hu, Li, Jin, "SoftTriple Loss: Deep Metric Learning Without Triplet
-    Sampling", ICCV 2019, equation 9; the regulariser R is half the mean distance between centers of a class, so that
-    centers which are not needed merge. See `paper_layers.soft_triple_loss` for it and for the arguments that are not
-    explained here. With K = 1 it is a soft-max loss on normalised vectors.
+    with unit vectors x and w. Qian, Shang, Sun, Hu, Li, Jin, "SoftTriple Loss: Deep Metric Learning Without Triplet
+    Sampling", ICCV 2019, equation 9. The regulariser R, half the mean distance between the centers of a class, merges
+    centers that are not needed; see `paper_layers.soft_triple_loss`. With K = 1 it is a soft-max loss on normalised
+    vectors.
 
-    Trainers, miners and wrappers of pytorch-metric-learning take it for a loss of their own, and call it as such.
+    Trainers, miners and wrappers of pytorch-metric-learning accept it as one of their own losses.
 
-    The centers are trained along with the network. In the paper their learning rate is a hundred times the network's,
-    with Adam at ``eps=0.01``: their lengths do not matter to the loss, but scale their gradients, and with Adam's usual
-    eps every center moves at the full rate, however small its gradient.
+    Train the centers along with the network. In the paper their learning rate is a hundred times the network's, with
+    Adam at ``eps=0.01``; `param_groups` explains why.
 
     Args:
-        num_classes: Classes C.
+        num_classes: Number of classes C.
         embedding_dim: Size d of the embeddings.
-        centers_per_class: Centers K of each class.
+        centers_per_class: Number of centers K per class.
         la: Scale of the logits.
-        gamma: How softly the nearest center is chosen, above 0.
+        gamma: Temperature of the soft-max over a class's centers, above 0.
         tau: Weight of the regulariser; 0 for none.
-        margin: Taken from the similarity to the row's own class.
-        ignore_index: A label whose rows do not count.
+        margin: Subtracted from the similarity to the row's own class.
+        ignore_index: Label of rows to ignore.
         reduction: "mean", "sum" or "none".
-        chunk_size: Classes at a time, of each thread on the CPU; default as caches hold.
-        device: Where the centers are.
-        dtype: Their dtype.
+        chunk_size: Number of classes computed at a time, on the CPU by each thread; default: by the caches' size.
 
     Attributes:
         centers: Parameter of shape (num_classes, centers_per_class, embedding_dim), of any length.
 
     Raises:
         TypeError: A number has the wrong type.
-        ValueError: A number is out of range, or `reduction` is none of the three.
+        ValueError: A number is out of range, or `reduction` is unknown.
 
     Example:
         >>> import torch, paper_layers
@@ -71,26 +68,26 @@ class SoftTripleLoss(Leaf):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """An instance of a class that pytorch-metric-learning accepts, where that is imported."""
-        return super().__new__(taken_by_metric_learning(cls))
+        """Make an instance of a class that pytorch-metric-learning accepts, if that package is imported."""
+        return super().__new__(as_metric_learning_loss(cls))
 
     def __init__(
         self,
         num_classes: int,
         embedding_dim: int,
         centers_per_class: int = 10,
+        *,
         la: float = 20.0,
         gamma: float = 0.1,
         tau: float = 0.2,
         margin: float = 0.01,
-        *,
         ignore_index: int = -100,
         reduction: str = "mean",
         chunk_size: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        nn.Module.__init__(self)  # And not that of pytorch-metric-learning's base class.
+        nn.Module.__init__(self)  # Not the constructor of pytorch-metric-learning's base class.
         num_classes, embedding_dim, centers_per_class = checks.positive(
             num_classes=num_classes, embedding_dim=embedding_dim, centers_per_class=centers_per_class
         )
@@ -114,12 +111,12 @@ class SoftTripleLoss(Leaf):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new centers, as the official code does: uniform within one over the root of their number."""
+        """Draw new centers from U(-b, b) with b = (C K)^(-1/2), as the official code does."""
         bound = (self.num_classes * self.centers_per_class) ** -0.5
         nn.init.uniform_(self.centers, -bound, bound)
 
     def extra_repr(self) -> str:
-        """All arguments."""
+        """Return all arguments."""
         names = ("centers_per_class", "la", "gamma", "tau", "margin", "ignore_index", "reduction", "chunk_size")
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.num_classes}, {self.embedding_dim}, {options}"
@@ -132,26 +129,26 @@ class SoftTripleLoss(Leaf):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of embeddings (B, embedding_dim) with labels (B,), of any integer dtype.
+        """Compute the loss of embeddings with their labels.
 
         Args:
             embeddings: Shape (B, embedding_dim).
-            labels: Classes or `ignore_index`, integers of shape (B,).
-            indices_tuple: What a miner of pytorch-metric-learning found: pairs or triplets of rows. As in its own
-                SoftTripleLoss, a row's loss weighs as much as it occurs in them, relative to the row that occurs most;
-                without any, all rows weigh alike.
-            ref_emb: None, or `embeddings`: the rows are compared with centers only.
+            labels: Classes or `ignore_index`, of any integer dtype, shape (B,).
+            indices_tuple: Pairs or triplets of rows from a miner of pytorch-metric-learning. As in its SoftTripleLoss,
+                a row's loss is weighted by the number of times the row occurs in them, divided by the largest such
+                number; if they are empty, all weights are 1.
+            ref_emb: None or `embeddings`, as the rows are compared only with centers.
             ref_labels: None, or `labels`.
         """
         if hasattr(self.centers, "full_tensor"):
             raise TypeError(
-                "centers: expected a Tensor, got a DTensor (FSDP gathers it if the loss is called, not its forward; "
-                "to spread classes over ranks, use ShardedSoftTripleLoss)"
+                "centers: expected a Tensor, got a DTensor (with FSDP, call the loss, not its forward; "
+                "to shard classes over ranks, use ShardedSoftTripleLoss)"
             )
         check_references(embeddings, labels, ref_emb, ref_labels)
         weights = None
         if indices_tuple is not None:
-            weights = weights_of_counts(counts_of_tuples(indices_tuple, embeddings))
+            weights = counts_to_weights(count_rows(indices_tuple, embeddings))
         return soft_triple_loss(
             embeddings,
             self.centers,
@@ -167,28 +164,27 @@ class SoftTripleLoss(Leaf):
         )
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Logits (B, num_classes) of embeddings (B, embedding_dim): scaled similarities, without the margin."""
+        """Return logits (B, num_classes) of embeddings (B, embedding_dim): scaled similarities, without the margin."""
         options: dict[str, Any] = {"la": self.la, "gamma": self.gamma, "chunk_size": self.chunk_size}
         return soft_triple_logits(embeddings, self._all_centers(), **options)
 
     def distinct_centers(self, threshold: float) -> Tensor:
         """Count the centers of each class that have not merged: int64 of shape (num_classes,).
 
-        Two unit centers are closer than `threshold` in Euclidean distance, 0 to 2, or connected by others of their
-        class which are: then they count as one. The regulariser makes such centers, which the paper counts in its
-        section 4.
+        Two unit centers of a class count as one if their Euclidean distance (0 to 2) is below `threshold`, or if other
+        centers connect them in such steps. Section 4 of the paper counts the centers that the regulariser merged.
 
         Example:
             >>> import paper_layers
             >>> paper_layers.SoftTripleLoss(num_classes=3, embedding_dim=64).distinct_centers(0.1)
             tensor([10, 10, 10])
         """
-        return merging.distinct_centers(self._all_centers(), threshold)
+        return _merging.distinct_centers(self._all_centers(), threshold)
 
     def merge_centers(self, threshold: float) -> tuple[Tensor, Tensor]:
-        """The unit centers (M, embedding_dim) that are left, class by class, and their classes, int64 of shape (M,).
+        """Return the distinct unit centers (M, embedding_dim), class by class, and their classes, int64 of shape (M,).
 
-        Centers that `distinct_centers` counts as one become the direction of the mean of their unit vectors.
+        Centers that `distinct_centers` counts as one are replaced by their normalised mean.
 
         Example:
             >>> import paper_layers
@@ -196,9 +192,9 @@ class SoftTripleLoss(Leaf):
             >>> centers.shape, classes
             (torch.Size([6, 64]), tensor([0, 0, 1, 1, 2, 2]))
         """
-        return merging.merge_centers(self._all_centers(), threshold)
+        return _merging.merge_centers(self._all_centers(), threshold)
 
     def _all_centers(self) -> Tensor:
-        """All of them, where FSDP holds but a part outside of forward."""
+        """Return all centers, also if FSDP has sharded them."""
         centers = self.centers
         return centers.full_tensor() if hasattr(centers, "full_tensor") else centers

@@ -1,4 +1,4 @@
-"""The parameter groups that SoftTriple is trained with."""
+"""Parameter groups for training with SoftTriple."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from paper_layers.soft_triple.loss import SoftTripleLoss
 
 
 def param_groups(*modules: nn.Module, lr: float = 1e-4, center_lr: float = 1e-2) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: the network's, and the centers of its SoftTriple losses, which learn faster.
+    """Return parameter groups for an optimizer: the network, and the centers of its SoftTriple losses.
 
-    The official training of Qian et al., "SoftTriple Loss", ICCV 2019, is Adam with a weight decay of 1e-4 and, what
-    matters most, an ``eps`` of 0.01: where gradients are far below it, as those of most centers are, a step grows
-    with the gradient, while with torch's default of 1e-8 each center moves by `center_lr` however small its gradient
-    is. Both rates are multiplied by 0.1 every 20 of 50 epochs.
+    Qian et al., "SoftTriple Loss", ICCV 2019, train with Adam, a weight decay of 1e-4 and ``eps=0.01``, and multiply
+    both learning rates by 0.1 every 20 of 50 epochs. The large ``eps`` matters most: the gradients of most centers are
+    far below it, so their steps are proportional to the gradient. With torch's default of 1e-8 each center moves by
+    `center_lr`, however small its gradient is.
 
     Args:
-        modules: The network and the loss, or one module that holds both.
-        lr: The learning rate of all parameters but the centers.
-        center_lr: The learning rate of the centers.
+        *modules: The network and the loss, or one module that contains both.
+        lr: Learning rate of all other parameters.
+        center_lr: Learning rate of the centers.
 
     Returns:
-        Two groups, first the network's.
+        Two groups: the other parameters, and the centers.
 
     Raises:
-        TypeError: A rate is no number.
-        ValueError: There is no SoftTriple loss in `modules`.
+        TypeError: A learning rate is not a number.
+        ValueError: `modules` contain no SoftTriple loss.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The SoftTriple loss with its classes spread over the ranks of a process group."""
+"""The SoftTriple loss with its classes sharded over the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -15,60 +15,57 @@ from paper_layers.ops.soft_triple.chunk_ops import known_labels
 from paper_layers.ops.soft_triple.chunks import check
 from paper_layers.ops.soft_triple.loss import REDUCTIONS, reduce_losses, soft_triple
 from paper_layers.soft_triple._collectives import Gather, Join, gather_rows
-from paper_layers.soft_triple._metric_learning import check_references, counts_of_tuples, weights_of_counts
+from paper_layers.soft_triple._metric_learning import check_references, count_rows, counts_to_weights
 from paper_layers.soft_triple.loss import SoftTripleLoss
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+    from typing_extensions import Unpack
+
+    from paper_layers.soft_triple._options import LossOptions
 
 
 class ShardedSoftTripleLoss(SoftTripleLoss):
-    """SoftTriple over several processes, each of which holds the centers of some classes: for very many classes.
+    """SoftTriple with its classes sharded over several processes, for very many classes.
 
-    `SoftTripleLoss` of the joint batch of all ranks (Qian et al., "SoftTriple Loss", ICCV 2019). Embeddings and labels,
-    of which each rank may have another number, go to all ranks; each computes the logits of its own classes, and the
-    soft-max is joined from their maxima, sums and targets. Every rank returns the loss of the joint batch, as reduced
-    by "mean" (over the rows of all ranks that count) or "sum"; with "none", the losses of its own rows.
+    The `SoftTripleLoss` of the joint batch of all ranks (Qian et al., "SoftTriple Loss", ICCV 2019). Each rank may have
+    a different number of rows. Embeddings and labels are gathered on all ranks; each rank computes the logits of its
+    own classes, and the soft-max is joined from their log-sum-exps and targets. Every rank returns the loss of the
+    joint batch for "mean" (over the counted rows of all ranks) and "sum", and the losses of its own rows for "none".
 
-    It stands beside a network in DistributedDataParallel, not inside, which raises an error: DDP averages gradients
-    over ranks, and each rank has other centers. After ``loss(ddp(x), labels).backward()`` the network's gradients and
-    the centers' are those of one process with the joint batch. In general, whatever each rank makes of what it is
-    given, they are the gradients of the mean of what the ranks call backward on; to that end the gradient of the
-    embeddings is as many times theirs as there are ranks. All ranks call forward and backward together. A wrong
-    argument on one is an error on all, and so are settings that differ. There is no double backward.
+    Use it beside a network in DistributedDataParallel, not inside, which raises an error: DDP would average the
+    gradients of different centers. After ``loss(ddp(x), labels).backward()``, the gradients of network and centers are
+    those of one process with the joint batch. In general, the gradients are those of the mean over ranks of the values
+    on which backward is called; the embeddings' gradient is therefore multiplied by the world size. All ranks must call
+    forward and backward together. A wrong argument on one rank, or different settings, are errors on all ranks. Double
+    backward is not supported.
 
-    In a module that DistributedDataParallel wraps whole, as a LightningModule, tell DDP before to leave the centers
-    alone: ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["loss.centers"])``, in
+    If DistributedDataParallel wraps a module that contains the loss, such as a LightningModule, first exclude the
+    centers: ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["loss.centers"])``, in
     Lightning in ``configure_model``.
 
-    The centers are a DTensor, split by classes as evenly as `torch.chunk` does. Thus ``torch.distributed.checkpoint``
-    saves and loads them, and the optimizer's state, with any number of ranks, also from and into `SoftTripleLoss`; and
-    `load_state_dict` and `load_official` take the centers of all classes on every rank. `distinct_centers`,
-    `merge_centers` and `get_logits`, which gives no gradient to the centers, collect them all on every rank.
+    The centers are a DTensor, split by classes as `torch.chunk` splits. So ``torch.distributed.checkpoint`` saves and
+    loads them and the optimizer's state with any number of ranks, also from and to `SoftTripleLoss`. `load_state_dict`
+    and `load_official` take the centers of all classes on every rank. `distinct_centers`, `merge_centers` and
+    `get_logits` gather all centers on every rank; `get_logits` gives no gradient to them.
 
     Args:
-        num_classes: Classes C of all ranks together.
+        num_classes: Number of classes of all ranks together.
         embedding_dim: Size d of the embeddings.
-        centers_per_class: Centers K of each class.
-        la: Scale of the logits.
-        gamma: How softly the nearest center is chosen, above 0.
-        tau: Weight of the regulariser; 0 for none.
-        margin: Taken from the similarity to the row's own class.
-        process_group: The ranks; default all. All of them create the loss together.
-        ignore_index: A label whose rows do not count.
-        reduction: "mean", "sum" or "none".
-        chunk_size: Classes at a time, of each thread on the CPU; default as caches hold.
-        device: Where the centers are, and stay: one that the process group's backend serves.
-        dtype: Their dtype.
+        centers_per_class: Number of centers per class.
+        process_group: The ranks; default: all. All ranks create the loss together.
+        device: Device of the centers, where they must stay; the process group's backend must support it.
+        **options: `la`, `gamma`, `tau`, `margin`, `ignore_index`, `reduction`, `chunk_size`, `dtype`: see
+            `SoftTripleLoss`.
 
     Attributes:
         centers: DTensor parameter of shape (num_classes, centers_per_class, embedding_dim).
-        classes: The range of the classes whose centers are on this rank.
+        classes: Range of the classes on this rank.
 
     Raises:
         RuntimeError: `torch.distributed` is not initialised.
         TypeError: A number has the wrong type.
-        ValueError: A number is out of range, or `reduction` is none of the three.
+        ValueError: A number is out of range, or `reduction` is unknown.
 
     Example:
         >>> import tempfile, torch, paper_layers
@@ -90,21 +87,12 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         num_classes: int,
         embedding_dim: int,
         centers_per_class: int = 10,
-        la: float = 20.0,
-        gamma: float = 0.1,
-        tau: float = 0.2,
-        margin: float = 0.01,
-        process_group: dist.ProcessGroup | None = None,
         *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        chunk_size: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[LossOptions],
     ):
-        numbers = (num_classes, embedding_dim, centers_per_class, la, gamma, tau, margin)
-        options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "chunk_size": chunk_size}
-        super().__init__(*numbers, **options, device="meta", dtype=dtype)
+        super().__init__(num_classes, embedding_dim, centers_per_class, device="meta", **options)
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(
                 "ShardedSoftTripleLoss: expected torch.distributed.init_process_group before it, got no process group "
@@ -125,7 +113,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
 
     @property
     def classes(self) -> range:
-        """The classes whose centers are on this rank."""
+        """Range of the classes whose centers are on this rank."""
         size = -(-self.num_classes // self._mesh.size())
         start = min(size * self._mesh.get_local_rank(), self.num_classes)
         return range(start, min(start + size, self.num_classes))
@@ -139,11 +127,11 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new centers, uniform within one over the root of their number; all ranks call it together."""
+        """Draw new centers, as `SoftTripleLoss` does; all ranks must call it together."""
         if self.centers.is_meta:
             return
         own = self._own_centers()
-        # Ranks are often seeded alike; their classes must not start alike.
+        # Ranks often have the same seed, but their centers must differ.
         seed = torch.randint(1 << 62, (1,)).to(own.device)
         group = self._mesh.get_group()
         dist.broadcast(seed, group=group, group_src=0)
@@ -152,7 +140,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         own.uniform_(-bound, bound, generator=generator)
 
     def extra_repr(self) -> str:
-        """All arguments, and which classes are here."""
+        """Return all arguments, and the classes on this rank."""
         return f"{super().extra_repr()}, classes={self.classes.start} to {self.classes.stop - 1}"
 
     def forward(
@@ -163,9 +151,9 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of all ranks' embeddings (B, embedding_dim) with labels (B,), as in `SoftTripleLoss`.
+        """Compute the loss of all ranks' embeddings (B, embedding_dim) with labels (B,), as in `SoftTripleLoss`.
 
-        The numbers in `indices_tuple` are of this rank's rows; the row that occurs most is that of all ranks.
+        `indices_tuple` has indices of this rank's rows; counts are divided by the largest count of all ranks.
         """
         group, own = self._mesh.get_group(), self._own_centers()
         labels, counts, sizes = self._agreed(embeddings, labels, indices_tuple, ref_emb, ref_labels)
@@ -180,7 +168,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         if regularized:
             distance = self.tau / (self.num_classes * count * (count - 1)) * distance
         if counts is not None:
-            losses = losses * weights_of_counts(gather_rows(counts, sizes, group))
+            losses = losses * counts_to_weights(gather_rows(counts, sizes, group))
         loss = reduce_losses(losses, labels >= 0, distance, self.reduction)
         return loss.split(sizes)[dist.get_rank(group)] if self.reduction == "none" else loss
 
@@ -192,16 +180,16 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, list[int]]:
-        """Labels as int64, what miners of any rank counted, and how many rows each rank has.
+        """Return labels as int64, the counts of a miner if any rank has one, and the number of rows on each rank.
 
-        An error on all ranks where one was given what does not fit, or where they are not set alike.
+        Raise an error on all ranks if one has a wrong argument, or if their settings differ.
         """
         own, error, mine, counts = self._own_centers(), None, [-1, -1], None
         try:
             check_references(embeddings, labels, ref_emb, ref_labels)
             check(embeddings, own, self.la, self.gamma, self.chunk_size)
             if indices_tuple is not None:
-                counts = counts_of_tuples(indices_tuple, embeddings)
+                counts = count_rows(indices_tuple, embeddings)
             labels = values.integers("labels", labels, len(embeddings))
             checks.same_device("labels", labels, "embeddings", embeddings)
             mine = [len(embeddings), checks.FLOATING.index(embeddings.dtype)]
@@ -214,9 +202,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
             raise error
         for rank, (size, dtype, *_) in enumerate(found):
             if size < 0:
-                raise ValueError(
-                    f"embeddings, labels: expected fitting ones on every rank, see the error of rank {rank}"
-                )
+                raise ValueError(f"embeddings, labels: expected valid ones on every rank, see the error of rank {rank}")
             if dtype != mine[1]:
                 theirs = str(checks.FLOATING[dtype]).removeprefix("torch.")
                 raise TypeError(f"embeddings: expected the dtype of rank {rank}, {theirs}, got {embeddings.dtype}")
@@ -229,7 +215,7 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         return labels, counts, [size for size, *_ in found]
 
     def _settings(self, requires_grad: bool) -> dict[str, Any]:
-        """The settings that must be equal on all ranks, by name: numbers, and choices as (names, number)."""
+        """Return the settings that must be equal on all ranks, by name."""
         own, grad = self._own_centers(), torch.is_grad_enabled()
         return {
             "num_classes": self.num_classes,
@@ -254,26 +240,28 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
 
 
 class _Choice(NamedTuple):
+    """One of several values, by its number."""
+
     values: tuple[Any, ...]
     number: int
 
 
 def _bits(value: Any) -> int:
-    """A setting as an int64, to be sent."""
+    """Return a setting as an int64 that can be sent."""
     if isinstance(value, _Choice):
         return value.number
     return struct.unpack("q", struct.pack("d", value))[0] if isinstance(value, float) else value
 
 
 def _value(bits: int, like: Any) -> Any:
-    """The tensor that another rank sent in place of `like`."""
+    """Return the setting that another rank sent, of the kind of `like`."""
     if isinstance(like, _Choice):
         return like.values[bits]
     return struct.unpack("d", struct.pack("q", bits))[0] if isinstance(like, float) else bits
 
 
 def _split_whole(module: ShardedSoftTripleLoss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load the centers of all classes, as one process saves them: each rank takes its own."""
+    """Take this rank's part of the centers of all classes, as one process saves them."""
     from torch.distributed.tensor import DTensor
 
     value = state_dict.get(f"{prefix}centers")

@@ -35,7 +35,7 @@ from tests.ops.test_neighbor_reduce import features, table
 
 Run = Callable[[Any, Tensor], Tensor]
 FACTORY: dict[str, Any] = {"dtype": torch.float64}
-PLAIN: dict[str, Any] = {"spectral_norm": False, "width": 6, "depth": 2, **FACTORY}
+PLAIN: dict[str, Any] = {"spectral_norm": False, "hidden_features": 6, "depth": 2, **FACTORY}
 NET: dict[str, Any] = {"channels": 6, "blocks": 2, "k": 3, "dropout": 0.0, "stochastic": False, **FACTORY}
 
 
@@ -194,7 +194,11 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Run]] = {
     "SplitBatchNorm3d": (lambda: SplitBatchNorm3d(4, momentum=None, **FACTORY), (12, 4, 2, 1, 2), by_branches),
     "SplitSyncBatchNorm": (lambda: adv_prop.SplitSyncBatchNorm(4, **FACTORY), (12, 4), by_branches),
     "ResidualMLP": (lambda: big_bigan.ResidualMLP(4, **PLAIN), (12, 4), lambda m, x: m(x)),
-    "Score": (lambda: big_bigan.Score(4, spectral_norm=False, **FACTORY), (12, 4), lambda m, x: m(x)),
+    "ProjectionScore": (
+        lambda: big_bigan.ProjectionScore(4, spectral_norm=False, **FACTORY),
+        (12, 4),
+        lambda m, x: m(x),
+    ),
     "UnaryHead": (
         lambda: big_bigan.UnaryHead(4, **PLAIN, projection_spectral_norm=False),
         (12, 4),
@@ -214,12 +218,12 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Run]] = {
         scores,
     ),
     "LatentHead": (
-        lambda: big_bigan.LatentHead(4, 3, width=6, depth=2, **FACTORY),
+        lambda: big_bigan.LatentHead(4, 3, hidden_features=6, depth=2, **FACTORY),
         (12, 4),
         lambda m, x: torch.cat(m(x)),
     ),
 }
-WITHOUT_LAYERS = {"DilatedKNN", "ImplicitPointHead"}
+WITHOUT_LAYERS = {"DilatedKNN", "ImplicitPointHead", "SpectralLinear"}
 
 
 def test_every_public_module_is_here() -> None:
@@ -471,7 +475,7 @@ def test_methods_beside_forward_gather_shards() -> None:
     fully_shard(head, mesh=mesh)
     torch.testing.assert_close(head.refine(maps, head.coarse(maps, boxes), boxes, labels, size=28), expected)
     trunk = Trunk(3, 3)
-    discriminator = big_bigan.BigBiGANDiscriminator(trunk, 3, 4, width=6, depth=2)
+    discriminator = big_bigan.BigBiGANDiscriminator(trunk, 3, 4, hidden_features=6, depth=2)
     fully_shard(trunk, mesh=mesh)
     fully_shard(discriminator, mesh=mesh)
     discriminator(features(5, 3), features(5, 4)).x.sum().backward()
@@ -481,7 +485,7 @@ def test_methods_beside_forward_gather_shards() -> None:
 def test_forward_keeps_its_parameters_until_its_end() -> None:
     """A module that is no root of FSDP2 gives up its parameters after each method that gathers them."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    discriminator = big_bigan.BigBiGANDiscriminator(Trunk(3, 3), 3, 4, width=6, depth=2).eval()
+    discriminator = big_bigan.BigBiGANDiscriminator(Trunk(3, 3), 3, 4, hidden_features=6, depth=2).eval()
     images, latents = features(5, 3), features(5, 4)
     expected = discriminator(images, latents).xz
     fully_shard(discriminator, mesh=mesh, reshard_after_forward=True)
@@ -511,7 +515,7 @@ def test_parts_of_the_point_head_refuse_layers_that_must_be_called() -> None:
 
 @pytest.mark.parametrize("activation", ["pre", "post"])
 def test_hooks_keep_what_they_saw(activation: str) -> None:
-    mlp = big_bigan.ResidualMLP(4, 6, 2, activation)
+    mlp = big_bigan.ResidualMLP(4, hidden_features=6, depth=2, activation=activation)
     seen = []
     for name in ("fc1", "fc2", "skip"):
         mlp.blocks[0].get_submodule(name).register_forward_hook(lambda *a: seen.append((a[2], a[2].clone())))
@@ -520,7 +524,7 @@ def test_hooks_keep_what_they_saw(activation: str) -> None:
 
 
 def test_spectral_norm_beside_other_parametrisations() -> None:
-    layer = big_bigan.ResidualMLP(4, 6, 2).blocks[0].fc1
+    layer = big_bigan.ResidualMLP(4, hidden_features=6, depth=2).blocks[0].fc1
     host = nn.Linear(4, 6)
     host.load_state_dict({"weight": layer.parametrizations.weight.original, "bias": layer.bias})
     parametrizations.spectral_norm(host)
@@ -532,7 +536,7 @@ def test_spectral_norm_beside_other_parametrisations() -> None:
     for one in (layer, host):
         parametrize.register_parametrization(one, "weight", Double())
     torch.testing.assert_close(layer(x), host(x))
-    several = big_bigan.ResidualMLP(4, 6, 2, spectral_norm=False).blocks[0].fc1
+    several = big_bigan.ResidualMLP(4, hidden_features=6, depth=2, spectral_norm=False).blocks[0].fc1
     host = nn.Linear(4, 6)
     host.load_state_dict(several.state_dict())
     for one in (several, host):

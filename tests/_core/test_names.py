@@ -66,10 +66,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, Callable[[nn.Module], nn.Mo
         "point_rend _point_rend_taps",
     ),
     "masks": (mask_rcnn, "roi_heads", swap.point_rend, "point_rend"),
-    "bigan_discriminator": (
+    "big_bigan": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 1)),
         "",
-        lambda m: swap.bigan_discriminator(m, 3, width=4, depth=2),
+        lambda m: swap.big_bigan(m, 3, hidden_features=4, depth=2),
         "big_bigan _big_bigan_pool",
     ),
 }
@@ -107,7 +107,7 @@ def test_all_others_stay(case: str) -> None:
     assert kept == (7, "net.", "here", 1, ("size",), note)
     if case == "point_rend":
         assert model(torch.randn(1, 3, 16, 16)).shape == (1, 2, 16, 16)
-    elif case == "bigan_discriminator":
+    elif case == "big_bigan":
         model = change(CASES[case][0]())
         vars(model).update(added="Flatten", prefix=1)
         assert model(torch.randn(2, 3, 8, 8), torch.randn(2, 3)).x.shape == (2,)

@@ -45,7 +45,7 @@ SWAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "pooling": swap.pooling,
     "strided_conv": swap.strided_conv,
     "split_batch_norm": swap.split_batch_norm,
-    "bigan_discriminator": lambda model: swap.bigan_discriminator(model, 8, width=8, depth=2),
+    "big_bigan": lambda model: swap.big_bigan(model, 8, hidden_features=8, depth=2),
 }
 
 
@@ -309,7 +309,7 @@ def test_signatures_stay() -> None:
     exported = torch.export.export(model.eval(), (images,), dynamic_shapes=batch, strict=False)
     torch.testing.assert_close(exported.module()(images), model(images))
 
-    critic = swap.bigan_discriminator(Critic(), 5, width=8, depth=2)
+    critic = swap.big_bigan(Critic(), 5, hidden_features=8, depth=2)
     assert list(inspect.signature(critic.forward).parameters) == ["x", "latents"]
     x, z = torch.randn(2, 3, 2, 2), torch.randn(2, 5)
     critic.eval()

@@ -190,9 +190,9 @@ def test_point_rend(named: bool) -> None:
                 torch.testing.assert_close(fx.Interpreter(module).run(*values), expected)
 
 
-def test_bigan_discriminator() -> None:
+def test_big_bigan() -> None:
     layers = nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(inplace=True), nn.Conv2d(4, 1, 4), nn.ReLU(inplace=True)
-    model = swap.bigan_discriminator(nn.Sequential(*layers), 5, width=4, depth=2).eval()
+    model = swap.big_bigan(nn.Sequential(*layers), 5, hidden_features=4, depth=2).eval()
     images, latents = torch.randn(4, 3, 8, 8), torch.randn(4, 5)
     traced = fx.symbolic_trace(model)
     torch.testing.assert_close(traced(images, latents), model(images, latents))
@@ -219,13 +219,10 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "neighbors": (lambda: deep_gcn.DilatedKNN(2), (X,)),
     "block": (lambda: deep_gcn.ResGCNBlock(3, k=2), (X,)),
     "network": (lambda: deep_gcn.DeepGCN(3, 2, channels=4, blocks=2, k=2), (X,)),
-    "point head": (
-        lambda: point_rend.PointRendHead(4, 3, hidden_features=5),
-        (MAPS.flatten(2), MAPS[:, :3].flatten(2)),
-    ),
-    "latent": (lambda: big_bigan.LatentHead(3, 2, width=4), (X,)),
-    "pairs": (lambda: big_bigan.JointHead(3, 3, width=4, depth=2), (X, X)),
-    "perceptron": (lambda: big_bigan.ResidualMLP(3, width=4, depth=2), (X,)),
+    "point head": (lambda: point_rend.PointRendHead(4, 3, 5), (MAPS.flatten(2), MAPS[:, :3].flatten(2))),
+    "latent": (lambda: big_bigan.LatentHead(3, 2, hidden_features=4), (X,)),
+    "pairs": (lambda: big_bigan.JointHead(3, 3, hidden_features=4, depth=2), (X, X)),
+    "perceptron": (lambda: big_bigan.ResidualMLP(3, hidden_features=4, depth=2), (X,)),
     "loss": (lambda: paper_layers.SoftTripleLoss(5, 3, 2), (X, TABLE[:, 0] % 5)),
 }
 

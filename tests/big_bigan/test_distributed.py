@@ -1,4 +1,4 @@
-"""Two ranks, each with half the pairs, against one process with all."""
+"""Two ranks with half the pairs each, against one process with all pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paper_layers.big_bigan import BigBiGANDiscriminator, LatentHead, discrimina
 
 
 class Encoder(LatentHead):
-    """Gives means, so that ranks need not draw the same numbers."""
+    """Return means, so ranks need not draw the same numbers."""
 
     def forward(self, features: Tensor) -> Any:
         return super().forward(features).mean
@@ -24,8 +24,8 @@ class Encoder(LatentHead):
 
 def players() -> tuple[nn.Module, nn.Module, nn.Module]:
     torch.manual_seed(0)
-    discriminator = BigBiGANDiscriminator(nn.Sequential(nn.Linear(6, 5), nn.Tanh()), 5, 3, width=8, depth=2)
-    return discriminator.double(), Encoder(6, 3, 8, 2).double(), nn.Linear(3, 6).double()
+    discriminator = BigBiGANDiscriminator(nn.Sequential(nn.Linear(6, 5), nn.Tanh()), 5, 3, hidden_features=8, depth=2)
+    return discriminator.double(), Encoder(6, 3, hidden_features=8, depth=2).double(), nn.Linear(3, 6).double()
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def train(trio: Any, images: Tensor, latents: Tensor) -> list[list[Tensor | None]]:
-    """Gradients of all players and the vectors of the spectral norms, after each of three steps."""
+    """Return all players' gradients and the spectral norms' vectors after each of three steps."""
     found = []
     options: Any
     for step, options in (
@@ -64,11 +64,13 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_ranks_are_one_process(tmp_path: Path) -> None:
-    """Gradients, also of the R1 penalty, and spectral norms, over three steps that build on one another."""
+    """Gradients, also of the R1 penalty, and spectral norms agree over three consecutive steps."""
     os.environ.setdefault("MASTER_ADDR", "localhost")
     mp.spawn(worker, (str(tmp_path),), nprocs=2)
     expected = train(players(), *batch())
-    assert sum(grad is None for grad in expected[0]) == len([*Encoder(6, 3, 8, 2).parameters()]) + 2
+    assert (
+        sum(grad is None for grad in expected[0]) == len([*Encoder(6, 3, hidden_features=8, depth=2).parameters()]) + 2
+    )
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for one, other in zip(found, expected, strict=True):

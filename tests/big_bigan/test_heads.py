@@ -1,9 +1,8 @@
-"""The heads against formulas written from the paper, and in everything that a module has to stand."""
+"""The heads against formulas from the paper, and in torch's machinery."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 from typing import Any
 
@@ -11,25 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from paper_layers.big_bigan import (
     BigBiGANDiscriminator,
     BigBiGANHeads,
     JointHead,
     LatentHead,
+    ProjectionScore,
     ResidualMLP,
-    Score,
     Scores,
     UnaryHead,
     bn_crelu,
 )
-from paper_layers.big_bigan.spectral import SpectralLinear
 
-# The package has a function of this name.
-spectral_linear = importlib.import_module("paper_layers.ops.spectral_linear")
-
-SMALL: dict[str, Any] = {"width": 12, "depth": 4}
+SMALL: dict[str, Any] = {"hidden_features": 12, "depth": 4}
 
 
 def trunk() -> nn.Sequential:
@@ -45,13 +39,13 @@ def pairs(n: int = 6, **factory: Any) -> tuple[Tensor, Tensor]:
 
 
 def normal(layer: nn.Module) -> Tensor:
-    """The layer's weight over its largest singular value."""
+    """Return the layer's weight over its largest singular value."""
     weight = layer.parametrizations.weight.original.detach()
     return weight / torch.linalg.matrix_norm(weight, 2)
 
 
 def settle(module: nn.Module) -> nn.Module:
-    """Random weights, and power iterations that have converged."""
+    """Set random weights and converged power iterations."""
     for layer in module.modules():
         if nn.utils.parametrize.is_parametrized(layer, "weight"):
             weight = layer.parametrizations.weight  # type: ignore[union-attr]
@@ -64,70 +58,12 @@ def settle(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-# --- spectral norm
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_spectral_linear_is_torchs(training: bool, bias: bool) -> None:
-    """Outputs, gradients, second derivatives, and vectors after the step, of torch's own parametrization."""
-    theirs = spectral_norm(nn.Linear(6, 5, bias=bias)).double().train(training)
-    ours = spectral_norm(SpectralLinear(6, 5, bias=bias)).double().train(training)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(7, 6, dtype=torch.double, requires_grad=True)
-    found = []
-    for layer in (theirs, ours):
-        leaves = [x, *layer.parameters()]
-        y = layer(x)
-        first = torch.autograd.grad((y**3).sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
-        found.append((y, *first, *second, *layer.buffers(), layer.weight))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
-
-
-def test_spectral_linear_second_derivatives() -> None:
-    layer = spectral_norm(SpectralLinear(3, 4)).double().eval()
-    x = torch.randn(2, 3, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, x)
-    assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
-
-
-def test_spectral_linear_under_a_loss_scale() -> None:
-    """The gradient of sigma, a sum that float16 cannot hold, does not overflow."""
-    layer = spectral_norm(SpectralLinear(64, 64)).eval()
-    x = torch.rand(512, 64) + 0.5
-    slope = 20 * layer(x).detach()
-    assert (slope * layer(x)).sum() > 2 * torch.finfo(torch.float16).max
-    with torch.autocast("cpu", torch.float16):
-        layer(x).backward(slope.half())
-    half = layer.parametrizations.weight.original.grad
-    (expected,) = torch.autograd.grad(layer(x), layer.parametrizations.weight.original, slope)
-    torch.testing.assert_close(half, expected, rtol=0, atol=0.02 * expected.abs().max().item())
-
-
-def test_frozen_weights_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = spectral_norm(SpectralLinear(3, 4)).requires_grad_(False).eval()
-    x = torch.randn(2, 3, requires_grad=True)
-    given, op = [], spectral_linear.linear_backward
-    monkeypatch.setattr(spectral_linear, "linear_backward", lambda *args: given.append(args[-3:]) or op(*args))
-    layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 3))
-    assert given == [(True, False, False)]
-
-
-def test_spectral_linear_without_its_norm() -> None:
-    layer = spectral_norm(SpectralLinear(3, 4))
-    nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-    x = torch.randn(2, 3)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
-
-
 # --- formulas
 
 
 @pytest.mark.parametrize("activation", ["pre", "post"])
 def test_formula(activation: str) -> None:
-    """The scores, in float64, from the weights over their singular values."""
+    """The scores in float64, from weights over their largest singular values."""
     net = settle(discriminator(activation=activation).double())
     images, latents = pairs(dtype=torch.double)
 
@@ -147,7 +83,7 @@ def test_formula(activation: str) -> None:
     j = mlp(net.heads.xz.mlp, torch.cat([f, h], 1))
     expected = Scores(score(net.heads.x.score, f), score(net.heads.z.score, h), score(net.heads.xz.score, j))
     torch.testing.assert_close(net(images, latents), expected, rtol=1e-10, atol=1e-10)
-    assert sum(isinstance(layer, nn.Linear) for layer in net.heads.xz.mlp.modules()) == 4 + 1  # The first skip's.
+    assert sum(isinstance(layer, nn.Linear) for layer in net.heads.xz.mlp.modules()) == 4 + 1  # And the first skip.
 
 
 def test_class_projection() -> None:
@@ -173,7 +109,7 @@ def test_latents() -> None:
     torch.testing.assert_close(sample.mean(0), latent.mean[0], rtol=0, atol=0.06)
     torch.testing.assert_close(sample.std(0), latent.std[0], rtol=0.06, atol=0)
     sample.square().sum().backward()
-    assert head.linear.weight.grad.count_nonzero(1).all()  # Mean and deviation learn.
+    assert head.linear.weight.grad.count_nonzero(1).all()  # Mean and deviation get gradients.
 
 
 def test_bn_crelu() -> None:
@@ -188,7 +124,7 @@ def test_bn_crelu() -> None:
 # --- trunks and terms
 
 
-@pytest.mark.parametrize("pool", ["sum", "average"])
+@pytest.mark.parametrize("pool", ["sum", "mean"])
 def test_any_trunk(pool: str) -> None:
     maps = torch.randn(2, 8, 3, 4)
     options: dict[str, Any] = {"pool": pool, **SMALL}
@@ -216,12 +152,12 @@ def test_terms_build_what_they_need(terms: tuple[str, ...]) -> None:
     scores = net(images, latents)
     assert set(scores.terms) == set(terms)
     torch.stack([*scores.terms.values()]).sum().backward()
-    assert all(p.grad is not None for p in net.parameters())  # DDP would wait for the others.
+    assert all(p.grad is not None for p in net.parameters())  # DDP waits for all gradients.
     if terms == ("x",):
         assert torch.equal(net.eval()(images).x, net(images, latents).x)
 
 
-# --- what modules must stand
+# --- torch's machinery
 
 
 def test_checkpoint_keeps_vectors_and_copies_are_equal() -> None:
@@ -335,9 +271,21 @@ def test_half_and_meta() -> None:
             assert layer.bias is None or not layer.bias.any()
 
 
+def test_discriminator_resets_its_heads() -> None:
+    net = discriminator(spectral_norm=False, projection_spectral_norm=False)
+    kept = net.trunk[0].weight.clone()
+    for layer in (module for module in net.heads.modules() if isinstance(module, nn.Linear)):
+        nn.init.zeros_(layer.weight)
+    net.reset_parameters()
+    assert all(layer.weight.any() for layer in net.heads.modules() if isinstance(layer, nn.Linear))
+    assert torch.equal(net.trunk[0].weight, kept)
+
+
 def test_repr_has_the_arguments() -> None:
     text = repr(discriminator(terms=("x", "xz"), activation="post"))
-    assert all(part in text for part in ("8, 5, terms=('x', 'xz')", "pool='sum'", "width=12, depth=4", "'post'"))
+    assert all(
+        part in text for part in ("8, 5, terms=('x', 'xz')", "pool='sum'", "hidden_features=12, depth=4", "'post'")
+    )
 
 
 # --- bad input
@@ -352,21 +300,30 @@ def test_repr_has_the_arguments() -> None:
         (lambda: discriminator(pool="max"), ValueError, "pool: .* 'max'"),
         (lambda: discriminator(activation="mid"), ValueError, "activation: .* 'mid'"),
         (lambda: discriminator(depth=3), ValueError, "depth: .* even .* 3"),
-        (lambda: discriminator(width=0), ValueError, "width: .* at least 1, got 0"),
+        (lambda: discriminator(hidden_features=0), ValueError, "hidden_features: .* at least 1, got 0"),
+        (lambda: discriminator(width=3), TypeError, "'width'"),
         (lambda: discriminator(num_classes=1.5), TypeError, "num_classes: expected an int"),
         (lambda: BigBiGANDiscriminator(F.relu, 8, 5), TypeError, "trunk: expected a Module"),  # type: ignore[arg-type]
         (lambda: LatentHead(8, 0), ValueError, "latent_dim: "),
         (lambda: ResidualMLP(0), ValueError, "in_features: "),
-        (lambda: Score(4)(torch.randn(2, 5)), ValueError, "features: expected shape \\(N, 4\\).* got \\(2, 5\\)"),
-        (lambda: Score(4)(torch.zeros(2, 4, dtype=torch.int64)), TypeError, "features: .*int64"),
-        (lambda: JointHead(4, 3, 8)(torch.randn(2, 4), torch.randn(3, 3)), ValueError, "hidden: expected 2 rows"),
+        (
+            lambda: ProjectionScore(4)(torch.randn(2, 5)),
+            ValueError,
+            "features: expected shape \\(N, 4\\).* got \\(2, 5\\)",
+        ),
+        (lambda: ProjectionScore(4)(torch.zeros(2, 4, dtype=torch.int64)), TypeError, "features: .*int64"),
+        (
+            lambda: JointHead(4, 3, **SMALL)(torch.randn(2, 4), torch.randn(3, 3)),
+            ValueError,
+            "hidden: .*\\(2, 3\\).*\\(3",
+        ),
         (lambda: discriminator()(pairs()[0], torch.randn(6, 4)), ValueError, "latents: expected shape \\(6, 5\\)"),
         (lambda: discriminator()(pairs()[0], torch.randn(5, 5)), ValueError, "latents: .* got \\(5, 5\\)"),
         (lambda: discriminator()(pairs()[0]), ValueError, "latents: .* got None"),
         (
             lambda: BigBiGANDiscriminator(trunk(), 9, 5, **SMALL)(*pairs()),
             ValueError,
-            "trunk.*feature_dim=9.* got \\(6, 8, 4, 4",
+            "trunk.*C = in_features.*\\(N, 9\\).* got \\(6, 8, 4, 4",
         ),
         (lambda: discriminator()(*pairs(), torch.zeros(6).long()), ValueError, "labels: expected None without num_cl"),
         (lambda: discriminator(num_classes=3)(*pairs()), ValueError, "labels: expected a label of 3 .* got None"),

@@ -1,4 +1,4 @@
-"""Losses and penalty against sums written from the paper, in float64."""
+"""Losses and penalty against sums from the paper, in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scores(terms: tuple[str, ...], n: int, dtype: torch.dtype = torch.double) ->
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("terms", TERMS)
 def test_formulas(terms: tuple[str, ...], reduction: str, weights: dict[str, float] | None) -> None:
-    """Values, and the gradient of each score: minus that of its mirror image where the hinge is open."""
+    """Values, and the gradients of all scores, which the hinge cuts off."""
     real, fake = scores(terms, 7), scores(terms, 5)
     weights = weights and {name: w for name, w in weights.items() if name in terms}
     share = 1 / len(terms) if reduction == "mean" else 1
@@ -38,7 +38,9 @@ def test_formulas(terms: tuple[str, ...], reduction: str, weights: dict[str, flo
         r, f = (getattr(part, name).detach() for part in (real, fake))
         hinge += factor * (sum(max(0.0, 1 - s) for s in r.tolist()) / 7 + sum(max(0.0, 1 + s) for s in f.tolist()) / 5)
         linear += factor * (sum(r.tolist()) / 7 - sum(f.tolist()) / 5)
-    loss, other = (of(real, fake, reduction, weights) for of in (discriminator_loss, encoder_generator_loss))
+    loss, other = (
+        of(real, fake, reduction=reduction, weights=weights) for of in (discriminator_loss, encoder_generator_loss)
+    )
     assert loss.item() == pytest.approx(hinge, rel=1e-12)
     assert other.item() == pytest.approx(linear, rel=1e-12)
     for name in terms:
@@ -54,26 +56,28 @@ def test_formulas(terms: tuple[str, ...], reduction: str, weights: dict[str, flo
 def test_compile_and_dtype(loss: Any) -> None:
     real, fake = (scores(("x", "z", "xz"), 4, torch.float) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
-        value = torch.compile(loss, backend="aot_eager", fullgraph=True)(real, fake, "mean", {"x": 3.0})
+        value = torch.compile(loss, backend="aot_eager", fullgraph=True)(
+            real, fake, reduction="mean", weights={"x": 3.0}
+        )
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value, loss(real, fake, "mean", {"x": 3.0}))
+    torch.testing.assert_close(value, loss(real, fake, reduction="mean", weights={"x": 3.0}))
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((("x",), ("x",), "max"), ValueError, "reduction: expected one of sum, mean, got 'max'"),
-        ((("x", "xz"), ("x",)), ValueError, r"fake: expected scores of \['x', 'xz'\].* got \['x'\]"),
-        (((), ()), ValueError, "fake: expected scores of some term"),
-        ((("x",), ("x",), "sum", {"z": 1}), ValueError, r"weights: expected some of \['x'\], got 'z'"),
-        ((("x",), ("x",), "sum", {"x": "1"}), TypeError, r"weights\['x'\]: "),
+        ((("x",), ("x",), {"reduction": "max"}), ValueError, "reduction: expected one of sum, mean, got 'max'"),
+        ((("x", "xz"), ("x",), {}), ValueError, r"fake: expected scores of \['x', 'xz'\].* got \['x'\]"),
+        (((), (), {}), ValueError, "fake: expected scores of some term"),
+        ((("x",), ("x",), {"weights": {"z": 1}}), ValueError, r"weights: expected some of \['x'\], got 'z'"),
+        ((("x",), ("x",), {"weights": {"x": "1"}}), TypeError, r"weights\['x'\]: "),
     ],
 )
 @pytest.mark.parametrize("loss", [discriminator_loss, encoder_generator_loss])
 def test_bad_input(loss: Any, arguments: Any, error: type[Exception], message: str) -> None:
-    real, fake, *rest = arguments
+    real, fake, options = arguments
     with pytest.raises(error, match=message):
-        loss(scores(real, 3), scores(fake, 3), *rest)
+        loss(scores(real, 3), scores(fake, 3), **options)
 
 
 def test_no_pairs() -> None:
@@ -87,11 +91,11 @@ def test_no_pairs() -> None:
 
 def small(**options: Any) -> BigBiGANDiscriminator:
     trunk = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Softplus())
-    return BigBiGANDiscriminator(trunk, 3, 2, width=4, depth=2, **options).double().eval()
+    return BigBiGANDiscriminator(trunk, 3, 2, hidden_features=4, depth=2, **options).double().eval()
 
 
 def test_r1() -> None:
-    """The mean over images of the squared slope of s_x + s_xz, one image at a time; s_z has none."""
+    """Compare with the mean squared gradient of s_x + s_xz, one image at a time; s_z has no gradient."""
     net, images, latents = small(), torch.randn(3, 1, 3, 4, dtype=torch.double), torch.randn(3, 2, dtype=torch.double)
 
     def slope(image: Tensor, latent: Tensor) -> Tensor:
@@ -108,7 +112,7 @@ def test_r1() -> None:
 
 @pytest.mark.parametrize("activation", ["pre", "post"])
 def test_r1_has_the_right_gradient(activation: str) -> None:
-    """The second derivative, through the trunk and J, against finite differences of the penalty."""
+    """Compare the second derivative, through the trunk and J, with finite differences of the penalty."""
     net = small(activation=activation)
     images = torch.randn(3, 1, 3, 4, dtype=torch.double, requires_grad=True)
     latents = torch.randn(3, 2, dtype=torch.double)

@@ -1,4 +1,4 @@
-"""Who learns what in each step: gradients, signs, one forward, errors, and a game whose end is known."""
+"""Gradients, signs, calls and errors of each step, and a game with a known solution."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paper_layers.big_bigan import (
     Latent,
     LatentHead,
     Scores,
-    Step,
+    StepResult,
     discriminator_step,
     encoder_generator_step,
     r1_penalty,
@@ -26,10 +26,14 @@ PIXELS, LATENT = 6, 3
 
 
 def players(**options: Any) -> tuple[BigBiGANDiscriminator, LatentHead, nn.Module]:
-    """Small ones on rows of pixels, in float64."""
-    options = {"width": 8, "depth": 2, **options}
+    """Make small players on rows of pixels, in float64."""
+    options = {"hidden_features": 8, "depth": 2, **options}
     discriminator = BigBiGANDiscriminator(nn.Sequential(nn.Linear(PIXELS, 5), nn.Tanh()), 5, LATENT, **options)
-    return discriminator.double(), LatentHead(PIXELS, LATENT, 8, 2).double(), nn.Linear(LATENT, PIXELS).double()
+    return (
+        discriminator.double(),
+        LatentHead(PIXELS, LATENT, hidden_features=8, depth=2).double(),
+        nn.Linear(LATENT, PIXELS).double(),
+    )
 
 
 def batch(real: int = 7, fake: int = 7) -> tuple[Tensor, Tensor]:
@@ -49,9 +53,9 @@ def grads(module: nn.Module) -> list[Tensor | None]:
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_steps_are_the_formulas(reduction: str) -> None:
-    """Losses and all gradients, of two forwards, one of real and one of fake pairs, and the paper's sums."""
+    """Losses and all gradients equal the paper's sums, with separate forwards of real and fake pairs."""
     d, e, g = players()
-    d.eval()  # Else the second forward would have other weights.
+    d.eval()  # In training mode the second forward would have other weights.
     images, latents = batch(real=5)
     share = 1 / 3 if reduction == "mean" else 1
     real, fake = d(images, e(images).mean), d(g(latents), latents)
@@ -62,20 +66,20 @@ def test_steps_are_the_formulas(reduction: str) -> None:
 
     step = discriminator_step(d, mean_encoder(e), g, images, latents, reduction=reduction)
     step.loss.backward()
-    torch.testing.assert_close(step, Step(hinge, real, fake))
+    torch.testing.assert_close(step, StepResult(hinge, real, fake))
     torch.testing.assert_close(grads(d), list(expected_d))
     assert all(grad is None for grad in grads(e) + grads(g))
 
     d.zero_grad()
     step = encoder_generator_step(d, mean_encoder(e), g, images, latents, reduction=reduction)
     step.loss.backward()
-    torch.testing.assert_close(step, Step(linear, real, fake))
+    torch.testing.assert_close(step, StepResult(linear, real, fake))
     torch.testing.assert_close([*grads(e), *grads(g)], list(expected_players))
     assert all(grad is None for grad in grads(d))
 
 
 def test_each_learns_from_the_scores_it_touches() -> None:
-    """s_x gives the encoder no gradient, s_z none to the generator; real pairs reach E alone, fake ones G alone."""
+    """s_x gives the encoder no gradient, s_z none to the generator; real pairs reach only E, fake pairs only G."""
     d, e, g = players()
     step = encoder_generator_step(d, e, g, *batch())
     reached = {}
@@ -94,7 +98,7 @@ def test_each_learns_from_the_scores_it_touches() -> None:
     ("step", "who", "signs"), [(STEPS[0], "D", (1, -1)), (STEPS[1], "E", (-1, 0)), (STEPS[1], "G", (0, 1))]
 )
 def test_signs(step: Any, who: str, signs: tuple[int, int]) -> None:
-    """A small step of the discriminator raises real scores and lowers fake ones; E lowers real, G raises fake ones."""
+    """A small step of D raises real scores and lowers fake ones; E lowers real scores, G raises fake ones."""
     d, e, g = players()
     d.eval()
     images, latents = batch(50, 50)
@@ -172,7 +176,7 @@ def test_one_forward_and_one_power_iteration(step: Any) -> None:
     torch.testing.assert_close([v.clone() for part in parts for v in (part[0]._u, part[0]._v)], expected)
 
 
-# --- what is left as it was
+# --- side effects
 
 
 def test_frozen_parameters_are_given_back() -> None:
@@ -192,7 +196,7 @@ def test_frozen_parameters_are_given_back() -> None:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_autocast(step: Any) -> None:
-    """bfloat16 within, losses and gradients in float32 and near those without."""
+    """Under bfloat16 autocast, losses and gradients are float32 and close to those without autocast."""
     d, e, g = (module.float() for module in players())
     d.eval()
     images, latents = (x.float() for x in batch(32, 32))
@@ -213,7 +217,7 @@ def test_autocast(step: Any) -> None:
 
 
 def test_compiled_discriminator() -> None:
-    d, e, g = players(depth=0, width=1)
+    d, e, g = players(depth=0, hidden_features=1)
     compiled = torch.compile(d.eval(), backend="aot_eager", fullgraph=True)
     images, latents = batch()
     for step in STEPS:
@@ -245,12 +249,16 @@ def test_scores_that_are_not_finite_are_named(step: Any, kind: str, name: str) -
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"generator": lambda z: z}, ValueError, r"generator: expected images of shape \(6,\).* got \(3,\)"),
-        ({"encoder": lambda x: x}, ValueError, r"encoder: expected latents of shape \(3,\).* got \(6,\)"),
+        ({"generator": lambda z: z}, ValueError, r"generator\(latents\): expected shape \(N, 6\), got \(7, 3\)"),
+        ({"encoder": lambda x: x}, ValueError, r"encoder\(images\): expected shape \(N, 3\), got \(7, 6\)"),
         ({"encoder": lambda x: x[1:, :3]}, ValueError, r"latents: expected shape \(14, 3\).* got \(13, 3\)"),
-        ({"latents": torch.ones(4, 2).double()}, RuntimeError, "shapes cannot be multiplied"),  # The generator's.
+        (
+            {"latents": torch.ones(4, 2).double()},
+            RuntimeError,
+            "shapes cannot be multiplied",
+        ),  # The generator's own error.
         ({"labels": (torch.zeros(7).long(),) * 2}, ValueError, "labels: expected None without num_classes"),
-        ({"labels": torch.zeros(14).long()}, TypeError, "labels: expected those of real and .* got Tensor"),
+        ({"labels": torch.zeros(14).long()}, TypeError, "labels: expected a pair, .* got Tensor"),
         ({"reduction": "none"}, ValueError, "reduction: .* 'none'"),
         ({"weights": {"y": 1.0}}, ValueError, "weights: .* 'y'"),
     ],
@@ -268,7 +276,7 @@ def test_bad_input(step: Any, change: dict[str, Any], error: type[Exception], me
 
 
 class Projection(nn.Module):
-    """A generator that draws its noise itself: x = a z + s n."""
+    """A generator with internal noise: x = a z + s n."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,11 +291,11 @@ TRUTH = torch.tensor([0.8, -0.5])
 
 
 def test_linear_gaussian_game() -> None:
-    """E finds the posterior of x = a z + 0.6 n, mean and deviation, and G finds a, up to the sign of both.
+    """E learns the posterior (mean and deviation) of x = a z + 0.6 n, and G learns a, both up to a common sign.
 
-    With the covariance C of x they are a C^-1 x and 1 - a C^-1 a, if the pairs of E are as those of G.
+    With the covariance C of x, mean and variance are a C^-1 x and 1 - a C^-1 a if E's pairs are distributed as G's.
     """
-    d = BigBiGANDiscriminator(nn.Identity(), 2, 1, width=16, depth=2)
+    d = BigBiGANDiscriminator(nn.Identity(), 2, 1, hidden_features=16, depth=2)
     e, g = LatentHead(2, 1, depth=0), Projection()
     learned = [*e.parameters(), *g.parameters()]
     average = [torch.zeros_like(p) for p in learned]
@@ -322,7 +330,7 @@ def test_checkpointed_discriminator_gets_no_gradient(reentrant: bool) -> None:
             return checkpoint(super().forward, input, use_reentrant=reentrant)
 
     _, encoder, generator = players()
-    discriminator = BigBiGANDiscriminator(Trunk(PIXELS, 5), 5, LATENT, width=8, depth=2).double().eval()
+    discriminator = BigBiGANDiscriminator(Trunk(PIXELS, 5), 5, LATENT, hidden_features=8, depth=2).double().eval()
     data, learned = batch(), [*encoder.parameters(), *generator.parameters()]
     torch.manual_seed(0)
     encoder_generator_step(discriminator, encoder, generator, *data).loss.backward()

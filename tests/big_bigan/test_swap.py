@@ -1,4 +1,4 @@
-"""Discriminators of GANs that become BigBiGAN's: what they compute, what they keep, what they refuse."""
+"""GANs' discriminators turned into BigBiGAN's: results, unchanged parts, and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paper_layers import swap
 from paper_layers.big_bigan import BigBiGANDiscriminator, discriminator_step, encoder_generator_step
 
 LATENT = 3
-SMALL: dict[str, Any] = {"width": 8, "depth": 2}
+SMALL: dict[str, Any] = {"hidden_features": 8, "depth": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def same(layer: nn.Module) -> nn.Module:
 
 
 def dcgan(norm: Any = same) -> nn.Sequential:
-    """As in PyTorch's examples: a convolution at the end, and a sigmoid."""
+    """PyTorch's DCGAN example: a convolution at the end, and a sigmoid."""
     layers = [norm(nn.Conv2d(1, 4, 4, 2, 1)), nn.LeakyReLU(0.2), norm(nn.Conv2d(4, 6, 4, 2, 1)), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, norm(nn.Conv2d(6, 1, 2)), nn.Sigmoid())
 
@@ -48,7 +48,7 @@ class Dense(nn.Module):
 
 
 class Patches(nn.Module):
-    """Scores of 2 x 2 places."""
+    """Scores of 2 x 2 positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ HOSTS: list[Any] = [
 
 @pytest.mark.parametrize(("build", "norm"), HOSTS)
 def test_scores(build: Any, norm: Any) -> None:
-    """s_x is what the last layer gives, J sees its input, and the old parameters and keys are there."""
+    """s_x is the last layer's output, J gets its input, and parameters and keys stay."""
     model = build(norm).eval()
     before = dict(model.named_parameters())
     images, latents = batch()
@@ -81,7 +81,7 @@ def test_scores(build: Any, norm: Any) -> None:
         features, x = twin.body(images), twin(images)
     else:
         features, x = twin.main[:2](images).sum((2, 3)), twin(images).mean((1, 2, 3))
-    assert swap.bigan_discriminator(model, LATENT, **SMALL) is model
+    assert swap.big_bigan(model, LATENT, **SMALL) is model
     scores = model(images, latents)
     torch.testing.assert_close(scores.x, x)
     torch.testing.assert_close(scores[1:], model.big_bigan(features, latents)[1:])
@@ -95,7 +95,7 @@ def test_scores(build: Any, norm: Any) -> None:
 def test_layers_in_place_leave_the_scores() -> None:
     model, (images, latents) = dcgan().eval(), batch()
     scores = [
-        swap.bigan_discriminator(nn.Sequential(*model[:5], act), LATENT, **SMALL)(images, latents).x
+        swap.big_bigan(nn.Sequential(*model[:5], act), LATENT, **SMALL)(images, latents).x
         for act in (nn.ReLU(), nn.ReLU(inplace=True))
     ]
     torch.testing.assert_close(*scores)
@@ -104,20 +104,20 @@ def test_layers_in_place_leave_the_scores() -> None:
 @pytest.mark.parametrize("build", [dcgan, Dense])
 @pytest.mark.parametrize("terms", [("x", "z", "xz"), ("x", "z"), ("x",)])
 def test_learns(build: Any, terms: tuple[str, ...]) -> None:
-    model = swap.bigan_discriminator(build(spectral_norm), LATENT, terms=terms, **SMALL)
+    model = swap.big_bigan(build(spectral_norm), LATENT, terms=terms, **SMALL)
     encoder, generator = nn.Sequential(nn.Flatten(), nn.Linear(64, LATENT)), nn.Linear(LATENT, 64)
     shaped = nn.Sequential(generator, nn.Unflatten(1, (1, 8, 8)))
     images, latents = batch()
     step = discriminator_step(model, encoder, shaped, images, latents, r1_gamma=1.0)
     assert set(step.real.terms) == set(terms)
     step.loss.backward()
-    assert all(p.grad is not None for p in model.parameters())  # DDP would wait for the others.
+    assert all(p.grad is not None for p in model.parameters())  # DDP waits for all gradients.
     encoder_generator_step(model, encoder, shaped, images, latents).loss.backward()
     assert generator.weight.grad.any()
 
 
 class Checkpointed(Dense):
-    """Keeps no activations."""
+    """Recompute activations in the backward."""
 
     reentrant = True
 
@@ -127,7 +127,7 @@ class Checkpointed(Dense):
 
 
 def test_reentrant_checkpoints_lose_gradients() -> None:
-    model = swap.bigan_discriminator(Checkpointed(), LATENT, **SMALL)
+    model = swap.big_bigan(Checkpointed(), LATENT, **SMALL)
     images, latents = batch()
     with pytest.raises(ValueError, match="use_reentrant=False"):
         model(images, latents)
@@ -144,37 +144,37 @@ def test_keeps_mode_place_and_hooks() -> None:
     calls = []
     model.register_forward_hook(lambda *_: calls.append("model"))
     model.last.register_forward_hook(lambda *_: calls.append("last"))
-    swap.bigan_discriminator(model, LATENT, **SMALL)
+    swap.big_bigan(model, LATENT, **SMALL)
     assert all(p.dtype == torch.double for p in model.parameters())
     assert not model.big_bigan.training
     model(*(x.double() for x in batch()))
     assert calls == ["last", "model"]
-    assert swap.bigan_discriminator(dcgan().to("meta"), LATENT, **SMALL).big_bigan.xz.mlp.blocks[0].fc1.bias.is_meta
+    assert swap.big_bigan(dcgan().to("meta"), LATENT, **SMALL).big_bigan.xz.mlp.blocks[0].fc1.bias.is_meta
 
 
 def test_twice_is_once() -> None:
-    model = swap.bigan_discriminator(dcgan(), LATENT, **SMALL)
+    model = swap.big_bigan(dcgan(), LATENT, **SMALL)
     keys = [*model.state_dict()]
-    assert swap.bigan_discriminator(model, LATENT, **SMALL) is model
+    assert swap.big_bigan(model, LATENT, **SMALL) is model
     assert [*model.state_dict()] == keys
     whole = BigBiGANDiscriminator(nn.Flatten(), 64, LATENT, **SMALL)
-    assert swap.bigan_discriminator(whole, LATENT) is whole
+    assert swap.big_bigan(whole, LATENT) is whole
     for other in (model, whole):
         with pytest.raises(ValueError, match=r"latent_dim=3 .*already, got 4"):
-            swap.bigan_discriminator(other, 4)
+            swap.big_bigan(other, 4)
 
 
 def test_copies() -> None:
-    model = swap.bigan_discriminator(dcgan(), LATENT, spectral_norm=False, projection_spectral_norm=False, **SMALL)
+    model = swap.big_bigan(dcgan(), LATENT, spectral_norm=False, projection_spectral_norm=False, **SMALL)
     images, latents = batch()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(twin(images, latents), model(images, latents))
-        twin[4].bias.data += 1  # It hears its own last layer.
+        twin[4].bias.data += 1  # The copy's tap is on its own last layer.
         torch.testing.assert_close(twin(images, latents).x, model(images, latents).x + 1)
 
 
 def test_autocast_and_compile() -> None:
-    model = swap.bigan_discriminator(Dense(), LATENT, **SMALL).eval()
+    model = swap.big_bigan(Dense(), LATENT, **SMALL).eval()
     images, latents = batch()
     expected = model(images, latents)
     with torch.autocast("cpu", torch.bfloat16):
@@ -187,8 +187,8 @@ def test_autocast_and_compile() -> None:
 
 def test_filter() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten(), nn.Linear(36, 1), nn.Linear(1, 1))
-    swap.bigan_discriminator(model, LATENT, filter_fn=lambda module, name: name != "3", **SMALL)
-    assert model.big_bigan.feature_dim == 36
+    swap.big_bigan(model, LATENT, filter_fn=lambda module, name: name != "3", **SMALL)
+    assert model.big_bigan.in_features == 36
 
 
 class Unused(Dense):
@@ -199,31 +199,32 @@ class Unused(Dense):
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: swap.bigan_discriminator(torch.relu, 3), TypeError, "model: expected a Module"),  # type: ignore[arg-type]
+        (lambda: swap.big_bigan(torch.relu, 3), TypeError, "model: expected a Module"),  # type: ignore[arg-type]
         (
-            lambda: swap.bigan_discriminator(nn.Sequential(nn.Linear(3, 2)), 3),
+            lambda: swap.big_bigan(nn.Sequential(nn.Linear(3, 2)), 3),
             ValueError,
             "model: expected at least one nn.Linear or nn.Conv2d with one output, got none in Sequential",
         ),
-        (lambda: swap.bigan_discriminator(nn.Linear(3, 1), 3), ValueError, "got none in Linear"),
+        (lambda: swap.big_bigan(nn.Linear(3, 1), 3), ValueError, "got none in Linear"),
         (
-            lambda: swap.bigan_discriminator(dcgan(), 3, filter_fn=lambda m, n: False),
+            lambda: swap.big_bigan(dcgan(), 3, filter_fn=lambda m, n: False),
             ValueError,
             r"that filter_fn accepts \(1 without it\)",
         ),
-        (lambda: swap.bigan_discriminator(dcgan(), 3, terms=("xz",)), ValueError, "terms: expected 'x' among them"),
-        (lambda: swap.bigan_discriminator(dcgan(), 3, terms=("x", "y")), ValueError, "terms: .* got 'y'"),
-        (lambda: swap.bigan_discriminator(dcgan(), 3, pool="max"), ValueError, "pool: .* 'max'"),
-        (lambda: swap.bigan_discriminator(dcgan(), 0), ValueError, "latent_dim: "),
+        (lambda: swap.big_bigan(dcgan(), 3, terms=("xz",)), ValueError, "terms: expected 'x' among them"),
+        (lambda: swap.big_bigan(dcgan(), 3, terms=("x", "y")), ValueError, "terms: .* got 'y'"),
+        (lambda: swap.big_bigan(dcgan(), 3, pool="max"), ValueError, "pool: .* 'max'"),
+        (lambda: swap.big_bigan(dcgan(), 0), ValueError, "latent_dim: "),
+        (lambda: swap.big_bigan(dcgan(), 3, num_classes=2), TypeError, "num_classes"),  # type: ignore[call-arg]
         (
-            lambda: swap.bigan_discriminator(Unused(), 3, **SMALL)(*batch()),
+            lambda: swap.big_bigan(Unused(), 3, **SMALL)(*batch()),
             ValueError,
             "model: expected a forward that calls the last layer",
         ),
         (
-            lambda: swap.bigan_discriminator(dcgan(), 4, **SMALL)(*batch()),
+            lambda: swap.big_bigan(dcgan(), 4, **SMALL)(*batch()),
             ValueError,
-            r"latents: expected shape \(4, 4\), .* got \(4, 3\)",
+            r"latents: expected shape \(4, 4\), got \(4, 3\)",
         ),
     ],
 )
@@ -235,7 +236,7 @@ def test_bad_input(build: Any, error: type[Exception], message: str) -> None:
 def test_errors_change_nothing() -> None:
     model = dcgan()
     with pytest.raises(ValueError, match="depth"):
-        swap.bigan_discriminator(model, LATENT, depth=3)
+        swap.big_bigan(model, LATENT, depth=3)
     assert type(model) is nn.Sequential
     assert [*model.state_dict()] == [*dcgan().state_dict()]
 
@@ -243,6 +244,6 @@ def test_errors_change_nothing() -> None:
 def test_lazy_last_layers_run_first() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(1))
     with pytest.raises(ValueError, match=r"knows its sizes, got LazyLinear.*run it once first"):
-        swap.bigan_discriminator(model, 2, width=4)
+        swap.big_bigan(model, 2, hidden_features=4)
     model(torch.randn(2, 4))
-    assert swap.bigan_discriminator(model, 2, width=4)(torch.randn(2, 4), torch.randn(2, 2)).x.shape == (2,)
+    assert swap.big_bigan(model, 2, hidden_features=4)(torch.randn(2, 4), torch.randn(2, 2)).x.shape == (2,)

@@ -1,4 +1,4 @@
-"""The networks that AdvProp's claim compares, and how their accuracies are set side by side."""
+"""The networks that AdvProp's claim compares, and the comparison of their accuracies."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def test_without_attack_all_ways_are_the_same_training() -> None:
     start = adv_prop.network().state_dict()
     for model in plain[1:]:
         pairs = {name: (value, plain[0].state_dict()[name]) for name, value in model.state_dict().items()}
-        # Variances are unbiased, and of twice as many values where they are shared.
+        # Unbiased variances; shared norms see twice as many values.
         close = [
             torch.isclose(*pair, rtol=1e-2, atol=1e-4) for name, pair in pairs.items() if "running_var" not in name
         ]
-        # Adam makes whole steps of rounding errors where a gradient is 0.
+        # Adam turns rounding errors into whole steps where a gradient is 0.
         assert torch.cat([part.flatten() for part in close]).double().mean() > 0.99
     assert not torch.allclose(plain[0].state_dict()["0.weight"], start["0.weight"], atol=1e-3)
 

@@ -1,4 +1,4 @@
-"""The training that BigBiGAN's claim repeats, and its scores."""
+"""The training of BigBiGAN's claim, and its scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_resumed_training_is_the_same(tmp_path: Path) -> None:
 def test_done_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(big_bigan, "judge", functools.partial(judge, steps=2))
     first = run("joint only (BiGAN)", 0, 2, None, str(tmp_path))
-    assert run("joint only (BiGAN)", 0, 2, None, str(tmp_path)) == first  # Seconds too.
+    assert run("joint only (BiGAN)", 0, 2, None, str(tmp_path)) == first  # Including the modification time.
     assert {path.suffix for path in tmp_path.iterdir()} == {".pt", ".json"}
 
 
@@ -46,7 +46,7 @@ def test_variants_start_equal() -> None:
 
 
 def test_frechet_distance() -> None:
-    """Of normal distributions along axes: squared distances of means and of standard deviations."""
+    """Normal distributions along axes: squared distances of means and of standard deviations."""
     a = torch.randn(200_000, 2) * torch.tensor([1.0, 3.0])
     b = torch.randn(200_000, 2) * torch.tensor([2.0, 0.5]) + torch.tensor([4.0, 0.0])
     assert frechet_distance(a, b) == pytest.approx(4**2 + 1 + 2.5**2, rel=0.02)

@@ -25,7 +25,7 @@ def test_same_start_and_same_labels_where_every_pixel_is_refined() -> None:
 
     images = torch.rand(2, 1, 64, 64)
     ours.refine.subdivision_num_points = 64 * 64
-    inside = (..., slice(4, -4), slice(4, -4))  # Nearer the frame points see zeros outside the coarse map.
+    inside = (..., slice(4, -4), slice(4, -4))  # Points near the frame also sample zeros outside the coarse map.
     with torch.no_grad():
         torch.testing.assert_close(ours(images)[inside], dense(images)[inside])
         assert not torch.allclose(dense(images), bilinear(images))

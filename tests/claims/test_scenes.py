@@ -1,4 +1,4 @@
-"""What the claims are tested on."""
+"""Data sets of the claims."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_scenes_are_repeatable_and_hold_every_class() -> None:
 
 
 def test_shapes_lie_where_the_labels_say() -> None:
-    """Pixels of different classes differ in tone at least as much as a shape's contrast, less noise."""
+    """Pixels of different classes differ in tone by at least a shape's contrast minus noise."""
     images, labels = scenes.scenes(scenes.digits(), 40, seed=2)
     for image, label in zip(images[:, 0], labels, strict=True):
         assert (image[label > 0] - image[label == 0].mean()).abs().mean() > 0.1
@@ -35,7 +35,7 @@ def test_images_and_label_maps_of_a_folder(tmp_path: Path) -> None:
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
     for number in range(6):
-        # Wider than high: of 64 columns the middle 32 are taken.
+        # Wider than high: only the middle 32 of 64 columns are used.
         label = np.full((32, 64), scenes.IGNORED, np.uint8)
         label[:, 16:48] = np.repeat([0, number], 16)
         Image.fromarray(label).save(tmp_path / "labels" / f"{number}.png")

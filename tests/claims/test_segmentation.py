@@ -1,4 +1,4 @@
-"""The scores of label maps against formulas that look at every pixel."""
+"""Scores of label maps against formulas for every pixel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pixels(labels: Tensor, truth: Tensor, number: int) -> Pixels:
 
 
 def near_border(mask: Pixels, truth: Tensor, distance: int) -> Pixels:
-    """The pixels of a mask with another, counted, pixel of the same image at most `distance` rows and columns away."""
+    """Return a mask's pixels with a counted pixel outside it, at most `distance` rows and columns away."""
     other = {p for p in itertools.product(*map(range, truth.shape)) if truth[p] != IGNORED} - mask
     return {
         (i, y, x) for i, y, x in mask if any(j == i and max(abs(v - y), abs(u - x)) <= distance for j, v, u in other)
@@ -48,7 +48,7 @@ def slow_scores(predicted: Tensor, truth: Tensor, classes: int, distance: int) -
 @pytest.mark.parametrize("ignored", [False, True])
 def test_against_slow_formula(distance: int, ignored: bool) -> None:
     generator = torch.Generator().manual_seed(distance)
-    classes = 4  # Of which the last is nowhere.
+    classes = 4  # The last class does not occur.
     # Areas rather than noise, so that masks have an inside.
     truth = torch.randint(3, (3, 4, 5), generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)
     predicted = truth.roll((1, -1), (1, 2))
@@ -63,7 +63,7 @@ def test_against_slow_formula(distance: int, ignored: bool) -> None:
 
 
 def test_square_one_pixel_too_far() -> None:
-    """Boundary IoU sees what mIoU hardly does."""
+    """Boundary IoU detects errors that hardly change mIoU."""
     truth, predicted = torch.zeros(2, 1, 60, 60, dtype=torch.int64)
     truth[:, 10:50, 10:50] = 1
     predicted[:, 10:50, 11:51] = 1
@@ -72,7 +72,7 @@ def test_square_one_pixel_too_far() -> None:
     scores = overlaps.scores()
     square, rest = 39 / 41, (3600 - 41 * 40) / (3600 - 39 * 40)
     assert scores.miou == pytest.approx(50 * (square + rest))
-    # Of two rings of one pixel, 156 and 164 of them, two rows are in common (but for a pixel each), and no column.
+    # Two rings of one pixel (156 and 164 pixels) share two rows (minus a pixel each), and no column.
     square, rest = 78 / (2 * 156 - 78), 82 / (2 * 164 - 82)
     assert scores.boundary == pytest.approx(50 * (square + rest))
 
@@ -82,4 +82,4 @@ def test_a_perfect_map_and_the_frame_of_the_image() -> None:
     overlaps = Overlaps(1, 2, IGNORED)
     overlaps.add(truth, truth)
     assert overlaps.scores().miou == 100
-    assert math.isnan(overlaps.scores().boundary)  # One class has no border.
+    assert math.isnan(overlaps.scores().boundary)  # A map of one class has no border.

@@ -1,4 +1,4 @@
-"""The trainings that SoftTriple's claim compares, and how their scores are set side by side."""
+"""The trainings that SoftTriple's claim compares, and the comparison of their scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_letters(tmp_path: Path) -> None:
 
 
 def test_batches_of_triplets() -> None:
-    labels = torch.arange(9) % 3  # Three samples a class.
+    labels = torch.arange(9) % 3  # Three samples per class.
     for seed in range(5):
         rows = soft_triple._four_each(labels, torch.Generator().manual_seed(seed))
         groups = labels[rows].reshape(-1, 4)

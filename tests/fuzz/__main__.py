@@ -26,7 +26,7 @@ def draw_once(op: str, seed: int) -> list[str]:
 
 
 def work(names: list[str], seed: int, end: float) -> None:
-    """Draw until the time is over; each draw is announced, so that the parent knows which one ends the process."""
+    """Draw until the time is over; announce each draw, so the parent knows which one killed the process."""
     while time.time() < end:
         for name in names:
             print(f"draw {name} {seed}", flush=True)
@@ -40,11 +40,11 @@ def work(names: list[str], seed: int, end: float) -> None:
 
 
 def watch(names: list[str], seed: int, minutes: float) -> int:
-    """Run `work` in a process of its own, and again after a draw that has ended it; the number of draws that failed."""
+    """Run `work` in a separate process, restart it after a crash, and return the number of failed draws."""
     end, draws, failed = time.time() + 60 * minutes, collections.Counter[str](), collections.Counter[str]()
     while time.time() < end:
         command = [sys.executable, "-m", "tests.fuzz", "--work", str(end), "--seed", str(seed), "--op", *names]
-        # Threads that wait do not hold up the others: there are more threads than cores.
+        # Waiting threads must not block others: there are more threads than cores.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         op, lines = "", 0

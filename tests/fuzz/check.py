@@ -1,4 +1,4 @@
-"""The comparisons for each call: its formula, the ops that it calls, numbers of threads, and each row by itself."""
+"""Comparisons for each call: with its formula, raw ops, other numbers of threads, and single rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _cast(arguments: Any, dtype: torch.dtype | None) -> Any:
-    """Arguments with floating tensors of another dtype, or of float32 at least."""
+    """Convert floating tensors to another dtype, or at least to float32."""
     return tree_map_only(Tensor, lambda t: t.to(dtype or _wide(t.dtype)) if t.is_floating_point() else t, arguments)
 
 
@@ -31,9 +31,9 @@ def _noise(like: Sequence[Tensor], seed: int) -> list[Tensor]:
 
 
 def run(function: Callable[..., Any], call: Call, seed: int, order: int = 1, outputs: int | None = None) -> Parts:
-    """Outputs of the call, its gradients, and those of the gradients' product with a vector.
+    """Return the call's outputs, its gradients, and the gradients of their product with a vector.
 
-    Only the first `outputs` outputs get a gradient other than zero.
+    Only the first `outputs` outputs get a nonzero gradient.
     """
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
     result = function(**leaves, **call.fixed)
@@ -69,15 +69,15 @@ def _oracle(call: Call, dtype: torch.dtype | None, seed: int, order: int) -> Par
 def differences(
     got: Tensor, exact: Tensor, plain: Tensor, moved: Sequence[Tensor], dtype: torch.dtype, terms: float
 ) -> Tensor:
-    """By how many times an allowed error each number is off; 0 for what cannot be judged.
+    """Return each number's error as a multiple of the allowed error; 0 if it can't be judged.
 
     Args:
-        got: What the function has computed.
+        got: The function's result.
         exact: The formula in float64.
-        plain: The formula in the dtype that the function computes in.
+        plain: The formula in the function's compute dtype.
         moved: The formula in float64 for inputs that differ in the last bit.
         dtype: The dtype of the function's inputs.
-        terms: Size of numbers that cancel.
+        terms: Magnitude of terms that cancel.
     """
     value = got.double()
     round_off = torch.finfo(got.dtype).eps / 2
@@ -91,7 +91,7 @@ def differences(
     )
     allowed = allowed + 4 * max(torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps, wide.tiny)
     allowed = allowed + 16 * wide.eps * exact[exact.isfinite()].abs().mean().nan_to_num() / max(1, exact.numel()) ** 0.5
-    if got.dtype == torch.float64:  # The formula rounds as well.
+    if got.dtype == torch.float64:  # The formula also rounds.
         allowed = allowed + 2 * wide.eps * exact.abs()
     away = torch.minimum((value - exact).abs(), (value - plain.double()).abs()) / allowed
     same = (value == exact) | (value == plain.double()) | (value.isnan() & (exact.isnan() | plain.isnan()))
@@ -115,7 +115,7 @@ def against_formula(call: Call, draw: Draw, seed: int) -> Iterator[str]:
         _oracle(call, torch.float64, seed, order),
         _oracle(call, dtype if call.in_half else None, seed, order),
     )
-    if dtype == torch.float64:  # Plain PyTorch's error in float32, scaled: nothing is wider than float64.
+    if dtype == torch.float64:  # Scaled from plain PyTorch's error in float32, as no dtype is wider than float64.
         scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         plain = {
             name: exact[name] + (value - exact[name]).nan_to_num(0, 0, 0) * scale
@@ -173,7 +173,7 @@ def _place(tensor: Tensor, flat: int) -> tuple[int, ...]:
 
 
 def _unequal(one: Parts, other: Parts) -> list[str]:
-    """Names of the parts that are not equal bit by bit, but for the bits of NaN."""
+    """Return the names of the parts that differ in any bit, except in NaN."""
     return [
         f"{name} ({int((~((a == other[name]) | (a.isnan() & other[name].isnan()))).sum())} of {a.numel()})"
         for name, a in one.items()
@@ -195,7 +195,7 @@ def across_threads(call: Call, seed: int) -> Iterator[str]:
 
 
 def alone(call: Call, seed: int) -> Iterator[str]:
-    """The first output and its gradients for one image or cloud, in a batch and by itself, with all gradients one."""
+    """Compute the first output and its gradients for one image or cloud, in a batch and alone."""
     count = len(next(iter(call.tensors.values()))) if call.rows else 0
     if count < 2:
         return
@@ -221,7 +221,7 @@ def alone(call: Call, seed: int) -> Iterator[str]:
 
 
 class Watch(TorchDispatchMode):
-    """Keeps the arguments and the results of all raw ops that are called."""
+    """Record arguments and results of all raw ops called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class Watch(TorchDispatchMode):
 
 
 def spoiled(call: Call, draw: Draw, seed: int) -> Iterator[str]:
-    """Raw ops with one argument that does not fit: an error that says so, or a result, and no end of the process."""
+    """Call raw ops with one wrong argument; expect a clear error or a result, not a crash."""
     with Watch() as watch:
         run(call.function, call, seed)
     for func, args, _ in watch.calls:
@@ -274,7 +274,7 @@ def _spoil(tensor: Tensor, draw: Draw) -> Tensor:
 
 
 def problems(call: Call, draw: Draw, seed: int) -> Iterator[str]:
-    """Everything that is wrong with a call."""
+    """Return all faults of a call."""
     if not call.large:
         yield from against_formula(call, draw, seed)
     yield from across_threads(call, seed)

@@ -1,4 +1,4 @@
-"""One class for each public function on tensors: it draws a call, and has the formula that the call should follow."""
+"""One class for each public function on tensors, which draws a call and its formula."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.ops import test_uncertain_points as uncertain
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALF = (torch.bfloat16, torch.float16)
-# Kinds of values; the first are ordinary, so that most draws are.
+# Kinds of values, with ordinary ones first, so most draws are ordinary.
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x,
     "offset": lambda x: x + 300,
@@ -58,17 +58,17 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Call:
-    """A function, its formula, and their arguments, which have the same names in both.
+    """A function, its formula, and the arguments of both.
 
     Attributes:
         tensors: Arguments with gradients.
         fixed: All other arguments.
-        rows: Names of the arguments whose first dimension is one of independent images or clouds.
-        exact: Whether integers in the output are those of the formula, also where values are nearly equal.
-        gradients: Whether gradients follow the formula: rounding must not decide where they go.
-        large: Whether the formula would take too long.
-        in_half: Whether intermediate results of half types are rounded to them.
-        terms: Size of numbers that cancel in the outputs.
+        rows: Names of the arguments whose first dimension is independent images or clouds.
+        exact: Whether integer outputs equal the formula's, also for nearly equal values.
+        gradients: Whether gradients match the formula; not if rounding decides which inputs get them.
+        large: Whether the formula takes too long.
+        in_half: Whether intermediate results are rounded to half precision.
+        terms: Magnitude of terms that cancel in the outputs.
     """
 
     function: Callable[..., Any]
@@ -83,7 +83,7 @@ class Call:
     terms: float = 0.0
 
     def row(self, i: int) -> Call:
-        """The call for one image or cloud."""
+        """Return the call for one image or cloud."""
         parts = [
             {name: value[i : i + 1] if name in self.rows else value for name, value in some.items()}
             for some in (self.tensors, self.fixed)
@@ -113,7 +113,7 @@ class Draw:
         return self.random.choice(options)
 
     def size(self, *options: int) -> int:
-        """One of the usual sizes; zero is rare."""
+        """Draw one of the usual sizes; zero is rare."""
         return self.pick(*(options or (1, 2, 3, 5, 8, 17, 33))) if self.random.random() < 0.97 else 0
 
     def kind(self, *kinds: str) -> str:
@@ -121,7 +121,7 @@ class Draw:
 
     def floats(self, *shape: int, kind: str = "normal", dtype: torch.dtype | None = None) -> Tensor:
         x = VALUES[kind](torch.randn(shape, generator=self.generator)).to(dtype or self.dtype)
-        x = x if kind == "special" else x.nan_to_num()  # Numbers beyond the dtype's largest one.
+        x = x if kind == "special" else x.nan_to_num()  # Numbers above the dtype's maximum.
         layout = self.pick(*LAYOUTS)
         return LAYOUTS[layout](x) if x.numel() else x
 
@@ -137,7 +137,7 @@ def draw_lip_pool2d(draw: Draw) -> Call:
     n, channels = draw.size(1, 2, 3), draw.size(1, 2, 8, 16, 17, 33)
     logit = draw.floats(n, draw.pick(1, max(channels, 1)), *space, kind=draw.kind("integers", "zeros", "offset"))
     kind = draw.kind(*VALUES)
-    # Weights that underflow are zero, and make NaN of an infinite input.
+    # Weights that underflow to zero turn an infinite input into NaN.
     steep = draw.pick(1, 1, 20, 300) if draw.dtype != torch.float16 and kind != "special" else 1
     options = {"kernel_size": kernel, "stride": draw.pick(1, 2, 3, (2, 1)), "padding": padding}
     return Call(
@@ -163,12 +163,10 @@ def draw_knn(draw: Draw) -> Call:
     include_self = "points" in tensors or draw.pick(False, True)
     options: dict[str, Any] = {"k": draw.pick(1, 3, 8, 16), "dilation": draw.pick(1, 1, 2, 5), "metric": metric}
     exact = metric != "cosine" and kind in ("integers", "zeros")
-    if metric == "cosine" and (
-        kind not in ("normal", "offset") or not channels
-    ):  # Vectors of length zero have a rule of their own.
+    if metric == "cosine" and (kind not in ("normal", "offset") or not channels):  # Zero vectors have a special rule.
         tensors = {name: draw.floats(*x.shape[:-1], channels or 1) for name, x in tensors.items()}
     rows = tuple(tensors)
-    if draw.pick(False, False, True):  # Clouds of uneven sizes, one after the other.
+    if draw.pick(False, False, True):  # Consecutive clouds of different sizes.
         tensors = {name: x.flatten(0, 1) for name, x in tensors.items()}
         for name, x in tensors.items():
             inner = draw.integers(0, len(x) + 1, 2).sort().values.tolist()
@@ -182,7 +180,7 @@ _METRICS = ("sqeuclidean", "sqeuclidean", "cosine", "inner")
 
 
 def _graph(draw: Draw) -> tuple[tuple[int, ...], int, int, Tensor]:
-    """Clouds, their rows, channels and a table of neighbours, some of them missing."""
+    """Draw clouds, their rows, channels and a table of neighbours, some missing."""
     clouds = draw.pick((), (draw.pick(1, 2, 3),))
     rows, channels = draw.pick(3000, 5000) if draw.large else draw.size(), draw.size(1, 3, 8, 17, 40, 100)
     index = draw.integers(-1, rows, *clouds, rows, draw.size(1, 2, 9, 20))
@@ -192,7 +190,7 @@ def _graph(draw: Draw) -> tuple[tuple[int, ...], int, int, Tensor]:
 def draw_neighbor_reduce(draw: Draw) -> Call:
     clouds, rows, channels, index = _graph(draw)
     reduction, relative = draw.pick("max", "min", "sum", "mean"), draw.pick(False, True)
-    kinds = ORDINARY if relative else tuple(VALUES)  # The difference of infinities is not in their order.
+    kinds = ORDINARY if relative else tuple(VALUES)  # The order of infinities does not follow from their difference.
     input = draw.floats(*clouds, rows, channels, kind=draw.kind(*kinds))
     cancels = relative and reduction in ("sum", "mean") and input.numel()
     return Call(
@@ -223,7 +221,7 @@ def draw_edge_conv(draw: Draw) -> Call:
         {"index": index, "minimum_where": minimum_where},
         rows=("center", "neighbor", "index") if clouds else (),
         gradients=draw.dtype not in HALF or kind == "integers",
-        # They cancel in the mean, of up to 100,000 numbers.
+        # They cancel in the mean of up to 100,000 numbers.
         terms=4 * sum(float(x.double().abs().mean().nan_to_num()) for x in terms.values()),
     )
 

@@ -1,4 +1,4 @@
-"""The fuzzer itself: some draws of each op, and that it finds what is wrong."""
+"""The fuzzer itself: some draws of each op, and faults that it must find."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Host:
     """A model, its input, and the swaps that apply to it; every other swap finds nothing in it.
 
     Attributes:
-        build: Makes the model, with one class where `bigan_discriminator` applies.
+        build: Makes the model, with one class where `big_bigan` applies.
         swaps: Names of swaps.
         size: Height and width of the images.
         arguments: Makes the arguments of a training step and of an evaluation; default the images alone.
@@ -213,7 +213,7 @@ def _smp(name: str) -> Host:
     return Host(build, "pooling strided_conv split_batch_norm point_rend", point_rend=names)
 
 
-_POOLS, _CONVS, _NORMS, _GAN = "pooling ", "strided_conv ", "split_batch_norm ", "bigan_discriminator "
+_POOLS, _CONVS, _NORMS, _GAN = "pooling ", "strided_conv ", "split_batch_norm ", "big_bigan "
 # timm's families, by the swaps that apply, and whether the family gives a map of stride 4.
 _TIMM: list[tuple[str, str, bool]] = [
     ("test_resnet", _POOLS + _CONVS + _NORMS, True),

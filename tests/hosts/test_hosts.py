@@ -67,8 +67,8 @@ SWAPS: dict[str, Swap] = {
     "graph_conv": Swap(
         lambda _, model: swap.graph_conv(model), "at least one PyG EdgeConv or DynamicEdgeConv", same=True
     ),
-    "bigan_discriminator": Swap(
-        lambda _, model: swap.bigan_discriminator(model, LATENT, width=8, depth=2),
+    "big_bigan": Swap(
+        lambda _, model: swap.big_bigan(model, LATENT, hidden_features=8, depth=2),
         "at least one nn.Linear or nn.Conv2d with one output",
         pickled=False,  # Torch refuses to pickle layers with a spectral norm.
         arguments=lambda: (torch.randn(4, LATENT),),
@@ -185,7 +185,7 @@ def test_nothing_to_swap(name: str) -> None:
     kinds = [type(module) for module in model.modules()]
     for kind, surgery in SWAPS.items():
         # FCOS has a convolution with one output, which will do.
-        if kind not in host.swaps.split() and (name, kind) != ("torchvision fcos_resnet50_fpn", "bigan_discriminator"):
+        if kind not in host.swaps.split() and (name, kind) != ("torchvision fcos_resnet50_fpn", "big_bigan"):
             with pytest.raises(ValueError, match=surgery.nothing):
                 surgery.call(host, model)
     assert [type(module) for module in model.modules()] == kinds

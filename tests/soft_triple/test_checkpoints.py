@@ -1,4 +1,4 @@
-"""The centers of the official code and of pytorch-metric-learning, and the loss that they give there and here."""
+"""Centers of the official code and of pytorch-metric-learning, and their losses there and here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(loss: SoftTripleLoss, columns: Tensor) -> None:
             assert torch.equal(loss.centers[c, k], columns[:, c * K + k])
 
 
-@pytest.mark.parametrize("dim", [DIM, CLASSES * K])  # a square tells nothing of its layout
+@pytest.mark.parametrize("dim", [DIM, CLASSES * K])  # a square does not show its layout
 def test_layouts_and_places(dim: int, tmp_path: Path) -> None:
     columns = fc(dim)
     rows = columns.mT.contiguous()
@@ -84,7 +84,7 @@ def test_official_loss(tau: float) -> None:
 
 
 def their_loss(tau: float) -> TheirLoss:
-    """pytorch-metric-learning has the regulariser apart; its weight is the paper's tau."""
+    """Make pytorch-metric-learning's loss, whose separate regulariser has the paper's tau as weight."""
     if tau == 0:
         return TheirLoss(CLASSES, DIM, K)
     return TheirLoss(CLASSES, DIM, K, weight_regularizer=SparseCentersRegularizer(CLASSES, K), weight_reg_weight=tau)
@@ -95,7 +95,7 @@ def test_pytorch_metric_learning(tau: float) -> None:
     theirs = their_loss(tau)
     ours = load_official(SoftTripleLoss(CLASSES, DIM, K, tau=tau), theirs.state_dict())
     x, labels = batch()
-    # What their regulariser lacks: sqrt(D^2 + 1e-5) - D of each distance.
+    # Their regulariser lacks sqrt(D^2 + 1e-5) - D for each distance.
     distance = torch.cdist(
         torch.nn.functional.normalize(ours.centers, dim=2).double(),
         torch.nn.functional.normalize(ours.centers, dim=2).double(),
@@ -108,7 +108,7 @@ def test_pytorch_metric_learning(tau: float) -> None:
 
 
 def test_coincident_centers() -> None:
-    """The difference is at its most, and the gradient finite."""
+    """The difference is at its maximum, and the gradient is finite."""
     columns = fc()[:, ::K].repeat_interleave(K, 1)
     theirs, ours = their_loss(0.2), load_official(SoftTripleLoss(CLASSES, DIM, K), {"fc": columns})
     theirs.load_state_dict({"fc": columns})

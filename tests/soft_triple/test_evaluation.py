@@ -61,7 +61,7 @@ def test_labels_of_any_dtype(dtype: torch.dtype) -> None:
 
 
 def test_ties_lone_and_empty() -> None:
-    x = torch.ones(4, 2)  # All equally near: the neighbour is 1, 0, 0, 0.
+    x = torch.ones(4, 2)  # All distances are equal: the nearest neighbours are 1, 0, 0, 0.
     assert recall_at_k(x, torch.tensor([5, -2, -2, 5]), (1, 2)) == {1: 0.25, 2: 0.75}
     assert math.isnan(recall_at_k(x, torch.arange(4))[1])
     assert math.isnan(recall_at_k(x[:0], torch.arange(0))[1])
@@ -70,7 +70,7 @@ def test_ties_lone_and_empty() -> None:
 
 def test_pytorch_metric_learning() -> None:
     x, labels = samples(200, 40, 3)
-    labels[:3] = torch.arange(100, 103)  # Lone.
+    labels[:3] = torch.arange(100, 103)  # Without a second sample of their class.
     theirs = AccuracyCalculator(include=("precision_at_1",), k=1, device=torch.device("cpu"))
     unit = torch.nn.functional.normalize(x)
     assert recall_at_k(x, labels)[1] == pytest.approx(theirs.get_accuracy(unit, labels)["precision_at_1"])
@@ -125,7 +125,7 @@ def test_wrong_arguments() -> None:
     ):
         with pytest.raises(kind, match=message):
             recall_at_k(x, labels, k)
-    with pytest.raises(ValueError, match="gallery_labels: expected a Tensor beside gallery"):
+    with pytest.raises(ValueError, match="gallery_labels: expected a Tensor, as gallery is given"):
         recall_at_k(x, labels, gallery=x)
     with pytest.raises(ValueError, match="at least one sample"):
         nmi(x[:0], labels[:0])

@@ -1,4 +1,4 @@
-"""The module against the paper's formula in float64, and in all of torch's machinery."""
+"""The module against the paper's formula in float64, and in torch's machinery."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def columns(loss: SoftTripleLoss) -> Tensor:
 
 
 def expected(loss: SoftTripleLoss, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and the gradient of the centers."""
+    """Return the mean loss and the centers' gradient."""
     fc = columns(loss)
     value = official.soft_triple_loss(x.double(), fc, labels, CLASSES, loss.la, loss.gamma, loss.tau, loss.margin)
     (grad,) = torch.autograd.grad(value, fc)
@@ -99,7 +99,7 @@ def test_parameters_of_every_dtype(dtype: torch.dtype) -> None:
     value = loss(x.requires_grad_(), labels)
     want, grad = expected(loss, x.detach(), labels)
     assert value.dtype == loss.get_logits(x).dtype == torch.promote_types(dtype, torch.float32)
-    # Nothing but the results is rounded to a half type.
+    # Only results are rounded to half precision.
     torch.testing.assert_close(value.double(), want, rtol=1e-5 if dtype != torch.float64 else 1e-12, atol=0)
     value.backward()
     assert (loss.centers.dtype, loss.centers.grad.dtype, x.grad.dtype) == (dtype, dtype, dtype)
@@ -109,7 +109,7 @@ def test_parameters_of_every_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [*HALF])
 def test_autocast(dtype: torch.dtype) -> None:
-    """The network's layers are cast; the loss is computed in float32 from what they give, with parameters as is."""
+    """The network's layers are cast; the loss is computed in float32 from their output and its own parameters."""
     net, loss = nn.Linear(4, DIM), make()
     with torch.autocast("cpu", dtype):
         x = net(torch.randn(9, 4))
@@ -194,7 +194,7 @@ def test_compile() -> None:
         torch.testing.assert_close(actual, want)
         leaves = (x, loss.centers)
         torch.testing.assert_close(torch.autograd.grad(actual, leaves), torch.autograd.grad(want, leaves))
-    # Labels are checked in compiled code, too.
+    # Compiled code also checks labels.
     with pytest.raises(ValueError, match=f"labels: expected classes from 0 to {CLASSES - 1} .*, got {CLASSES}"):
         compiled(x, labels.clamp(max=0) + CLASSES)
 
@@ -230,7 +230,7 @@ def test_nothing_to_count_is_zero(rows: int, reduction: str) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_embeddings_that_are_not_finite(value: float) -> None:
-    """Their own rows are NaN where they count; so are the centers' gradients, even where they do not."""
+    """Losses of their rows are NaN, unless ignored; the centers' gradients are NaN in any case."""
     loss, (x, labels) = make(reduction="none"), batch()
     clean = loss(x, labels)
     x[4, 1] = value

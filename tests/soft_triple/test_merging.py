@@ -1,4 +1,4 @@
-"""Distinct and merged centers against a walk over all pairs."""
+"""Distinct and merged centers against a search over all pairs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from paper_layers.soft_triple import merging
+from paper_layers.soft_triple import _merging
 
 
 def walk(centers: Tensor, threshold: float) -> tuple[list[int], list[np.ndarray], list[int]]:
-    """Groups of each class by depth-first search in float64."""
+    """Find each class's groups by depth-first search in float64."""
     counts: list[int] = []
     merged: list[np.ndarray] = []
     classes: list[int] = []
@@ -37,13 +37,13 @@ def walk(centers: Tensor, threshold: float) -> tuple[list[int], list[np.ndarray]
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 1 << 22])
 def test_merging(classes: int, k: int, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "_CHUNK", chunk)
+    monkeypatch.setattr(_merging, "_CHUNK", chunk)
     generator = torch.Generator().manual_seed(k)
     centers = torch.randn(classes, k, 3, generator=generator).to(dtype) * 5
     for threshold in (0.3, 0.6):
         counts, merged, owners = walk(centers, threshold)
-        assert merging.distinct_centers(centers, threshold).tolist() == counts
-        ours, ours_owners = merging.merge_centers(centers, threshold)
+        assert _merging.distinct_centers(centers, threshold).tolist() == counts
+        ours, ours_owners = _merging.merge_centers(centers, threshold)
         assert ours.dtype == dtype
         assert ours_owners.tolist() == owners
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
@@ -51,28 +51,28 @@ def test_merging(classes: int, k: int, dtype: torch.dtype, chunk: int, monkeypat
 
 
 def test_chain_is_one_group() -> None:
-    """Neighbours are close, the ends are far, and the order of the centers is not the chain's."""
+    """Neighbours are close, the ends are far apart, and the centers are shuffled."""
     for k in (3, 8, 9):
         angle = 0.1 * torch.arange(k)[torch.randperm(k)]
         chain = torch.stack([angle.cos(), angle.sin()], 1)[None]
-        assert merging.distinct_centers(chain, 0.11).tolist() == [1]
-        assert merging.distinct_centers(chain, 0.09).tolist() == [k]
+        assert _merging.distinct_centers(chain, 0.11).tolist() == [1]
+        assert _merging.distinct_centers(chain, 0.09).tolist() == [k]
 
 
 def test_what_is_close_is_not_lost() -> None:
-    """Distances of which the products keep nothing in float32."""
+    """In float32, matrix products would lose these distances."""
     pair = torch.tensor([[1.0, 0.0], [1.0, 1e-4]])
     centers = torch.stack([pair, pair[[0, 0]], 7 * pair])
-    assert merging.distinct_centers(centers, 0.9e-4).tolist() == [2, 1, 2]
-    assert merging.distinct_centers(centers, 1.1e-4).tolist() == [1, 1, 1]
+    assert _merging.distinct_centers(centers, 0.9e-4).tolist() == [2, 1, 2]
+    assert _merging.distinct_centers(centers, 1.1e-4).tolist() == [1, 1, 1]
 
 
 def test_no_class_and_wrong_thresholds() -> None:
     none = torch.empty(0, 3, 4)
-    assert merging.distinct_centers(none, 0.1).shape == (0,)
-    merged, classes = merging.merge_centers(none, 0.1)
+    assert _merging.distinct_centers(none, 0.1).shape == (0,)
+    merged, classes = _merging.merge_centers(none, 0.1)
     assert (merged.shape, classes.shape, classes.dtype) == ((0, 4), (0,), torch.int64)
     with pytest.raises(ValueError, match="threshold: expected more than 0, got 0"):
-        merging.distinct_centers(none, 0)
+        _merging.distinct_centers(none, 0)
     with pytest.raises(TypeError, match="threshold: expected a number, got None"):
-        merging.merge_centers(none, None)
+        _merging.merge_centers(none, None)

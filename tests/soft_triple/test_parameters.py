@@ -1,4 +1,4 @@
-"""Groups of parameters."""
+"""Parameter groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss in pytorch-metric-learning's own trainer and tester."""
+"""The loss in pytorch-metric-learning's trainer, tester, miners and wrappers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from paper_layers.soft_triple import ShardedSoftTripleLoss, SoftTripleLoss, para
 
 
 def data(seed: int) -> TensorDataset:
-    """Four classes of two modes each in six numbers, and ten that tell nothing."""
+    """Draw four classes of two modes each in six features, and ten features of noise."""
     torch.manual_seed(seed)
     modes = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(8, (160,))
@@ -78,7 +78,7 @@ def test_beside_other_losses() -> None:
 
 
 def theirs_like(ours: SoftTripleLoss) -> TheirLoss:
-    """With the same centers, and without the regulariser that theirs does not have."""
+    """Make their loss with the same centers."""
     loss = TheirLoss(ours.num_classes, ours.embedding_dim, ours.centers_per_class, margin=ours.margin)
     loss.fc.data = ours.centers.detach().flatten(0, 1).T.clone()
     return loss
@@ -97,8 +97,9 @@ def test_miners_weigh_rows(miner: nn.Module | None) -> None:
     expected = theirs(x, labels, tuples)
     assert (miner is None) == torch.equal(expected, theirs(x, labels))
     torch.testing.assert_close(ours(x, labels, tuples), expected)
+    torch.testing.assert_close(ours(x, labels, tuple(part.int() for part in tuples)), expected)
     torch.testing.assert_close(MultipleLosses([ours], [miner])(x, labels), expected)
-    # Neither the rows that do not count nor the regulariser weigh more or less.
+    # The weights don't change the regulariser.
     regularized = SoftTripleLoss(4, 4)
     regularized.load_state_dict(ours.state_dict())
     distance = regularized(x, labels) - ours(x, labels)
@@ -130,7 +131,7 @@ def test_called_as_their_losses_are() -> None:
         (lambda: ours(x, labels + 1), ValueError, "labels: expected classes from 0 to 3 .* got 4"),
         (lambda: ours(x, labels - 1), ValueError, "labels: expected classes from 0 to 3 .* got -1"),
         (lambda: ours(x, labels, labels), TypeError, "indices_tuple: expected Tensors in a tuple, got Tensor"),
-        (lambda: ours(x, labels, (x,)), TypeError, "indices_tuple: expected int64 Tensors of one dimension"),
+        (lambda: ours(x, labels, (x,)), TypeError, "indices_tuple: expected an int64 Tensor of one dimension"),
     ]
     for call, error, message in bad:
         with pytest.raises(error, match=message):
@@ -138,12 +139,12 @@ def test_called_as_their_losses_are() -> None:
 
 
 class Mine(SoftTripleLoss):
-    """A user's."""
+    """A user's subclass."""
 
 
 @pytest.mark.parametrize("kind", [SoftTripleLoss, Mine])
 def test_is_one_of_their_losses(kind: type[SoftTripleLoss]) -> None:
-    """Yet it has no attribute, parameter or submodule more, and is copied and pickled as what it was made from."""
+    """It has no further attributes, parameters or submodules, and is copied and pickled by its own class."""
     loss = kind(4, 4)
     assert isinstance(loss, kind)
     assert isinstance(loss, BaseMetricLossFunction)

@@ -1,4 +1,4 @@
-"""One, two and three ranks, with their own numbers of rows and classes, against one process with all of them."""
+"""One to three ranks, with different numbers of rows and classes, against one process with all of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from paper_layers.soft_triple import ShardedSoftTripleLoss, SoftTripleLoss, load_official, param_groups
 
 DIM, FEATURES = 4, 5
-SIZES = {1: (7,), 2: (5, 3), 3: (5, 0, 2)}  # Rows of each rank.
+SIZES = {1: (7,), 2: (5, 3), 3: (5, 0, 2)}  # Rows per rank.
 CASES: dict[str, dict[str, Any]] = {
     "mean": {"num_classes": 7, "centers_per_class": 3, "chunk_size": 2},
     "sum": {"num_classes": 7, "centers_per_class": 3, "reduction": "sum", "margin": 0.3},
@@ -51,7 +51,7 @@ def batch(case: str, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def total(case: str, loss: Tensor, ranks: int = 1) -> Tensor:
-    """A number whose mean over ranks is one for all: of rows, what weighs them differently."""
+    """Return a scalar whose mean over ranks is the joint value; rows get different weights."""
     return loss if case != "none" else (ranks * loss * torch.arange(1, 1 + len(loss))).sum()
 
 
@@ -70,7 +70,7 @@ def parallel(net: nn.Module, group: dist.ProcessGroup) -> Any:
 
 def sharded(case: str, group: dist.ProcessGroup) -> ShardedSoftTripleLoss:
     loss = ShardedSoftTripleLoss(embedding_dim=DIM, **CASES[case], dtype=torch.float64, process_group=group)
-    loss.load_state_dict(plain(case).state_dict())  # Of all classes, on each rank.
+    loss.load_state_dict(plain(case).state_dict())  # All classes, on each rank.
     return loss
 
 
@@ -91,7 +91,7 @@ def compare(case: str, group: dist.ProcessGroup, rank: int, sizes: tuple[int, ..
 
 
 def unequal_losses(group: dist.ProcessGroup, rank: int, sizes: tuple[int, ...]) -> None:
-    """The centers' gradient is that of the mean of what ranks call backward on; half types are summed in float32."""
+    """The centers' gradient is that of the mean over ranks of the losses; half precision is summed in float32."""
     x, labels = batch("mean", sum(sizes))
     loss = sharded("mean", group)
     own = [t.split(list(sizes))[rank] for t in (x, labels)]
@@ -144,7 +144,7 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
 
 
 def different_settings(group: dist.ProcessGroup, rank: int) -> None:
-    """Every rank says which rank has what, and none waits for another."""
+    """Every rank's error lists all ranks' settings, and no rank hangs."""
     for name, values in DIFFERENT.items():
         own = values[rank]
         settings: dict[str, Any] = {"num_classes": 5, "embedding_dim": 4}
@@ -163,7 +163,7 @@ def different_settings(group: dist.ProcessGroup, rank: int) -> None:
 
 
 def miners(group: dist.ProcessGroup, rank: int, sizes: tuple[int, ...]) -> None:
-    """A row that a miner of its rank found weighs as in one process, also beside ranks without a miner."""
+    """Rows found by one rank's miner have the same weights as in one process, also if other ranks have no miner."""
     x, labels = batch("mean", sum(sizes))
     tuples = [torch.tensor([1, 0, 1, 4]), torch.tensor([2, 3, 0, 1])]
     expected = plain("mean")(network()(x), labels, tuples)
@@ -173,7 +173,7 @@ def miners(group: dist.ProcessGroup, rank: int, sizes: tuple[int, ...]) -> None:
 
 
 class Whole(nn.Module):
-    """Network and loss in one, as a LightningModule holds them."""
+    """Network and loss in one module, such as a LightningModule."""
 
     def __init__(self, loss: SoftTripleLoss):
         super().__init__()
@@ -195,7 +195,7 @@ def inside_ddp(group: dist.ProcessGroup, rank: int, sizes: tuple[int, ...]) -> N
 
 
 def sharded_by_fsdp(group: dist.ProcessGroup) -> None:
-    """Outside of forward FSDP holds a part of the centers on each rank."""
+    """Outside of forward, FSDP keeps only a part of the centers on each rank."""
     expected, x = plain("mean"), batch("mean", 4)[0][:, :DIM]
     mesh = DeviceMesh.from_group(group, "cpu")
     loss = fully_shard(plain("mean"), mesh=mesh)
@@ -216,7 +216,7 @@ def sharded_by_fsdp(group: dist.ProcessGroup) -> None:
 
 
 def initial_centers(group: dist.ProcessGroup) -> None:
-    """Ranks that are seeded alike do not start alike, and the bound is that of all classes."""
+    """Ranks with the same seed draw different centers, with the bound of all classes."""
     torch.manual_seed(5)
     loss = ShardedSoftTripleLoss(600, DIM, 2, process_group=group)
     every = loss.centers.full_tensor().detach().clone()
@@ -301,7 +301,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_ranks_are_one_process(tmp_path: Path) -> None:
-    """Three ranks together, two of them, and one alone."""
+    """Test three ranks together, two of them, and one alone."""
     mp.spawn(worker, (str(tmp_path),), nprocs=3)
 
 

@@ -1,4 +1,4 @@
-"""AdvProp: adversarial images, and what training on them does with one set of batch norms and with two."""
+"""AdvProp: adversarial images, and training on them with one and with two sets of batch norms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.report.page import ACCENT, Section, code, heading, image_grid, p
 
 STEPS = 300
 ATTACK = ATTACKS[1]
-IMAGES, LEVELS = 8, (0.0, 16.0, 32.0, 64.0)  # In the picture.
+IMAGES, LEVELS = 8, (0.0, 16.0, 32.0, 64.0)  # Images in the picture.
 LOOP = """\
 model = swap.split_batch_norm(model)
 attack = functools.partial(pgd, eps=76.5, step_size=24, steps=5, bounds=(-1, 1))
@@ -36,7 +36,7 @@ model = swap.plain_batch_norm(model)  # The network as it was, for inference."""
 
 
 def run(way: str) -> dict[str, tuple[nn.Module, Measured]]:
-    """The plain networks that one training gives, and their accuracies."""
+    """Train one network; return its plain networks and their accuracies."""
     train_data, test_data = datasets(None)
     torch.set_num_threads(1)
     model = trained(way, ATTACK, 0, STEPS, train_data)

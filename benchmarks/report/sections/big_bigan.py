@@ -1,4 +1,4 @@
-"""BigBiGAN: digits that are drawn, digits that are encoded and drawn again, and what the encoder's features know."""
+"""BigBiGAN: samples and reconstructions of digits, and tests of the encoder's features."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from benchmarks.report.page import Section, bars, code, heading, image_grid, pic
 
 STEPS = 1200
 NAMES = (OURS, "joint only (BiGAN)", UNTRAINED)
-SAMPLES, RECONSTRUCTED = (3, 16), 16  # In the pictures.
+SAMPLES, RECONSTRUCTED = (3, 16), 16  # Numbers of images in the pictures.
 LOOP = """\
-discriminator = BigBiGANDiscriminator(trunk, feature_dim=512, latent_dim=32)
+discriminator = BigBiGANDiscriminator(trunk, in_features=512, latent_dim=32)
 encoder = nn.Sequential(network, LatentHead(512, latent_dim=32))
 for images in batches:
     for step, optimizer in ((discriminator_step, d_optimizer), (encoder_generator_step, eg_optimizer)):
@@ -30,7 +30,7 @@ for images in batches:
 
 
 def run(name: str) -> tuple[Outcome, Tensor, Tensor]:
-    """Of a variant the scores, samples, and some test images drawn from the means of their latents."""
+    """Train a variant; return its scores, samples, and test images reconstructed from the means of their latents."""
     torch.set_num_threads(1)
     train_data, test_data = digits(None, SIZE)
     training = Training(VARIANTS.get(name, VARIANTS[OURS]), seed=0)

@@ -1,4 +1,4 @@
-"""DeepGCN: the parts of objects among 256 points, the neighbours it looks at, depth, and the speed of its ops."""
+"""DeepGCN: parts of objects with 256 points, their neighbours, depth, and the speed of the ops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.report.speed import caption, measure, named, panels
 from paper_layers.deep_gcn import DeepGCN, DilatedKNN
 
 STEPS = 200
-COLORS = (ACCENT, "#1d4ed8", "#15803d", "#a16207", "#7e22ce")  # Of the classes.
+COLORS = (ACCENT, "#1d4ed8", "#15803d", "#a16207", "#7e22ce")  # One per class.
 
 
 def network() -> nn.Module:
@@ -121,7 +121,7 @@ def _cloud_axes(figure: Figure, rows: int, columns: int, number: int) -> Any:
 
 
 def _claims() -> list[str]:
-    """The paper's claims, from the results of the benchmark where there are any."""
+    """Show the paper's claims, if the benchmark's results exist."""
     if not (found := claims("deep_gcn")):
         return []
     return [

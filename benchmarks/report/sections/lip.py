@@ -24,8 +24,8 @@ from paper_layers.lip import LIPPool2d
 
 SEEDS, STEPS = 4, 300
 BEFORE, AFTER = "max pooling", "LIP"
-OURS = "lip_pool2d"  # In the names of contenders.
-Run = tuple[nn.Module, float, float]  # The trained model, its accuracy, the seconds that training took.
+OURS = "lip_pool2d"  # Part of the contenders' names.
+Run = tuple[nn.Module, float, float]  # The trained model, its accuracy, the seconds of training.
 
 
 def small_cnn() -> nn.Module:

@@ -1,4 +1,4 @@
-"""PointRend: thin shapes in scenes, the points it refines, borders before and after, and its speed."""
+"""PointRend: scenes of thin shapes, refined points, borders before and after, and its speed."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from paper_layers.point_rend import draw_steps
 
 NETWORKS = ("bilinear", OURS)
 STEPS = 400
-TRAIN, TEST = 400, 60  # Scenes.
-COLORS = ("#fdfcfa", "#1d4ed8", "#15803d")  # Of the classes.
+TRAIN, TEST = 400, 60  # Number of scenes.
+COLORS = ("#fdfcfa", "#1d4ed8", "#15803d")  # One per class.
 WRONG = "#e11d48"
 
 
 def test_scenes(count: int) -> Data:
-    """The first so many."""
+    """Draw scenes of test digits."""
     return scenes.scenes(scenes.split(scenes.digits())[1], count, seed=10_000)
 
 
 def run(way: str) -> tuple[Bilinear, Scores, float]:
-    """The trained network, its scores, the seconds that training took."""
+    """Train the network; return it, its scores, and the seconds of training."""
     train_data = scenes.scenes(scenes.split(scenes.digits())[0], TRAIN, seed=0)
     torch.manual_seed(0)
     model = network(way, 1, len(scenes.CLASSES))

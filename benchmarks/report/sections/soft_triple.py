@@ -1,4 +1,4 @@
-"""SoftTriple: digits that were trained as two classes, and the centers of the classes before and after merging."""
+"""SoftTriple: digits trained as two classes, and the classes' centers before and after merging."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TRAINED = (BASELINE, *SHOWN)
 LOOP = """\
 loss = SoftTripleLoss(num_classes=2, embedding_dim=32, centers_per_class=20)
 groups = param_groups(model, loss, lr=3e-3, center_lr=1e-2)
-groups[0]["eps"] = 1e-8                        # Of the network, which starts from nothing.
+groups[0]["eps"] = 1e-8                        # For the network, which isn't pretrained.
 optimizer = torch.optim.Adam(groups, eps=0.01, weight_decay=1e-4)
 for x, y in batches:
     value = loss(model(x), y)
@@ -20,7 +20,7 @@ for x, y in batches:
     value.backward()
     optimizer.step()
 loss.distinct_centers(0.2)                     # How many centers of each class have not merged.
-centers, classes = loss.merge_centers(0.2)     # Those that are left."""
+centers, classes = loss.merge_centers(0.2)     # The remaining centers."""
 
 
 def section() -> Section:
@@ -65,7 +65,7 @@ def _row(way: str, outcome: Outcome) -> tuple[str, ...]:
 
 
 def _claims() -> list[str]:
-    """What benchmarks/claims/soft_triple.py measured with more seeds, if its results are there."""
+    """Show the results of benchmarks/claims/soft_triple.py, with more seeds, if they exist."""
     if not (content := claims("soft_triple")):
         return []
     names = {BASELINE: "one center", TRIPLETS: "triplets of pytorch-metric-learning"}

@@ -10,6 +10,6 @@ T = TypeVar("T", bound=type)
 
 
 def exported(kind: T) -> T:
-    """Give a named tuple the name that it has in exported programs; `torch.export.load` needs its import first."""
+    """Register a named tuple for exported programs; import its module before `torch.export.load`."""
     register_namedtuple(kind, serialized_type_name=f"paper_layers.big_bigan.{kind.__name__}")
     return kind
