@@ -22,7 +22,7 @@ namespace paper_layers {
 
 namespace isa_default {
 #define PAPER_LAYERS_VECTOR_BYTES 16
-#include "common/vec.h"
+#include "common/vec.isa.h"
 #include PAPER_LAYERS_KERNEL
 #undef PAPER_LAYERS_VECTOR_BYTES
 }  // namespace isa_default
@@ -37,7 +37,7 @@ namespace isa_default {
 #endif
 namespace isa_avx2 {
 #define PAPER_LAYERS_VECTOR_BYTES 32
-#include "common/vec.h"
+#include "common/vec.isa.h"
 #include PAPER_LAYERS_KERNEL
 #undef PAPER_LAYERS_VECTOR_BYTES
 }  // namespace isa_avx2
@@ -51,7 +51,7 @@ namespace isa_avx2 {
 #endif
 namespace isa_avx512 {
 #define PAPER_LAYERS_VECTOR_BYTES 64
-#include "common/vec.h"
+#include "common/vec.isa.h"
 #include PAPER_LAYERS_KERNEL
 #undef PAPER_LAYERS_VECTOR_BYTES
 }  // namespace isa_avx512

@@ -8,7 +8,7 @@
 
 #include "edge_conv/problem.h"
 
-#define PAPER_LAYERS_KERNEL "edge_conv/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "edge_conv/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {

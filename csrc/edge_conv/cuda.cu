@@ -4,7 +4,7 @@
 // order. Backward: the same for the nodes, which find again what edge they kept; then each row of neighbour terms
 // gathers from the edges that lead to it. No atomics, so results do not vary from run to run.
 
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 
 #include <algorithm>
 #include <optional>

@@ -8,7 +8,7 @@
 
 #include "common/accumulator.h"
 #include "common/checks.h"
-#include "common/table.h"
+#include "common/neighbor_table.h"
 
 namespace paper_layers {
 

@@ -6,7 +6,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "common/table.h"
+#include "common/neighbor_table.h"
 
 namespace paper_layers {
 

@@ -13,7 +13,7 @@
 #include "common/huge_pages.h"
 #include "knn/problem.h"
 
-#define PAPER_LAYERS_KERNEL "knn/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "knn/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> knn_backward(const Tensor& grad, const Tensor& query,
   const Tensor g = dense(grad), q = dense(query), p = dense(points), i = torch::stable::contiguous(index);
   Tensor grad_query = torch::stable::empty_like(q), grad_points = torch::stable::empty_like(p);
   const int64_t channels = query.size(query.dim() - 1);
-  const NeighbourTable table = neighbour_table(i, query, points);
+  const NeighborTable table = neighbor_table(i, query, points);
   if (i.numel() == 0 || channels == 0 || table.points == 0) {
     check_index(table.index, i.numel(), table.limit());
     return {torch::stable::to(torch::stable::zero_(grad_query), query.scalar_type()),

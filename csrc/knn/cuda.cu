@@ -2,7 +2,7 @@
 //
 // In up to three channels large clouds are searched by a tree, all else by a matrix product that is filtered as it is
 // computed. Either way float64 distances decide. Nothing is read back to the host: starts of ragged clouds are data.
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 
 #include <algorithm>
 #include <limits>
@@ -179,7 +179,7 @@ void search_tree(const Search<T>& search) {
 constexpr int64_t kTreePoints = 32768;
 
 template <typename T>
-void search_neighbours(const Search<T>& search) {
+void search_neighbors(const Search<T>& search) {
   const int64_t channels = search.channels(), points = search.point_rows.rows / search.point_rows.clouds;
   if (1 <= channels && channels <= kDimensions && points >= kTreePoints && !search.wanted.inner) {
     search_tree(search);
@@ -252,7 +252,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points
     }
     if (query_rows.rows == 0 || query_rows.clouds == 0) return;
     const bool same = same_rows && (!query_ptr.has_value() || same_data(*query_ptr, *points_ptr));
-    search_neighbours(Search<T>{query, points, query_rows, point_rows, wanted, same});
+    search_neighbors(Search<T>{query, points, query_rows, point_rows, wanted, same});
   };
   if (dtype == ScalarType::Double) run(double());
   else run(float());
@@ -274,8 +274,8 @@ std::tuple<Tensor, Tensor> knn_backward(const Tensor& any_grad, const Tensor& an
     return {torch::stable::fill_(grad_query, 0), torch::stable::fill_(grad_points, 0)};
   }
   const int64_t channels = query.size(query.dim() - 1);
-  const NeighbourTable table = neighbour_table(index, query, points);
-  const ReverseTable reverse = reverse_table(points, index.numel(), table.points, RowOfNeighbour{table});
+  const NeighborTable table = neighbor_table(index, query, points);
+  const ReverseTable reverse = reverse_table(points, index.numel(), table.points, RowOfNeighbor{table});
   with_dtype(query.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;

@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 #include "knn/cuda_clouds.cuh"
 #include "knn/cuda_select.cuh"
 

@@ -13,7 +13,7 @@
 #include <torch/headeronly/macros/Macros.h>
 
 #include "common/checks.h"
-#include "common/table.h"
+#include "common/neighbor_table.h"
 
 namespace paper_layers {
 
@@ -128,7 +128,7 @@ inline bool same_data(const Tensor& a, const Tensor& b) {
 }
 
 // Which rows of points the neighbours are: indices count within clouds of so many rows, or (0 points) in all rows.
-struct NeighbourTable {
+struct NeighborTable {
   const int64_t* index;
   int64_t queries, k, points;
   int64_t cloud_queries, cloud_points;
@@ -144,7 +144,7 @@ struct NeighbourTable {
 };
 
 // Of a contiguous index.
-inline NeighbourTable neighbour_table(const Tensor& index, const Tensor& query, const Tensor& points) {
+inline NeighborTable neighbor_table(const Tensor& index, const Tensor& query, const Tensor& points) {
   const int64_t last = query.dim() - 1, k = index.size(last);
   return {index.const_data_ptr<int64_t>(),
           index.numel() / std::max<int64_t>(k, 1),

@@ -7,9 +7,9 @@
 #include <tuple>
 
 #include "common/accumulator.h"
-#include "lip_pool2d/geometry.h"
+#include "lip_pool2d/problem.h"
 
-#define PAPER_LAYERS_KERNEL "lip_pool2d/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "lip_pool2d/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {

@@ -14,7 +14,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "lip_pool2d/cuda_kernel.cuh"
-#include "lip_pool2d/geometry.h"
+#include "lip_pool2d/problem.h"
 
 namespace paper_layers {
 namespace {

@@ -8,7 +8,7 @@
 #include "common/accumulator.h"
 #include "neighbor_reduce/problem.h"
 
-#define PAPER_LAYERS_KERNEL "neighbor_reduce/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "neighbor_reduce/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {

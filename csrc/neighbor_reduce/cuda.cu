@@ -3,7 +3,7 @@
 // Forward: a thread a pack of a node's channels. Backward: the edges are sorted by the row that they lead to, and each
 // row gathers from its own, in order: no atomics, so results do not vary from run to run.
 
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 
 #include <algorithm>
 #include <limits>
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor
   const Tensor arg = torch::stable::new_empty(input, problem.has_arg() ? shape : none, ScalarType::Int);
   if (output.numel() == 0) return {output, arg};
   // Without rows nobody has neighbours.
-  const NeighbourRows neighbours{index.const_data_ptr<int64_t>(), problem.rows > 0 ? problem.k : 0, problem.rows};
+  const NeighborRows neighbors{index.const_data_ptr<int64_t>(), problem.rows > 0 ? problem.k : 0, problem.rows};
   with_dtype(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     with_rows<T>(problem.nodes * problem.channels, problem.channels, {input, output, arg}, [&](auto rows) {
@@ -41,11 +41,11 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor
       if (problem.has_arg()) {
         for_each_index<typename R::Index>(
             count, device,
-            Extreme<T, R>{rows, neighbours, problem.reduce == Reduce::max, relative, packs<T, V>(input),
+            Extreme<T, R>{rows, neighbors, problem.reduce == Reduce::max, relative, packs<T, V>(input),
                           mutable_packs<T, V>(output), mutable_packs<int32_t, V>(arg)});
       } else {
         for_each_index<typename R::Index>(count, device,
-                                          Total<T, R>{rows, neighbours, problem.reduce == Reduce::mean, relative,
+                                          Total<T, R>{rows, neighbors, problem.reduce == Reduce::mean, relative,
                                                       packs<T, V>(input), mutable_packs<T, V>(output)});
       }
     });
@@ -72,7 +72,7 @@ Tensor neighbor_reduce_backward(const Tensor& any_grad, const Tensor& any_index,
     using T = decltype(element);
     using A = Accumulator<T>;
     A* count = counted ? counts.mutable_data_ptr<A>() : nullptr;
-    if (counted) for_each_index<int64_t>(problem.nodes, device, CountNeighbours<A>{row_of.index, problem.k, count});
+    if (counted) for_each_index<int64_t>(problem.nodes, device, CountNeighbors<A>{row_of.index, problem.k, count});
     const int64_t largest = std::max(grad_input.numel(), index.numel());
     with_rows<T>(largest, problem.channels, {grad, arg, grad_input}, [&](auto packed) {
       using R = decltype(packed);

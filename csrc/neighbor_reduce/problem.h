@@ -6,7 +6,7 @@
 #include <string>
 
 #include "common/checks.h"
-#include "common/table.h"
+#include "common/neighbor_table.h"
 
 namespace paper_layers {
 

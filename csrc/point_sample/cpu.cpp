@@ -8,7 +8,7 @@
 #include "common/range.h"
 #include "point_sample/problem.h"
 
-#define PAPER_LAYERS_KERNEL "point_sample/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "point_sample/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {

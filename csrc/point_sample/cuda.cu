@@ -4,7 +4,7 @@
 // each pixel gathers from its own, in order: no atomics, so results do not vary from run to run. Backward of the
 // points: a thread a point.
 
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 
 #include <optional>
 #include <string>

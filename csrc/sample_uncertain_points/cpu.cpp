@@ -9,7 +9,7 @@
 #include "common/bilinear.h"
 #include "sample_uncertain_points/problem.h"
 
-#define PAPER_LAYERS_KERNEL "sample_uncertain_points/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "sample_uncertain_points/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {

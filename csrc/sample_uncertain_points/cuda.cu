@@ -1,7 +1,7 @@
 // The most uncertain of given points on the GPU: a thread a point samples the classes that count and writes one
 // integer, its margin above its number, and the smallest of these are the result. Nothing is read back to the host.
 
-#include "common/cuda_smallest.cuh"
+#include "common/cuda_uncertainty.cuh"
 
 #include <optional>
 

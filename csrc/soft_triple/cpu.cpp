@@ -9,7 +9,7 @@
 #include "common/matrix_view.h"
 #include "soft_triple/problem.h"
 
-#define PAPER_LAYERS_KERNEL "soft_triple/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "soft_triple/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 #include "soft_triple/cpu_loss.h"
 

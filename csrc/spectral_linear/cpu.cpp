@@ -11,7 +11,7 @@
 #include "common/matrix_view.h"
 #include "spectral_linear/problem.h"
 
-#define PAPER_LAYERS_KERNEL "spectral_linear/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "spectral_linear/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 #include "common/products.h"
 

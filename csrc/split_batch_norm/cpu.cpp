@@ -3,9 +3,40 @@
 #include <torch/headeronly/core/Dispatch_v2.h>
 
 #include "common/range.h"
-#include "split_batch_norm/arguments.h"
+#include "split_batch_norm/problem.h"
 
-#define PAPER_LAYERS_KERNEL "split_batch_norm/cpu_kernel.h"
+namespace paper_layers {
+
+// The arguments of the kernels. Parameters and statistics have shape (splits, channels).
+template <typename T>
+struct SplitForward {
+  using A = Accumulator<T>;
+
+  const SplitBatchNormProblem& problem;
+  const T* input;
+  const A *weight, *bias;  // or null
+  A *mean, *var;
+  T* output;           // null: statistics only
+  bool has_statistics;  // mean and var are given
+  A eps;
+};
+
+template <typename T>
+struct SplitBackward {
+  using A = Accumulator<T>;
+
+  const SplitBatchNormProblem& problem;
+  const T *grad, *input;
+  const A *weight, *mean, *var;  // weight: or null
+  A *products, *sums;  // Of grad times the normalised input, and of grad; where given, their means.
+  T* grad_input;       // null: sums only
+  bool has_means;
+  A eps;
+};
+
+}  // namespace paper_layers
+
+#define PAPER_LAYERS_KERNEL "split_batch_norm/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {

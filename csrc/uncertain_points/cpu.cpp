@@ -8,7 +8,7 @@
 #include "common/accumulator.h"
 #include "uncertain_points/problem.h"
 
-#define PAPER_LAYERS_KERNEL "uncertain_points/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "uncertain_points/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {

@@ -1,7 +1,7 @@
 // The most uncertain pixels on the GPU: a thread a pixel reads its classes and writes one integer, its margin above its
 // place, and the smallest of these are the result. Nothing is read back to the host.
 
-#include "common/cuda_smallest.cuh"
+#include "common/cuda_uncertainty.cuh"
 
 #include <algorithm>
 #include <optional>

@@ -3,7 +3,7 @@
 // Sums of gradients that are kept in the caches until they are complete.
 constexpr int64_t kBandBytes = int64_t(512) << 10;
 
-#include "point_sample/cpu_plan.h"
+#include "point_sample/cpu_plan.isa.h"
 
 // Complete sums to the gradient.
 template <typename T, typename A>
@@ -21,8 +21,8 @@ void write(const A* sums, int64_t count, T* to, bool streaming) {
   for (; i < count; ++i) to[i] = static_cast<T>(sums[i]);
 }
 
-#include "point_sample/cpu_planar.h"
-#include "point_sample/cpu_channels_last.h"
+#include "point_sample/cpu_planar.isa.h"
+#include "point_sample/cpu_channels_last.isa.h"
 
 template <typename T>
 void forward(const PointSampleProblem& problem, const Coordinates& points, const int64_t* image,

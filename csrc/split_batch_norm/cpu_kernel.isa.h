@@ -29,8 +29,8 @@ Pullback<Accumulator<T>> pullback(const SplitBackward<T>& b, int64_t at, double 
   return {A(scale), A(-scale * invstd * mean_product), b.mean[at], A(-scale * mean_grad)};
 }
 
-#include "split_batch_norm/cpu_planar.h"
-#include "split_batch_norm/cpu_rows.h"
+#include "split_batch_norm/cpu_planar.isa.h"
+#include "split_batch_norm/cpu_rows.isa.h"
 
 template <typename T>
 void forward(const SplitForward<T>& f) {

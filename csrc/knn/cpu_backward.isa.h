@@ -9,7 +9,7 @@ PAPER_LAYERS_INLINE void accumulate(T weight, const T* x, const T* y, int64_t ch
 // Each query gathers from its neighbours, and each point from the queries that it is a neighbour of, in order:
 // nothing is written by two threads, and results do not depend on their number.
 template <typename T>
-void knn_backward(const NeighbourTable& table, int64_t channels, bool inner, const T* grad, const T* query,
+void knn_backward(const NeighborTable& table, int64_t channels, bool inner, const T* grad, const T* query,
                   const T* points, T* grad_query, T* grad_points) {
   const int64_t edges = table.queries * table.k;
   std::vector<int64_t> start(table.points + 2), edge_of(edges);

@@ -2,7 +2,7 @@
 
 // The neighbours of one node: their rows and their columns in the table.
 template <typename T>
-struct Neighbours {
+struct Neighbors {
   std::vector<const T*> rows;
   std::vector<int32_t> columns;
 
@@ -30,7 +30,7 @@ PAPER_LAYERS_INLINE void store_numbers(int32_t* to, BitLanes lanes, Full) {
 
 // The largest or smallest, and the column of the first of these; NaN is beyond all others. Less `own`, if not null.
 template <bool largest, typename T>
-void extreme(const Neighbours<T>& from, int64_t channels, const T* own, T* output, int32_t* arg) {
+void extreme(const Neighbors<T>& from, int64_t channels, const T* own, T* output, int32_t* arg) {
   using V = Vec<Accumulator<T>>;
   const int64_t count = from.rows.size();
   cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
@@ -50,7 +50,7 @@ void extreme(const Neighbours<T>& from, int64_t channels, const T* own, T* outpu
 }
 
 template <typename T>
-void total(const Neighbours<T>& from, int64_t channels, const T* own, bool mean, T* output) {
+void total(const Neighbors<T>& from, int64_t channels, const T* own, bool mean, T* output) {
   using V = Vec<Accumulator<T>>;
   const V count(static_cast<Accumulator<T>>(from.rows.size()));
   cover<V::size>(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
@@ -65,7 +65,7 @@ template <typename T>
 void neighbor_reduce(const NeighborReduceProblem& problem, const T* input, const int64_t* index, T* output, int32_t* arg) {
   const int64_t channels = problem.channels, k = problem.k;
   parallel_for(0, problem.nodes, grain_size(32768, {channels, k}), [&](int64_t begin, int64_t end) {
-    Neighbours<T> from;
+    Neighbors<T> from;
     for (int64_t i = begin; i < end; ++i) {
       from.select(input, channels, index + i * k, k);
       const T* own = problem.relative ? input + i * channels : nullptr;

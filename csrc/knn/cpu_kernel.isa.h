@@ -1,14 +1,15 @@
 // Exact k-nearest neighbours on the CPU, compiled once for each instruction set.
-#include "knn/cpu_exact.h"
-#include "knn/cpu_candidates.h"
-#include "knn/cpu_tree.h"
-#include "knn/cpu_walk.h"
-#include "knn/cpu_ties.h"
-#include "knn/cpu_scores.h"
-#include "knn/cpu_panels.h"
-#include "knn/cpu_pairs.h"
-#include "knn/cpu_subset.h"
-#include "knn/cpu_backward.h"
+#include "knn/cpu_exact.isa.h"
+#include "knn/cpu_sort.isa.h"
+#include "knn/cpu_candidates.isa.h"
+#include "knn/cpu_tree.isa.h"
+#include "knn/cpu_walk.isa.h"
+#include "knn/cpu_ties.isa.h"
+#include "knn/cpu_scores.isa.h"
+#include "knn/cpu_panels.isa.h"
+#include "knn/cpu_pairs.isa.h"
+#include "knn/cpu_subset.isa.h"
+#include "knn/cpu_backward.isa.h"
 
 // So few pairs are not worth a tree or panels.
 constexpr int64_t kFewPairs = 4096;

@@ -1,6 +1,6 @@
 // The spectral linear layer around its matrix products on the CPU, compiled once for each instruction set.
-#include "common/cpu_matrix.h"
-#include "common/cpu_products.h"
+#include "common/cpu_matrix.isa.h"
+#include "common/cpu_products.isa.h"
 
 // Parts of a sum over rows; fixed, so that results do not depend on the threads.
 constexpr int64_t kParts = 16;

@@ -13,7 +13,7 @@ constexpr int kBatch = 4;
 
 // The neighbours of the nodes. As in torch's own indexing, a row out of range stops the device's work with an
 // assertion: the host could not know of it without waiting.
-struct NeighbourRows {
+struct NeighborRows {
   const int64_t* index;
   int64_t k, rows;
 

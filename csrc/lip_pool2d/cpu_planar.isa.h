@@ -2,7 +2,7 @@
 
 // The sum of `count` vectors (`fixed`, where that is not 0), each one element after the other.
 template <int fixed, typename A>
-PAPER_LAYERS_INLINE Vec<A> sum_neighbours(const A* first, int64_t count) {
+PAPER_LAYERS_INLINE Vec<A> sum_neighbors(const A* first, int64_t count) {
   Vec<A> total = load(first);
 PAPER_LAYERS_UNROLL
   for (int64_t i = 1; i < (fixed ? fixed : count); ++i) total = total + load(first + i);
@@ -80,11 +80,11 @@ PAPER_LAYERS_UNROLL
   void sum_columns(const A* columns, A* sums) const {
     const int64_t kernel = fixed ? fixed : width_.kernel, stride = width_.stride, outputs = outputs_.size();
     if (stride == 1) {
-      for (int64_t o = 0; o < outputs; o += V::size) store(sums + o, sum_neighbours<fixed>(columns + o, kernel));
+      for (int64_t o = 0; o < outputs; o += V::size) store(sums + o, sum_neighbors<fixed>(columns + o, kernel));
     } else if (stride == 2) {
       for (int64_t o = 0; o < outputs; o += V::size) {
-        store(sums + o, even_lanes(sum_neighbours<fixed>(columns + 2 * o, kernel),
-                                   sum_neighbours<fixed>(columns + 2 * o + V::size, kernel)));
+        store(sums + o, even_lanes(sum_neighbors<fixed>(columns + 2 * o, kernel),
+                                   sum_neighbors<fixed>(columns + 2 * o + V::size, kernel)));
       }
     } else {
       for (int64_t o = 0; o < outputs; ++o) {
@@ -173,7 +173,7 @@ PAPER_LAYERS_UNROLL
     for (int64_t o = 0; o < outputs_; ++o) first[o * stride] = windows[o];
     const A* from = spread_.data() + first_;
     with_constant<3>(kernel, [&](auto fixed) __attribute__((always_inline)) {
-      for (int64_t j = 0; j < columns_.size(); j += V::size) store(sums + j, sum_neighbours<fixed>(from + j, kernel));
+      for (int64_t j = 0; j < columns_.size(); j += V::size) store(sums + j, sum_neighbors<fixed>(from + j, kernel));
     });
   }
 

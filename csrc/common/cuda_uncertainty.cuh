@@ -1,7 +1,7 @@
 // Margins of logits on the GPU, and the points of the smallest ones.
 #pragma once
 
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 
 #include <array>
 #include <cstdint>

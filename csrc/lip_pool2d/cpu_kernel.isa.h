@@ -1,7 +1,8 @@
 // The CPU kernels of local importance-based pooling, compiled once for each instruction set.
-#include "lip_pool2d/cpu_weights.h"
-#include "lip_pool2d/cpu_planar.h"
-#include "lip_pool2d/cpu_channels_last.h"
+#include "common/exp.isa.h"
+#include "lip_pool2d/cpu_weights.isa.h"
+#include "lip_pool2d/cpu_planar.isa.h"
+#include "lip_pool2d/cpu_channels_last.isa.h"
 
 // The taps of one window, by itself: for windows that the sums above cannot resolve.
 template <typename T>

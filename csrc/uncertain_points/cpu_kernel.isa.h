@@ -1,6 +1,6 @@
 // The most uncertain pixels on the CPU, compiled once for each instruction set.
-#include "common/cpu_margins.h"
-#include "common/cpu_smallest.h"
+#include "common/cpu_margins.isa.h"
+#include "common/cpu_top_k.isa.h"
 
 // Pixels whose margins are computed at once, so that what belongs to them stays in the first cache.
 constexpr int64_t kTile = 1024;
