@@ -7,10 +7,8 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 namespace paper_layers {
 namespace {
@@ -105,24 +103,23 @@ Tensor smallest_margins(const Tensor& like, int64_t images, int64_t points, int6
   STD_TORCH_CHECK(points <= std::numeric_limits<int32_t>::max(), "expected fewer than 2^31 points in an image, got ",
                   points);
   const int32_t device = like.get_device_index();
-  const std::vector<int64_t> all = {images, points}, some = {images, wanted};
-  if (images == 0 || wanted == 0) return torch::stable::new_empty(like, some, ScalarType::Long);
+  if (images == 0 || wanted == 0) return new_empty(like, {images, wanted}, ScalarType::Long);
   const Divider<typename MarginOf::Index> by_points(points);
   if constexpr (std::is_same_v<A, float>) {
-    const Tensor keys = torch::stable::new_empty(like, all, ScalarType::Long);
+    const Tensor keys = new_empty(like, {images, points}, ScalarType::Long);
     for_each_index<typename MarginOf::Index>(
         images * points, device,
         WriteMarginKeys<MarginOf>{margin_of, by_points, points, keys.mutable_data_ptr<int64_t>()});
-    const Tensor index = torch::stable::contiguous(smallest(keys, wanted));
+    const Tensor index = to_contiguous(smallest(keys, wanted));
     for_each_index<int64_t>(images * wanted, device, PointOfKey{index.mutable_data_ptr<int64_t>()});
     return index;
   } else {
-    const Tensor margins = torch::stable::new_empty(like, all, ScalarType::Double);
+    const Tensor margins = new_empty(like, {images, points}, ScalarType::Double);
     for_each_index<typename MarginOf::Index>(
         images * points, device,
         WriteMargins<MarginOf>{margin_of, by_points, points, margins.mutable_data_ptr<double>()});
     Tensor order = sorted(margins, 1).order;
-    return torch::stable::contiguous(torch::stable::narrow(order, 1, 0, wanted));
+    return to_contiguous(torch::stable::narrow(order, 1, 0, wanted));
   }
 }
 

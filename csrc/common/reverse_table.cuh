@@ -8,10 +8,8 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 namespace paper_layers {
 namespace {
@@ -83,11 +81,10 @@ struct ReverseTable {
 template <typename Row>
 ReverseTable reverse_table(const Tensor& like, int64_t edges, int64_t rows, const Row& row_of) {
   const int32_t device = like.get_device_index();
-  const std::vector<int64_t> edge_shape = {edges}, start_shape = {rows + 1};
-  const Tensor starts = torch::stable::new_empty(like, start_shape, ScalarType::Long);
+  const Tensor starts = new_empty(like, {rows + 1}, ScalarType::Long);
   const auto build = [&](auto key, ScalarType dtype) {
     using Key = decltype(key);
-    const Tensor keys = torch::stable::new_empty(like, edge_shape, dtype);
+    const Tensor keys = new_empty(like, {edges}, dtype);
     for_each_index<int64_t>(edges, device, WriteKeys<Key, Row>{row_of, rows, keys.mutable_data_ptr<Key>()});
     const Sorted result = sorted(keys);
     for_each_index<int64_t>(

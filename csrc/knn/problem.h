@@ -8,12 +8,10 @@
 #include <optional>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/macros/Macros.h>
 
-#include "common/checks.h"
 #include "common/neighbor_table.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 
@@ -42,9 +40,9 @@ inline std::vector<int64_t> read_starts(const char* name, const Tensor& starts, 
                   ": expected int64 of shape (B + 1,), got ", starts.scalar_type(), " of shape ",
                   to_string(starts.sizes()));
   check_same_device(name, starts, "query", query);
-  const Tensor dense = torch::stable::contiguous(starts);
-  const int64_t* data = dense.const_data_ptr<int64_t>();
-  const std::vector<int64_t> result(data, data + dense.numel());
+  const Tensor contiguous = to_contiguous(starts);
+  const int64_t* data = contiguous.const_data_ptr<int64_t>();
+  const std::vector<int64_t> result(data, data + starts.numel());
   STD_TORCH_CHECK(result.front() == 0 && result.back() == rows, name, ": expected numbers from 0 to ", rows, ", got ",
                   result.front(), " to ", result.back());
   const auto descent = std::is_sorted_until(result.begin(), result.end());
@@ -63,9 +61,9 @@ inline void check_points(const char* name, const Tensor& points, const Tensor& q
 }
 
 // What is known of the arguments without the clouds' starts.
-inline void check_knn(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
-                      const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation,
-                      const std::optional<Tensor>& positions) {
+inline void check_knn(const Tensor& query, const Tensor& points, const MaybeTensor& query_ptr,
+                      const MaybeTensor& points_ptr, int64_t k, int64_t dilation,
+                      const MaybeTensor& positions) {
   STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
                   to_string(query.sizes()));
   const int64_t last = query.dim() - 1;
@@ -84,16 +82,16 @@ inline void check_knn(const Tensor& query, const Tensor& points, const std::opti
   check_same_device("positions", *positions, "query", query);
 }
 
-inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
-                              const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation, bool inner,
-                              bool include_self, const std::optional<Tensor>& positions) {
+inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const MaybeTensor& query_ptr,
+                              const MaybeTensor& points_ptr, int64_t k, int64_t dilation, bool inner,
+                              bool include_self, const MaybeTensor& positions) {
   check_knn(query, points, query_ptr, points_ptr, k, dilation, positions);
   const int64_t last = query.dim() - 1;
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
   KnnProblem problem{{}, query.size(last), k, dilation, inner, include_self};
   if (positions.has_value()) {
-    const Tensor dense = torch::stable::contiguous(*positions);
-    problem.listed.assign(dense.const_data_ptr<int64_t>(), dense.const_data_ptr<int64_t>() + k);
+    const Tensor contiguous = to_contiguous(*positions);
+    problem.listed.assign(contiguous.const_data_ptr<int64_t>(), contiguous.const_data_ptr<int64_t>() + k);
     STD_TORCH_CHECK(std::adjacent_find(problem.listed.begin(), problem.listed.end(), std::greater_equal<>()) ==
                             problem.listed.end() &&
                         problem.listed.front() >= 0 && problem.listed.back() < k * dilation,

@@ -121,7 +121,7 @@ Tensor lip_pool2d(const Tensor& any_input, const Tensor& any_logit, const std::v
   const Tensor logit = torch::stable::contiguous(any_logit, memory_format(problem));
   const Tensor output = new_empty(input, output_sizes(problem), input.scalar_type(), problem);
   if (output.numel() == 0) return output;
-  with_dtype(input.scalar_type(), [&](auto element) {
+  dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     (problem.shared ? forward<T, true> : forward<T, false>)(problem, input, logit, output);
   });
@@ -143,8 +143,7 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(
   const Tensor logit = torch::stable::contiguous(any_logit, format);
   const Tensor output = torch::stable::contiguous(any_output, format);
 
-  const ScalarType dtype = input.scalar_type();
-  const ScalarType accumulator = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = input.scalar_type(), accumulator = accumulation_dtype(dtype);
   // Logits as images of their own: the windows' weights depend on nothing else.
   LipPool2dProblem maps = problem;
   maps.channels = logit.size(1);
@@ -155,7 +154,7 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(
   const Tensor grad_input = new_empty(input, sizes, dtype, problem);
   const Tensor grad_logit = new_empty(input, sizes, problem.shared ? accumulator : dtype, problem);
   if (input.numel() > 0) {
-    with_dtype(dtype, [&](auto element) {
+    dispatch(dtype, [&](auto element) {
       using T = decltype(element);
       statistics<T>(maps, logit, largest, inverse_sum);
       (problem.shared ? backward<T, true> : backward<T, false>)(
@@ -163,9 +162,7 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(
     });
   }
   if (!problem.shared) return {grad_input, grad_logit};
-  const std::vector<int64_t> channels = {1};
-  const Tensor sum = torch::stable::to(torch::stable::sum(grad_logit, channels, true), dtype);
-  return {grad_input, torch::stable::contiguous(sum, format)};
+  return {grad_input, torch::stable::contiguous(to_dtype(sum_over(grad_logit, 1, true), dtype), format)};
 }
 
 }  // namespace

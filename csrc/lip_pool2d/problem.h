@@ -7,12 +7,11 @@
 #include <limits>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/MemoryFormat.h>
 
-#include "common/checks.h"
 #include "common/layout.h"
 #include "common/range.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 

@@ -8,11 +8,16 @@
 #include <string>
 #include <vector>
 
+#include <torch/headeronly/core/MemoryFormat.h>
+
 #include "common/bilinear.h"
-#include "common/checks.h"
 #include "common/layout.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
+
+using MaybeNumbers = std::optional<std::vector<double>>;
+using torch::headeronly::MemoryFormat;
 
 struct Level {
   int32_t height, width;
@@ -36,7 +41,7 @@ struct PointSampleProblem {
     return channels_last ? place / channels : place / (points * channels) * points + place % (points * channels);
   }
   int64_t channel_step() const { return channels_last ? 1 : points; }
-
+  MemoryFormat format() const { return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
 };
 
 // Adds the gradient of one point from one level. dots: for each tap the sum over channels of gradient times value, 0
@@ -80,9 +85,9 @@ inline Level make_level(const Tensor& map, int64_t first_channel, std::optional<
           scale.value_or(double(width)), scale.value_or(double(height))};
 }
 
-inline PointSampleProblem point_sample_problem(const Tensor& points, const std::optional<Tensor>& image,
+inline PointSampleProblem point_sample_problem(const Tensor& points, const MaybeTensor& image,
                                                const std::vector<Tensor>& maps,
-                                               const std::optional<std::vector<double>>& spatial_scale,
+                                               const MaybeNumbers& spatial_scale,
                                                const std::string& mode, const std::string& padding) {
   STD_TORCH_CHECK(!maps.empty(), "maps: expected at least one, got none");
   STD_TORCH_CHECK(points.dim() == 3 && points.size(2) == 2, "points: expected shape (R, P, 2), got ",
@@ -134,10 +139,33 @@ inline Tensor new_output(const Tensor& map, const PointSampleProblem& problem) {
   return Tensor(output);
 }
 
-inline void check_grad(const Tensor& grad, const PointSampleProblem& problem, const Tensor& map) {
-  const std::vector<int64_t> shape = {problem.rows, problem.channels, problem.points};
-  check_shape("grad", grad, shape);
-  check_same_dtype_and_device("grad", grad, "maps", map);
+inline Tensor new_grad_map(const Tensor& map, const PointSampleProblem& problem) {
+  return torch::stable::empty(map.sizes(), map.scalar_type(), std::nullopt, map.device(), std::nullopt,
+                              problem.format());
 }
+
+// The arguments that the three ops have in common, checked and contiguous.
+struct PointSampleArguments {
+  PointSampleProblem problem;
+  Tensor points;
+  MaybeTensor image;
+
+  PointSampleArguments(const Tensor& points, const MaybeTensor& image, const std::vector<Tensor>& maps,
+                       const MaybeNumbers& spatial_scale, const std::string& mode, const std::string& padding)
+      : problem(point_sample_problem(points, image, maps, spatial_scale, mode, padding)),
+        points(to_contiguous(points)),
+        image(image) {
+    make_contiguous(this->image);
+  }
+
+  const int64_t* image_data() const { return image ? image->const_data_ptr<int64_t>() : nullptr; }
+
+  // The gradient of the output, checked and in the output's layout.
+  Tensor output_grad(const Tensor& grad, const Tensor& map) const {
+    check_shape("grad", grad, {problem.rows, problem.channels, problem.points});
+    check_same_dtype_and_device("grad", grad, "maps", map);
+    return to_contiguous(problem.channels_last ? torch::stable::transpose(grad, 1, 2) : grad);
+  }
+};
 
 }  // namespace paper_layers

@@ -1,7 +1,4 @@
 // Batch normalisation of the parts of a batch on the CPU.
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/Dispatch_v2.h>
-
 #include "common/range.h"
 #include "split_batch_norm/problem.h"
 
@@ -56,15 +53,9 @@ Tensor new_output(const Tensor& input, const SplitBatchNormProblem& given, const
 }
 Tensor in_given_layout(const Tensor& output, const Tensor& input, const SplitBatchNormProblem& given) {
   if (!given.transposed || is_transposed(output)) return output;
-  Tensor result = torch::stable::empty_like(input);
+  Tensor result = empty_like(input);
   torch::stable::copy_(result, output);
   return result;
-}
-
-template <typename Call>
-void dispatch(const Tensor& input, Call call) {
-  THO_DISPATCH_V2(input.scalar_type(), "split_batch_norm", AT_WRAP([&] { call(scalar_t{}); }), ScalarType::Float,
-                  ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
 }
 
 // Statistics are computed, or given; without `output`, nothing more than them.
@@ -75,7 +66,7 @@ void run_forward(const Tensor& input, const SplitBatchNormProblem& problem, cons
   check_values("bias", bias, input, problem);
   if (mean.numel() == 0) return;
   const Tensor x = in_order(input, problem.transposed);
-  dispatch(x, [&](auto element) {
+  dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     const Values<A> w(weight), b(bias);
@@ -102,7 +93,7 @@ void run_backward(const Tensor& grad, const Tensor& input, const SplitBatchNormP
   check_values("var", var, input, problem);
   if (mean.numel() == 0) return;
   const Tensor g = in_order(grad, problem.transposed), x = in_order(input, problem.transposed);
-  dispatch(x, [&](auto element) {
+  dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     const Values<A> w(weight), m(mean), v(var);
