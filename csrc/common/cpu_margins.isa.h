@@ -40,7 +40,7 @@ bool subtract_second_best(int64_t classes, int64_t count, A* second, A* margins,
   for (int64_t c = classes % 2; c < classes; c += 2) {
     const auto *first = row(c, 0), *other = row(c + 1, 1);
     for (int64_t i = 0; i < count; i += V::size) {
-      // What comes next of these classes, if rows are parts of maps.
+      // The next pixels of these classes, if rows are parts of maps.
       __builtin_prefetch(first + i + count, 0, 2);
       __builtin_prefetch(other + i + count, 0, 2);
       const V a = load_up_to_end(first, i, count), b = load_up_to_end(other, i, count), top = load(best + i);
@@ -55,7 +55,7 @@ bool subtract_second_best(int64_t classes, int64_t count, A* second, A* margins,
   return true;
 }
 
-// The same, whatever the logits.
+// The same for any logits.
 template <typename A, typename Row>
 void margins_of_classes(int64_t classes, int64_t count, A* second, A* margins, Row&& row) {
   if (subtract_second_best<false>(classes, count, second, margins, row)) return;

@@ -1,6 +1,6 @@
 // Small matrix products. Included inside a namespace for each instruction set, hence without an include guard.
 
-// So many rows, and lanes of a vector of columns, of to = alpha a b + added.
+// Computes some rows and a vector of columns of to = alpha a b + added.
 template <int64_t rows, typename A, typename Lanes>
 PAPER_LAYERS_INLINE void multiply_tile(MatrixView<A> a, MatrixView<A> b, int64_t terms, A alpha, const A* added,
                                        int64_t added_row, A* to, int64_t to_row, Lanes lanes) {
@@ -21,7 +21,7 @@ PAPER_LAYERS_INLINE void multiply_tile(MatrixView<A> a, MatrixView<A> b, int64_t
   }
 }
 
-// to = alpha a b + added, where `added` is null or has rows so far apart.
+// to = alpha a b + added, where `added` is null or has rows `added_row` apart.
 template <typename A>
 void multiply_small(MatrixView<A> a, MatrixView<A> b, int64_t rows, int64_t terms, int64_t columns, A alpha,
                     const A* added, int64_t added_row, A* to) {

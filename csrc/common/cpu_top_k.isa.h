@@ -23,8 +23,8 @@ struct Packing {
   static int64_t index(Packed packed) { return static_cast<int64_t>(packed & ((Packed(1) << half) - 1)); }
 };
 
-// As std::nth_element, whose branches cannot be foreseen, does: the k smallest of n different values to the front, the
-// largest of these last.
+// Moves the k smallest of n different values to the front, the largest of them last, as std::nth_element does, but
+// without unpredictable branches.
 template <typename Packed>
 void move_smallest_forward(Packed* values, int64_t n, int64_t k) {
   for (int round = 0; round < 32 && n > 32; ++round) {
@@ -48,7 +48,7 @@ void move_smallest_forward(Packed* values, int64_t n, int64_t k) {
   std::nth_element(values, values + (k - 1), values + n);
 }
 
-// The `wanted` smallest of margins that come block by block, by ascending index: of equals the first ones.
+// The `wanted` smallest of margins that come block by block, by ascending index: among equal ones the first.
 template <typename P>
 class Smallest {
   using A = typename P::Margin;

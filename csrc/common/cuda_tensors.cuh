@@ -1,4 +1,4 @@
-// Tensors in the eyes of a CUDA kernel: their elements' type, packs of them, and rows of channels in packs.
+// Device-side views of tensors: packs of elements, and rows of channels in packs.
 #pragma once
 
 #include "common/cuda_utils.cuh"

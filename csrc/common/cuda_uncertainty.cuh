@@ -71,7 +71,7 @@ struct PointOfKey {
   C10_DEVICE void operator()(int64_t i) const { keys[i] &= 0xffffffff; }
 };
 
-// Of float64 the margin alone fits.
+// In float64 only the margin fits into a key.
 template <typename MarginOf>
 struct WriteMargins {
   MarginOf margin_of;
@@ -96,7 +96,7 @@ inline Tensor smallest(const Tensor& rows, int64_t wanted) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The indices of the smallest margins of each image in order, of equals the first ones. margin_of(image, point) is a
+// The indices of the smallest margins of each image in order, among equal ones the first. margin_of(image, point) is a
 // functor on the device. Every key is different, so that the choice among equals is not left to chance.
 template <typename A, typename MarginOf>
 Tensor smallest_margins(const Tensor& like, int64_t images, int64_t points, int64_t wanted, const MarginOf& margin_of) {

@@ -1,6 +1,6 @@
-// Compiles PAPER_LAYERS_KERNEL once for each instruction set, each time in a namespace of its own, and
-// PAPER_LAYERS_DISPATCH calls the one that this processor runs. Include everything that the kernel file
-// needs before this header: a header first seen inside would be compiled for the wrong instruction set.
+// Compiles PAPER_LAYERS_KERNEL, an .isa.h, once for each instruction set, each time in a namespace of its own;
+// PAPER_LAYERS_DISPATCH calls the one that this processor runs. Include ordinary headers that the kernel needs before
+// this one: a header first seen inside would be compiled for one instruction set.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

@@ -59,8 +59,8 @@ inline void add_small_product(const Tensor& self, const Tensor& a, const Tensor&
 // Multiplications that a kernel of ours has done before a parallel region begins.
 constexpr double kSmallProduct = 1 << 17;
 
-// How many shares a product has in rows and columns, by sizes alone. Every share packs its parts of both matrices anew:
-// there are few of them, more where this matters less, and these pack as little as they can.
+// The number of shares of a product in rows and columns, by sizes alone. Every share packs its parts of both matrices
+// anew: there are few shares, more where this matters less, and they pack as little as they can.
 struct Shares {
   int64_t rows = 1, columns = 1;
 

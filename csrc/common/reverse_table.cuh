@@ -27,7 +27,7 @@ inline Sorted sorted(const Tensor& tensor, int64_t dim = 0) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-// How many of the ascending values are less.
+// The number of ascending values that are less.
 template <typename T>
 C10_DEVICE int64_t count_less(const T* values, int64_t count, T than) {
   int64_t low = 0;

@@ -17,7 +17,7 @@ using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::zero_;
 
-// Calls function with a number of the dtype, which a kernel may have: float32, float64, bfloat16 or float16.
+// Calls function with an element of the dtype: float32, float64, bfloat16 or float16.
 template <typename Function>
 void dispatch(ScalarType dtype, const Function& function) {
   THO_DISPATCH_V2(dtype, "paper_layers", AT_WRAP([&] { function(scalar_t{}); }), ScalarType::Float, ScalarType::Double,
@@ -30,7 +30,7 @@ void dispatch_accumulator(ScalarType dtype, const Function& function) {
   THO_DISPATCH_V2(dtype, "paper_layers", AT_WRAP([&] { function(scalar_t{}); }), ScalarType::Float, ScalarType::Double);
 }
 
-// torch's own `contiguous` goes through the dispatcher even if the tensor is contiguous.
+// torch's `contiguous` and `to` call the dispatcher even if there is nothing to do.
 inline Tensor to_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -43,7 +43,6 @@ inline void make_contiguous(MaybeTensor& tensor) {
   if (tensor) tensor = to_contiguous(*tensor);
 }
 
-// `to` likewise.
 inline Tensor to_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }

@@ -1,4 +1,4 @@
-// Maps of logits whose uncertainty is asked for, for the CPU and the CUDA kernels.
+// Maps of logits for the uncertainty of their pixels, for the CPU and the CUDA kernels.
 //
 // They compute margins, the uncertainty with its sign changed: best minus second best logit, or the magnitude of a
 // single class's. The smallest margins are the most uncertain.
@@ -19,7 +19,7 @@ struct LogitMaps {
 
   C10_HOST_DEVICE int64_t pixels() const { return height * width; }
 
-  // Whether pixels are `pixel_stride` apart, from one row to the next as well.
+  // Tells if all pixels are `pixel_stride` apart, also from one row to the next.
   bool flat() const { return height <= 1 || width <= 1 || row_stride == width * column_stride; }
   C10_HOST_DEVICE int64_t pixel_stride() const { return width <= 1 ? row_stride : column_stride; }
 };

@@ -1,6 +1,6 @@
 // Vectors of float or double in the registers of one instruction set. Included by for_each_isa.h inside
-// a namespace for each set, hence without an include guard. GCC's and Clang's vector extensions do most
-// of it; intrinsics stand only where the compilers miss the instruction.
+// a namespace for each set, hence without an include guard. Mostly GCC's and Clang's vector
+// extensions; intrinsics only where the compilers miss the instruction.
 
 #define PAPER_LAYERS_INLINE inline __attribute__((always_inline))
 
@@ -204,13 +204,13 @@ PAPER_LAYERS_INLINE auto folded(Lanes lanes, Combine combine) {
   else return folded<half / 2>(combine(lanes, rotated<half>(lanes, std::make_index_sequence<size>())), combine);
 }
 
-// None of them NaN.
+// The largest lane; none is NaN.
 template <typename V>
 PAPER_LAYERS_INLINE auto largest_of(V v) {
   return folded<V::size / 2>(v.lanes, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// Of numbers or of the lanes of comparisons.
+// The sum of numbers or of a comparison's lanes.
 template <typename Lanes>
 PAPER_LAYERS_INLINE auto total_of(Lanes lanes) {
   return folded<sizeof(lanes) / sizeof(lanes[0]) / 2>(lanes, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
@@ -279,7 +279,7 @@ PAPER_LAYERS_INLINE void transpose(const T* from, int64_t stride, T* to) {
   transpose(from, stride, to, std::make_index_sequence<Vec<T>::size>());
 }
 
-// Bit i: whether lane i of a comparison holds.
+// Bit i: lane i of a comparison holds.
 template <typename BitLanes>
 PAPER_LAYERS_INLINE uint32_t lanes_set(BitLanes mask) {
 #if PAPER_LAYERS_VECTOR_BYTES == 64
@@ -298,7 +298,7 @@ PAPER_LAYERS_INLINE uint32_t lanes_set(BitLanes mask) {
 #endif
 }
 
-// Bit i: whether a[i] >= b[i].
+// Bit i: a[i] >= b[i].
 template <typename V>
 PAPER_LAYERS_INLINE uint32_t lanes_not_below(V a, V b) {
 #if PAPER_LAYERS_VECTOR_BYTES == 64
@@ -309,7 +309,7 @@ PAPER_LAYERS_INLINE uint32_t lanes_not_below(V a, V b) {
 #endif
 }
 
-// How many of a whole number of vectors are not below.
+// The number of elements that are not below, of a whole number of vectors.
 template <typename T>
 PAPER_LAYERS_INLINE int64_t count_not_below(const T* p, int64_t count, Vec<T> than) {
 #if PAPER_LAYERS_VECTOR_BYTES == 64

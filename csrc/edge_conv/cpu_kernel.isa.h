@@ -160,7 +160,7 @@ class Forward {
 
   template <int64_t group>
   struct Totals {
-    V best[group], sum[group], square[group];  // of the signed edges; about the shift; likewise
+    V best[group], sum[group], square[group];  // best of the signed edges; sums about the shift
   };
 
   static PAPER_LAYERS_INLINE V larger_or_nan(V y, V best) {
@@ -217,7 +217,7 @@ PAPER_LAYERS_INLINE V rounded_to(V v) {
   return load(static_cast<const T*>(half));
 }
 
-// Gradients. Threads share out the channels, so that no row is written by two, and the order is that of the table.
+// Gradients. Threads share out the channels: no two write to one element, and each adds in the order of the table.
 template <typename T>
 struct Backward {
   using A = Accumulator<T>;

@@ -20,7 +20,7 @@
 namespace paper_layers {
 namespace {
 
-// Partial sums of so many numbers.
+// The number of partial sums.
 constexpr int64_t kPartials = 1 << 18;
 
 int64_t worker_count(const EdgeConvProblem& problem) {
@@ -31,7 +31,7 @@ int64_t worker_count(const EdgeConvProblem& problem) {
 template <typename T, typename R>
 Graph<T, R> graph(const R& rows, const EdgeConvProblem& problem, const Tensor& center, const Tensor& neighbor,
                   const Tensor& index, const Tensor& slope) {
-  // Without rows nobody has neighbours.
+  // Without rows there are no neighbours.
   return {rows,
           {index.const_data_ptr<int64_t>(), problem.rows > 0 ? problem.k : 0, problem.rows},
           problem.nodes,

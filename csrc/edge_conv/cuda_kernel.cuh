@@ -18,7 +18,7 @@ C10_DEVICE A leaky_relu(A z, A slope) {
 // Edges that are looked at for one that is there.
 constexpr int64_t kSample = 256;
 
-// What the kernels of both directions read. The slope stays on the device: reading it on the host would wait.
+// The inputs of forward and backward kernels. The slope stays on the device: reading it on the host would wait.
 template <typename T, typename R>
 struct Graph {
   using A = Accumulator<T>;
@@ -47,8 +47,8 @@ struct Graph {
     });
   }
 
-  // What deviations are from, so that an offset of all edges does not swallow their variance: the value of an edge, the
-  // first one that is there of some. One that is not there may be far from all others.
+  // The center of deviations, so that an offset of all edges does not swallow their variance: the value of the first
+  // edge that exists among some. The value of a missing edge may be far from all others.
   C10_DEVICE void find_shift(int64_t pack, double (&shift)[V]) const {
     for (int v = 0; v < V; ++v) shift[v] = 0;
     const int64_t edges = nodes * neighbors.k, step = edges / kSample + 1;
@@ -262,7 +262,7 @@ struct EdgeBackwardNeighbor {
   }
 };
 
-// How many edges each worker's part of the table has.
+// The number of edges in each worker's part of the table.
 struct CountEdges {
   const int64_t* index;
   int64_t edges, workers;

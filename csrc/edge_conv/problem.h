@@ -15,7 +15,7 @@ struct EdgeConvProblem {
   int64_t nodes, rows, k, channels;
 };
 
-// How many edges a table has, at least one.
+// The number of edges of a table, at least 1.
 inline double count_edges(const EdgeConvProblem& problem, const int64_t* index) {
   const int64_t* end = index + problem.nodes * problem.k;
   return std::max<int64_t>(1, std::count_if(index, end, [](int64_t row) { return row >= 0; }));

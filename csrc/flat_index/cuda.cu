@@ -13,7 +13,7 @@ namespace paper_layers {
 namespace {
 
 // As in torch's own indexing, a row out of range stops the device's work with an assertion: the host could not know of
-// it without waiting. It is nobody's row, so that the next cloud's is not read for it.
+// it without waiting. It becomes -1, not a row of the next cloud.
 struct FlatIndex {
   const int64_t* index;
   int64_t entries, rows;

@@ -1,7 +1,7 @@
-// What may be among the nearest points of queries, compiled once for each instruction set.
+// Candidates for the nearest points of queries, compiled once for each instruction set.
 //
 // Each candidate has a rounded score, larger for nearer points. Scores tell which points are surely not wanted and the
-// order of those that are far enough apart; exact distances are computed only where they decide.
+// order of points that are far enough apart; exact distances are computed only where they decide.
 
 // Candidates of a range of queries.
 template <typename T>
@@ -22,11 +22,11 @@ class Candidates {
 
   static int64_t bytes(int64_t wanted, int64_t batch) { return room(wanted, batch) * (sizeof(T) + sizeof(int32_t)); }
 
-  // What the queries' numbers start from.
+  // The number of the first query.
   void start_at(int64_t q) { first_ = q; }
 
   int64_t& count(int64_t q) { return counts_[q - first_]; }
-  T& limit(int64_t q) { return limits_[q - first_]; }  // what scores less is not wanted
+  T& limit(int64_t q) { return limits_[q - first_]; }  // points of lower scores are not wanted
   T guess(int64_t q) const { return guesses_[q - first_]; }  // the limit at first, if it has to be confirmed
   T* scores(int64_t q) { return scores_.get() + (q - first_) * room_; }
   int32_t* indices(int64_t q) { return indices_.get() + (q - first_) * room_; }
@@ -147,8 +147,8 @@ std::pair<T, T> limit_reached_by(T* scores, int64_t count, int64_t wanted, int64
 }
 
 // Picks the nearest among candidates. `Exact` knows of query q:
-//   uncertainty(q, least, scores, indices, count)  of the scores that are not below the least, those that differ by
-//                                                  more are in the order of the exact distances
+//   uncertainty(q, least, scores, indices, count)  scores from `least` on that differ by more are in the order of the
+//                                                  exact distances
 //   most_uncertain(q, least)                       the same of any points' scores
 //   find(q, indices, count, found)                 exact distances
 //   decided(q, found)                              a limit that no nearer point's score is below
@@ -165,14 +165,14 @@ class Selection {
         found_(candidates.room()),
         segments_(candidates.room()) {}
 
-  // Keeps those that may be among the nearest, and limits what may come.
+  // Keeps the candidates that may be among the nearest, and raises the limit for later ones.
   void shrink(int64_t q) {
     T* scores = candidates_.scores(q);
     int32_t* indices = candidates_.indices(q);
     int64_t& count = candidates_.count(q);
     if (count < wanted_) return;
     const auto [reached, largest] = limit_reached_by(scores, count, wanted_, wanted_ + wanted_ / 8);
-    // What holds for all points does where it is little.
+    // The bound for all points will do if it is small.
     T uncertainty = exact_.most_uncertain(q, reached);
     if (!(uncertainty < (largest - reached) / 16)) uncertainty = exact_.uncertainty(q, reached, scores, indices, count);
     raise(q, reached - uncertainty);
@@ -220,7 +220,7 @@ class Selection {
   }
 
  private:
-  // Whether enough points surely score more than what was not looked at.
+  // Tells if enough points surely score more than all points that were skipped.
   bool confirmed(int64_t q) {
     const T guess = candidates_.guess(q);
     if (guess == -std::numeric_limits<T>::infinity() || candidates_.limit(q) > guess) return true;
@@ -264,8 +264,8 @@ class Selection {
     return count;
   }
 
-  // Splits sorted candidates where the order of the exact distances is known, and finds those of the segments that
-  // hold a wanted rank. Returns how many those are.
+  // Splits sorted candidates where the order of the exact distances is known, and computes the distances of segments
+  // that hold a wanted rank. Returns the number of these segments.
   int64_t find_segments(int64_t q, const T* scores, int32_t* indices, int64_t count) {
     if (count == 0) return 0;
     const KnnProblem& problem = search_.problem;

@@ -11,7 +11,7 @@
 #include "knn/cpu_subset.isa.h"
 #include "knn/cpu_backward.isa.h"
 
-// So few pairs are not worth a tree or panels.
+// Up to so many pairs, a tree or panels don't pay.
 constexpr int64_t kFewPairs = 4096;
 
 // The coordinates other than NaN.
@@ -41,7 +41,7 @@ struct Extremes {
   }
 };
 
-// Whatever the rows.
+// For any rows.
 template <typename T>
 void search_exactly(const Search<T>& search) {
   if constexpr (std::is_same_v<T, double>) {

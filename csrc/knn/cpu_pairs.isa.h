@@ -1,4 +1,4 @@
-// Which panels are compared with which, and by which thread.
+// The pairs of panels that are compared, and their threads.
 
 // Candidates of all the rows of a cloud may take so much memory; and so much for a row, or they push the points, which
 // exact distances need, out of the caches.

@@ -59,9 +59,9 @@ struct Panels {
   int64_t channels, count;
   T slack;
   Scratch<T> values;
-  Scratch<T> lengths, errors;  // what is times a point's length an error of a score
-  // A point's part of the scores: for products -|y|^2 / 2 and the error, else 0. A point that is nobody's neighbour has
-  // -infinity, or NaN where that is the score of the infinitely far.
+  Scratch<T> lengths, errors;  // times a point's length: the error of a score
+  // A point's part of the scores: for products -|y|^2 / 2 and the error, else 0. A point that is never a neighbour has
+  // -infinity, or NaN where infinitely far points have -infinity.
   Scratch<T> offsets;
 
   Panels(const Search<T>& search, Scores scores, const Frame<T>& frame, const T* rows, int64_t number)
@@ -216,14 +216,14 @@ class PanelDistances {
     return 4 * points.slack * std::abs(least) + 64 * points.channels * std::numeric_limits<T>::min();
   }
 
-  // Of points of at most this length.
+  // The uncertainty for points of at most this length.
   T uncertainty_up_to(T length, int64_t q) const {
     const T sum = queries.lengths[q] + (search.problem.inner ? T(0) : length);
     return 2 * points.slack * length * sum + static_cast<T>(rounding(double(sum) * sum)) +
            4 * std::numeric_limits<T>::min();
   }
 
-  // How far exact distances of this size are off, which are rounded too and may underflow.
+  // The error of exact distances of this size, which are rounded too and may underflow.
   double rounding(double size) const {
     return (points.channels + 16) * (0x1p-52 * size + std::ldexp(frame.scale * frame.scale, -1072));
   }
@@ -314,7 +314,7 @@ class PanelSearch {
     }
   }
 
-  // Of row r of the products with a panel, vector v.
+  // The scores in vector v of row r of the products with a panel.
   static PAPER_LAYERS_INLINE V score(const Panels<T>& points, int64_t panel, int64_t r, int64_t v, V error,
                                      const T* products) {
     const int64_t at = panel * width + v * V::size;

@@ -1,9 +1,9 @@
 // Sorts of scores with their indices, the largest first, compiled once for each instruction set.
 
-// So few are sorted by counting.
+// Up to so many are sorted by counting.
 constexpr int64_t kFew = 64;
 
-// The largest scores first. Few are put in the place that the number of larger ones tells; false where some are equal.
+// The largest scores first. The number of larger scores is a score's place; returns false if some are equal.
 template <typename T>
 bool sort_few(T* scores, int32_t* indices, int64_t count) {
   using V = Vec<T>;
@@ -28,8 +28,8 @@ bool sort_few(T* scores, int32_t* indices, int64_t count) {
   return true;
 }
 
-// The largest scores first, where there is room for a vector more. Those of up to 2^16 are sorted as integers from 0 to
-// 2^16 - 1, by one byte after the other; the few that become equal, by insertion.
+// The largest scores first, where there is room for a vector more. Up to 2^16 are sorted as integers below 2^16, by one
+// byte after the other; the few that become equal, by insertion.
 template <typename T>
 class RoundedSort {
   struct Entry {

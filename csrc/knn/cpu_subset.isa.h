@@ -25,7 +25,7 @@ void search_rows(const Search<T>& search, const Rows& queries, const Rows& point
   const bool same = search.searches_itself() && queries == points;
   const std::vector<S> point_rows = copy_rows<S>(search.point, points, channels);
   const std::vector<S> query_rows = same ? std::vector<S>() : copy_rows<S>(search.query, queries, channels);
-  // As many at a time as memory for their neighbours is little.
+  // So many at a time that their neighbours take little memory.
   const int64_t step = same ? std::max<int64_t>(1, count) : 1 + (int64_t{1} << 22) / (1 + wanted);
   const KnnProblem all_positions{{}, channels, wanted, 1, problem.inner, true};
   std::vector<int64_t> index(std::min(step, count) * wanted);
@@ -55,7 +55,7 @@ void search_rows(const Search<T>& search, const Rows& queries, const Rows& point
   }
 }
 
-// The points without those that have as many equal ones before them as there are wanted: they are nobody's neighbours.
+// The points, except points after at least as many equal ones as are wanted: those are never neighbours.
 template <typename T>
 Rows without_copies(const Search<T>& search) {
   const int64_t channels = search.channels(), wanted = search.wanted();
@@ -91,8 +91,8 @@ bool has_nan(const T* row, int64_t channels) {
   return std::any_of(row, row + channels, [](T x) { return std::isnan(x); });
 }
 
-// Queries with infinite coordinates: all points are infinitely far, but those that are infinite in the same place with
-// the same sign, whose distance is NaN. So the first points are neighbours.
+// Queries with infinite coordinates: a point that is infinite in the same place with the same sign has distance NaN,
+// all others are infinitely far. So the first points are neighbours.
 template <typename T>
 void search_infinite(const Search<T>& search, const Rows& queries) {
   const int64_t channels = search.channels(), wanted = search.wanted();

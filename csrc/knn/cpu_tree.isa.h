@@ -133,7 +133,7 @@ class Tree {
   }
 
   int64_t leaves() const { return leaves_; }
-  // As they lie in the leaves.
+  // In the order of the leaves.
   const std::vector<TreePoint<T>>& points() const { return points_; }
   const Node& node(int64_t i) const { return nodes_[i]; }
   // Leaf l: kLeaf numbers of each dimension, NaN after its last point, and the points' indices.

@@ -17,7 +17,7 @@ struct TreeDistances {
 
   int64_t index(int32_t position) const { return tree.indices(0)[position]; }
 
-  // Rounded distances are relatively so near to the exact ones, but for those that underflow.
+  // The relative error of rounded distances, and the absolute error of distances that underflow.
   T uncertainty(int64_t q, T least, const T*, const int32_t*, int64_t) const { return most_uncertain(q, least); }
   T most_uncertain(int64_t, T least) const {
     return 16 * std::numeric_limits<T>::epsilon() * std::abs(least) + 16 * std::numeric_limits<T>::min();
@@ -35,7 +35,7 @@ struct TreeDistances {
     const T score = -static_cast<T>(found.distance);
     return score - most_uncertain(q, score);
   }
-  // Where a tree leaves most points to exact distances, as for queries in the middle of a sphere, it is of no use.
+  // A tree is of no use if most points need exact distances, as for queries in the middle of a sphere.
   void spend(int64_t count) { left.fetch_sub(count, std::memory_order_relaxed); }
   bool gives_up() const { return left.load(std::memory_order_relaxed) < 0; }
 };
@@ -93,7 +93,7 @@ class TreeWalk {
     if (distance > farthest_ || !may_hold(node) || exact_.gives_up()) return;
     if (node.leaves.size() == 1) return scan(node);
     const T left = tree_.node(2 * i).box.distance(group_), right = tree_.node(2 * i + 1).box.distance(group_);
-    // Where the group straddles both its middle tells; of points that are equally far the first ones count.
+    // If the group straddles both boxes, its middle decides; among equally far points the first ones count.
     const int64_t d = node.dimension;
     const bool right_first = left != right ? right < left
                              : left > 0    ? tree_.node(2 * i + 1).first_index < tree_.node(2 * i).first_index

@@ -105,7 +105,7 @@ void search_panels(const Search<T>& search) {
                         indices.mutable_data_ptr<int32_t>()});
 }
 
-// How many bits write the numbers below count.
+// The number of bits of the numbers below count.
 int bits_below(int64_t count) {
   int bits = 0;
   while ((int64_t(1) << bits) < count) ++bits;
@@ -184,7 +184,7 @@ void search_neighbors(const Search<T>& search) {
   }
 }
 
-// No neighbours at all, for queries of no cloud.
+// No neighbours, for queries outside all clouds.
 template <typename T>
 struct WriteNobody {
   int64_t* index;
@@ -196,7 +196,7 @@ struct WriteNobody {
   }
 };
 
-// The starts of the clouds, or nothing for those of equal sizes. Their contents are not known here.
+// The starts of the clouds, or nothing for clouds of equal sizes. The host does not know the starts' values.
 CloudRows cloud_rows(const char* name, const Tensor& rows, const MaybeTensor& starts) {
   if (!starts.has_value()) return {nullptr, rows.size(0), rows.size(1), checked_product({rows.size(0), rows.size(1)})};
   STD_TORCH_CHECK(starts->scalar_type() == ScalarType::Long && starts->dim() == 1 && starts->numel() > 0, name,

@@ -33,7 +33,7 @@ struct RowOfNeighbor {
   }
 };
 
-// Of a query, from its neighbours.
+// The gradient of a query, from its neighbours.
 template <typename T, typename R>
 struct QueryGradient {
   using A = Accumulator<T>;
@@ -66,7 +66,7 @@ struct QueryGradient {
   }
 };
 
-// Of a point, from the queries that it is a neighbour of.
+// The gradient of a point, from the queries that it is a neighbour of.
 template <typename T, typename R>
 struct PointGradient {
   using A = Accumulator<T>;

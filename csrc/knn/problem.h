@@ -15,7 +15,7 @@
 
 namespace paper_layers {
 
-// Rows of queries and of points that belong together, and what their indices start from.
+// Rows of queries and of points that belong together, and the row from which indices count.
 struct Cloud {
   Range queries, points;
   int64_t offset;
@@ -27,10 +27,10 @@ struct KnnProblem {
   int64_t k, dilation;
   bool inner;         // the negative inner product in place of the squared distance
   bool include_self;
-  std::vector<int64_t> listed = {};  // The wanted positions, or nothing for every one of so many.
+  std::vector<int64_t> listed = {};  // The wanted positions; if empty, every dilation-th one.
 
   int64_t position(int64_t r) const { return listed.empty() ? r * dilation : listed[r]; }
-  // How many nearest points hold all the wanted positions.
+  // The number of nearest points that hold all wanted positions.
   int64_t positions() const { return position(k - 1) + 1; }
 };
 
@@ -60,7 +60,7 @@ inline void check_points(const char* name, const Tensor& points, const Tensor& q
   check_same_dtype_and_device(name, points, "query", query);
 }
 
-// What is known of the arguments without the clouds' starts.
+// The checks that don't read the clouds' starts.
 inline void check_knn(const Tensor& query, const Tensor& points, const MaybeTensor& query_ptr,
                       const MaybeTensor& points_ptr, int64_t k, int64_t dilation,
                       const MaybeTensor& positions) {
@@ -118,20 +118,20 @@ inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const M
   return problem;
 }
 
-// True if the two are the same elements in the same order, whatever the strides where there is but one.
+// True if the two have the same elements in the same order; the strides of dimensions of size 1 don't matter.
 inline bool same_data(const Tensor& a, const Tensor& b) {
   bool same = a.const_data_ptr() == b.const_data_ptr() && equal(a.sizes(), b.sizes());
   for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == 1 || a.stride(d) == b.stride(d);
   return same;
 }
 
-// Which rows of points the neighbours are: indices count within clouds of so many rows, or (0 points) in all rows.
+// The neighbours' rows among all points. Indices count within clouds of cloud_points rows, or, if it is 0, in all rows.
 struct NeighborTable {
   const int64_t* index;
   int64_t queries, k, points;
   int64_t cloud_queries, cloud_points;
 
-  // Indices are below it.
+  // Indices are below this number.
   C10_HOST_DEVICE int64_t limit() const { return cloud_points > 0 ? cloud_points : points; }
   C10_HOST_DEVICE bool in_range(int64_t edge) const { return -1 <= index[edge] && index[edge] < limit(); }
   // -1 where there is no neighbour, or an index is out of range: it must not be taken for the next cloud's.
@@ -141,7 +141,7 @@ struct NeighborTable {
   }
 };
 
-// Of a contiguous index.
+// `index` is contiguous.
 inline NeighborTable neighbor_table(const Tensor& index, const Tensor& query, const Tensor& points) {
   const int64_t last = query.dim() - 1, k = index.size(last);
   return {index.const_data_ptr<int64_t>(),

@@ -98,7 +98,7 @@ PAPER_LAYERS_UNROLL
   const int64_t together_;  // windows
 };
 
-// What the backward keeps of the rows of windows that hold one row of the image: two numbers a window.
+// The backward's two numbers for each window, for the rows of windows that hold one row of the image.
 template <typename T>
 class ChannelsLastShares {
  public:

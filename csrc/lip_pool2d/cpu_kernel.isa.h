@@ -43,7 +43,7 @@ struct Window {
   A share(int64_t r, int64_t c) const { return std::exp(logit_at(r, c) - largest) / weight_sum; }
 };
 
-// Whether all sums of weights are precise.
+// Tells if all sums of weights are precise.
 template <typename A>
 struct Resolved {
   typename Vec<A>::BitLanes too_small = {};

@@ -99,8 +99,8 @@ PAPER_LAYERS_UNROLL
   Scratch<A> weight_columns_, value_columns_, weight_sums_, value_sums_;
 };
 
-// What the backward keeps of the rows of windows that hold one row of the image: for each column the sums of two
-// numbers a window over the windows that hold it.
+// The sums of the backward's two numbers over the windows that hold a column, for the rows of windows that hold one row
+// of the image.
 template <typename T>
 class PlanarShares {
  public:

@@ -28,7 +28,7 @@ inline float power_of_two(int64_t exponent) {
 }
 
 // Rows of weights over some columns; pixels have as many weights as logits. Blocks of rows are opened, filled in pieces
-// of columns with the exponent of the block before, and closed: if that is not theirs, they are then computed again.
+// of columns with the exponent of the block before, and closed: if it turns out wrong, they are computed again.
 template <typename T>
 class Weights {
   using A = Accumulator<T>;
@@ -123,7 +123,7 @@ class Weights {
     return power;
   }
 
-  // The exponent of a block with this largest logit among those below infinity.
+  // The exponent of a block whose largest logit below infinity is this one.
   static int64_t exponent_of(A largest) {
     if (largest < std::numeric_limits<A>::lowest()) return kNoExponent;
     if (std::abs(largest) > A(kLargestLogit)) return kLeftExponent;

@@ -84,7 +84,7 @@ void neighbor_reduce(const NeighborReduceProblem& problem, const T* input, const
   });
 }
 
-// Threads share out the channels, so that no row is written by two, and the order is that of the table.
+// Threads share out the channels: no two write to one element, and each adds in the order of the table.
 template <typename T>
 void neighbor_reduce_backward(const NeighborReduceProblem& problem, const T* grad, const int64_t* index,
                               const int32_t* arg, T* grad_input) {
@@ -93,7 +93,7 @@ void neighbor_reduce_backward(const NeighborReduceProblem& problem, const T* gra
   parallel_for(0, (channels + line - 1) / line, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * line, last = std::min(channels, end * line), size = last - first;
     for (int64_t row = 0; row < problem.rows; ++row) std::fill_n(grad_input + row * channels + first, size, T(0));
-    // Where each column's gradient goes; that of a neighbour that is missing goes nowhere.
+    // The row of each column's gradient; for a missing neighbour it is `nowhere`.
     Scratch<T> nowhere(channels);
     std::vector<T*> rows(k);
     for (int64_t i = 0; i < problem.nodes; ++i) {

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> neighbor_reduce(Tensor input, Tensor index, std::stri
   make_contiguous(input, index);
   const Tensor output = new_empty(input, {problem.nodes, problem.channels}), arg = new_arg(input, problem);
   if (output.numel() == 0) return {output, arg};
-  // Without rows nobody has neighbours.
+  // Without rows there are no neighbours.
   const NeighborRows neighbors{index.const_data_ptr<int64_t>(), problem.rows > 0 ? problem.k : 0, problem.rows};
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);

@@ -75,7 +75,7 @@ struct Total {
   }
 };
 
-// How many neighbours each node has.
+// The number of neighbours of each node.
 template <typename A>
 struct CountNeighbors {
   const int64_t* index;

@@ -35,7 +35,7 @@ inline NeighborReduceProblem neighbor_reduce_problem(const char* name, const Ten
           relative};
 }
 
-// Which neighbor each maximum or minimum came from; empty for sums and means.
+// The neighbour of each maximum or minimum; empty for sums and means.
 inline Tensor new_arg(const Tensor& input, const NeighborReduceProblem& problem) {
   if (!problem.has_arg()) return new_empty(input, {0}, ScalarType::Int);
   return new_empty(input, {problem.nodes, problem.channels}, ScalarType::Int);

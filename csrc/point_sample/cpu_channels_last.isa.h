@@ -125,7 +125,7 @@ void backward_channels_last(const PointSampleProblem& problem, const Plans<Accum
   });
 }
 
-// As dots_planar.
+// See dots_planar.
 template <typename T, typename A>
 void dots_channels_last(const Level& level, const PlannedPoint<A>* points, int64_t count, const T* map, const T* grad,
                         A* dots) {

@@ -1,4 +1,4 @@
-// What the kernels read of the points instead of these, once for all channels.
+// The points as the kernels read them, computed once for all channels.
 
 // A point as a level sees it: the taps, and where its first channel is in an output.
 template <typename A>
@@ -8,7 +8,7 @@ struct PlannedPoint {
   int64_t place;
 
   bool inside() const { return (pixels[0] | pixels[1] | pixels[2] | pixels[3]) >= 0; }
-  // The sum over taps of weight times value(pixel); what is outside is not asked for.
+  // The sum over taps of weight times value(pixel), without pixels outside.
   template <typename Value>
   PAPER_LAYERS_INLINE A sum(Value value) const {
     A total = 0;
@@ -28,7 +28,7 @@ struct Plan {
   int shift = 0;                // a group has 2^shift rows: more than one where a map has very many
   std::vector<int32_t> lines;   // pixels in ascending order, one of each cache line of a plane that is read
 
-  // Those with taps in a range of the map's rows, and maybe some more.
+  // The points with taps in a range of the map's rows, and maybe some more.
   Range touching(Range rows) const {
     return {starts[std::max<int64_t>(rows.begin - 1, 0) >> shift], starts[((rows.end - 1) >> shift) + 1]};
   }

@@ -21,7 +21,7 @@ using torch::headeronly::MemoryFormat;
 
 struct Level {
   int32_t height, width;
-  int64_t channels, first_channel;  // the first among those of all levels
+  int64_t channels, first_channel;  // the first one among the channels of all levels
   double scale_x, scale_y;          // pixels for each unit of the points
 
   int64_t pixels() const { return int64_t(height) * width; }
@@ -33,7 +33,7 @@ struct PointSampleProblem {
   Sampling how;
   std::vector<Level> levels;
 
-  // Of the point's first channel in an output, the point with this number among those of all rows; and back.
+  // The place in an output of the first channel of a point, which is counted over all rows; and back.
   int64_t place(int64_t point) const {
     return channels_last ? point * channels : point / points * points * channels + point % points;
   }
@@ -54,7 +54,7 @@ C10_HOST_DEVICE inline void add_point_gradient(AxisTaps<C> x, AxisTaps<C> y, C s
   if (y.moves) grad[1] += scale_y * ((d[2] - d[0]) * (1 - x.fraction) + (d[3] - d[1]) * x.fraction);
 }
 
-// Of the points, (x, y) after (x, y), in one of two precisions.
+// The points' coordinates, (x, y) after (x, y), in float or double.
 class Coordinates {
  public:
   explicit Coordinates(const Tensor& points)
@@ -124,8 +124,8 @@ inline PointSampleProblem point_sample_problem(const Tensor& points, const Maybe
   return problem;
 }
 
-// Points or channels are next to one another. No view: those that a custom Function returns must not be changed in
-// place, as an activation does.
+// Points or channels are next to one another. No view: a view that a custom Function returns must not be changed
+// in place, as an activation does.
 inline Tensor new_output(const Tensor& map, const PointSampleProblem& problem) {
   const int64_t channels = std::max<int64_t>(1, problem.channels), points = std::max<int64_t>(1, problem.points);
   const bool last = problem.channels_last;

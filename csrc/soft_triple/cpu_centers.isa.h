@@ -105,7 +105,7 @@ void unit_vectors(int64_t rows, int64_t channels, const A* x, A* inverse, A* uni
   }
 }
 
-// Gradients of unit vectors become those of the vectors.
+// Turns gradients of unit vectors into gradients of the vectors.
 template <typename A>
 void unit_vectors_backward(int64_t rows, int64_t channels, const A* unit, const A* inverse, A* grad) {
   for (int64_t i = 0; i < rows; ++i) {

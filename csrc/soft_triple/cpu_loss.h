@@ -84,7 +84,7 @@ struct Part {
   A* scores;
 };
 
-// Calls body(part) for all parts, those of a group in turn. Workers are below parts.threads.
+// Calls body(part) for all parts, for the parts of a group in turn. Workers are below parts.threads.
 template <typename A, typename Body>
 void for_each_part(const SoftTripleLoss& loss, const Parts& parts, const Tensor& centers, const Unit<A>& unit,
                    const Body& body) {

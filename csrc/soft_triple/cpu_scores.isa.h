@@ -25,7 +25,7 @@ Scratch<A> padded_copy(const A* from, int64_t rows) {
   return result;
 }
 
-// A class in a vector that compares with those of the batch.
+// The type of class numbers in a vector beside vectors of A.
 template <typename A>
 using Label = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 
@@ -129,7 +129,7 @@ class LogSumExp {
   const int64_t width_;
 };
 
-// Of partial ones, in order.
+// Combines partial results in order.
 template <typename A>
 void combine(const Scratch<A>& partials, int64_t width, int64_t rows, A* to) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -142,7 +142,7 @@ void combine(const Scratch<A>& partials, int64_t width, int64_t rows, A* to) {
   }
 }
 
-// Of (parts, width), which are log-sum-exps themselves.
+// The log-sum-exp of each column of parts (count, width), which are log-sum-exps themselves.
 template <typename A>
 void log_sum_exp(const A* parts, int64_t count, int64_t width, int64_t rows, A* to) {
   if (count == 0) {
@@ -154,8 +154,8 @@ void log_sum_exp(const A* parts, int64_t count, int64_t width, int64_t rows, A* 
   combine(partial, width, rows, to);
 }
 
-// The log-sum-exp is that of a row's other classes: what a sum of all would round off is the whole loss of a row that
-// is far from them. Of the target's elements, those whose labels are of the chunk are written.
+// The log-sum-exp of each row is over its other classes: a sum of all would round off the whole loss of a row that is
+// far from them. Writes the target's elements whose labels are in the chunk.
 template <typename A>
 void soft_triple_chunk_forward(const SoftTripleChunk& chunk, SoftTripleFactors<A> factors, const A* scores,
                                const A* inverse, const int64_t* labels, int64_t first, A* logsumexp, A* target) {
@@ -201,7 +201,7 @@ void soft_triple_similarity(const SoftTripleChunk& chunk, A per_gamma, const A* 
   });
 }
 
-// Scores become their gradients, from those of the similarities: grad(class, start, lanes, similarity).
+// Replaces scores by their gradients, given the similarities': grad(class, start, lanes, similarity).
 template <typename A, typename Gradient>
 void replace_by_gradients(const SoftTripleChunk& chunk, A per_gamma, A* scores, const A* inverse, A* projection,
                           const Gradient& gradient) {

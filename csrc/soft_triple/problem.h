@@ -11,7 +11,7 @@
 
 namespace paper_layers {
 
-// A vector that is shorter counts as zero, and what stands under the root of a distance: as in the reference.
+// Vectors of a lower squared length count as zero; kRoot is added under the root of a distance: as in the reference.
 constexpr double kShortestSquared = 1e-24, kRoot = 1e-5;
 
 inline void check_tensor(const char* name, const Tensor& tensor, IntHeaderOnlyArrayRef shape, const Tensor& scores) {
@@ -66,7 +66,7 @@ struct SoftTripleFactors {
       : la(static_cast<A>(la)), per_gamma(static_cast<A>(1 / gamma)), la_margin(static_cast<A>(la * margin)) {}
 };
 
-// Centers of classes; `distances` says whether those between the centers of a class are wanted.
+// Centers of classes; `distances`: the distances between the centers of a class are wanted.
 struct SoftTripleCenters {
   int64_t classes, centers, channels;
   bool distances;
@@ -122,7 +122,7 @@ inline SoftTripleCenters soft_triple_add_centers_problem(const Tensor& grad, con
   return problem;
 }
 
-// The whole: embeddings (rows, channels) and centers (classes, centers, channels), in the dtype that is computed in.
+// The whole loss: embeddings (rows, channels), centers (classes, centers, channels), and the accumulation dtype.
 struct SoftTripleLoss {
   int64_t rows, channels, classes, centers, chunk_size;
   ScalarType dtype;

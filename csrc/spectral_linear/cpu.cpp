@@ -20,7 +20,7 @@ Tensor wide(const Tensor& tensor, const Tensor& weight) {
   return to_contiguous(to_dtype(tensor, accumulation_dtype(weight.scalar_type())));
 }
 
-// As the products' library takes it: copied once where every share would copy it.
+// The matrix with a stride of 1, as torch's products need it: copied once, not by every share.
 Tensor with_lines(const Tensor& matrix) {
   return matrix.stride(0) == 1 || matrix.stride(1) == 1 ? matrix : to_contiguous(matrix);
 }

@@ -23,7 +23,7 @@ inline void check_beside(const char* name, const Tensor& tensor, IntHeaderOnlyAr
   check_same_device(name, tensor, "weight", weight);
 }
 
-// As above, in the weight's dtype.
+// The same, in the weight's dtype.
 inline void check_like(const char* name, const Tensor& tensor, IntHeaderOnlyArrayRef shape, const Tensor& weight) {
   check_shape(name, tensor, shape);
   check_same_dtype_and_device(name, tensor, "weight", weight);

@@ -25,7 +25,7 @@ struct SplitBackward {
   const SplitBatchNormProblem& problem;
   const T *grad, *input;
   const A *weight, *mean, *var;  // weight: or null
-  A *products, *sums;  // Of grad times the normalised input, and of grad; where given, their means.
+  A *products, *sums;  // of grad times the normalised input, and of grad; where given, their means
   T* grad_input;       // null: sums only
   bool has_means;
   A eps;

@@ -6,7 +6,7 @@ constexpr int64_t kBlock = 4096;
 // Planes of fewer bytes are over before the processor begins to prefetch.
 constexpr int64_t kShortBytes = 512;
 
-// What is left of a plane after whole vectors: the last vector of it with the lanes that are new, or less than one.
+// The rest of a plane after whole vectors: its last vector with the lanes that are new, or less than a vector.
 template <typename A>
 struct Rest {
   using V = Vec<A>;

@@ -66,11 +66,11 @@ template <typename A>
 struct RowMoments {
   // The mean, which deviations are taken from, what its rounding leaves, and the sum of squared deviations.
   A *means, *rests, *squares;
-  A *sums, *products;  // Of the rows at hand: zero before and after.
+  A *sums, *products;  // of the rows at hand; zero before and after
 };
 
-// Deviations are from the mean of the rows before, at first from that of a few rows: sums lose digits neither to an offset
-// that all have nor to a first row that is far from all others.
+// Deviations are from the mean of the rows before, at first from the mean of a few rows: sums lose digits neither to a
+// common offset nor to a first row that is far from all others.
 template <typename T>
 void add_moments(const T* input, int64_t rows, int64_t channels, RowMoments<Accumulator<T>> of) {
   using A = Accumulator<T>;

@@ -51,7 +51,7 @@ void dispatch_elements(const SplitBatchNormProblem& problem, std::initializer_li
   });
 }
 
-// How a block's threads divide some splits, which depends on nothing but sizes, so that results do not either.
+// Divides some splits among a block's threads, by sizes alone, so that results depend on nothing else.
 template <typename E>
 Grid divide(const SplitBatchNormProblem& problem, const E& elements, Splits& splits) {
   constexpr int64_t kBlocks = 2048, kParts = 256, kUnitsPerThread = 4;
@@ -87,7 +87,7 @@ void each_splits(const SplitBatchNormProblem& problem, Function function) {
   }
 }
 
-// Sums of the splits, each of which is given to finish(value, total).
+// Sums each split and calls finish(value, total).
 template <typename Thread, typename E, typename Finish>
 void reduce(const Splits& splits, const Grid& grid, const E& elements, const Tensor& like,
             const typename Thread::Source& source, const Finish& finish) {

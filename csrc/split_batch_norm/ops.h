@@ -1,5 +1,5 @@
-// The six ops, for the CPU and for CUDA. The file that includes this has defined before what they call: run_forward and
-// run_backward, in_kernels_layout, new_output and in_given_layout.
+// The six ops, for the CPU and for CUDA. Include this after the functions that they call: run_forward, run_backward,
+// in_kernels_layout, new_output and in_given_layout, which cpu.cpp and cuda.cu define.
 #pragma once
 
 #include <optional>

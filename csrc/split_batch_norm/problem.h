@@ -61,13 +61,13 @@ inline void check_grad(const Tensor& grad, const Tensor& input) {
   check_same_dtype_and_device("grad", grad, "input", input);
 }
 
-// The tensor's elements in the problem's order, whatever its strides then say.
+// The tensor's elements in the problem's order; the strides of the result don't tell it.
 inline Tensor in_order(const Tensor& tensor, bool transposed) {
   return to_contiguous(transposed ? torch::stable::transpose(tensor, 1, 2) : tensor);
 }
 
-// A tensor like the input, in the problem's order, which is the input's where it is transposed. No view: those that a
-// custom Function returns must not be changed in place, as an activation does.
+// A tensor like the input, in the problem's order, which is the input's where it is transposed. No view: a view
+// that a custom Function returns must not be changed in place, as an activation does.
 inline Tensor new_like(const Tensor& input, const SplitBatchNormProblem& problem) {
   return problem.transposed ? empty_like(input) : new_empty(input, input.sizes());
 }

@@ -12,7 +12,7 @@ inline void check_uncertain_points(const Tensor& logits, const MaybeTensor& labe
   STD_TORCH_CHECK(num_points >= 0, "num_points: expected at least 0, got ", num_points);
 }
 
-// As they are, where pixels are equally far apart.
+// The logits, copied only if their pixels are not equally far apart.
 inline Tensor with_flat_pixels(const Tensor& logits) {
   return logit_maps(logits).flat() ? logits : to_contiguous(logits);
 }
