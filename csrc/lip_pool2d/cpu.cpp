@@ -27,13 +27,13 @@ Tensor lip_pool2d(const Tensor& input, const Tensor& logit, std::vector<int64_t>
   const auto format = memory_format(problem);
   Tensor output = new_empty(input, output_sizes(problem), input.scalar_type(), problem);
   if (output.numel() == 0) return output;
-  const Tensor x = torch::stable::contiguous(input, format), l = torch::stable::contiguous(logit, format);
+  const Tensor x = to_contiguous(input, format), l = to_contiguous(logit, format);
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     PAPER_LAYERS_DISPATCH(
         forward(problem, x.const_data_ptr<T>(), l.const_data_ptr<T>(), output.mutable_data_ptr<T>()));
   });
-  return torch::stable::contiguous(output, memory_format(given));
+  return to_contiguous(output, memory_format(given));
 }
 
 std::tuple<Tensor, Tensor> lip_pool2d_backward(const Tensor& grad, const Tensor& input, const Tensor& logit,
@@ -53,16 +53,15 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(const Tensor& grad, const Tensor&
     zero_(grad_logit);  // shared logits of no channels
     return {grad_input, grad_logit};
   }
-  const Tensor g = torch::stable::contiguous(grad, format), x = torch::stable::contiguous(input, format),
-               l = torch::stable::contiguous(logit, format), y = torch::stable::contiguous(output, format);
+  const Tensor g = to_contiguous(grad, format), x = to_contiguous(input, format),
+               l = to_contiguous(logit, format), y = to_contiguous(output, format);
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     PAPER_LAYERS_DISPATCH(backward(problem, g.const_data_ptr<T>(), x.const_data_ptr<T>(), l.const_data_ptr<T>(),
                                    y.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>(),
                                    grad_logit.mutable_data_ptr<T>()));
   });
-  return {torch::stable::contiguous(grad_input, memory_format(given)),
-          torch::stable::contiguous(grad_logit, memory_format(given))};
+  return {to_contiguous(grad_input, memory_format(given)), to_contiguous(grad_logit, memory_format(given))};
 }
 
 }  // namespace

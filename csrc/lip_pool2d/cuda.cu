@@ -117,8 +117,8 @@ Tensor lip_pool2d(const Tensor& any_input, const Tensor& any_logit, const std::v
   const LipPool2dProblem problem =
       lip_pool2d_problem(any_input, any_logit, kernel_size, stride, padding, ceil_mode);
   const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
-  const Tensor input = torch::stable::contiguous(any_input, memory_format(problem));
-  const Tensor logit = torch::stable::contiguous(any_logit, memory_format(problem));
+  const Tensor input = to_contiguous(any_input, memory_format(problem));
+  const Tensor logit = to_contiguous(any_logit, memory_format(problem));
   const Tensor output = new_empty(input, output_sizes(problem), input.scalar_type(), problem);
   if (output.numel() == 0) return output;
   dispatch(input.scalar_type(), [&](auto element) {
@@ -138,10 +138,10 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(
   check_like_output("output", any_output, any_input, problem);
   const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const MemoryFormat format = memory_format(problem);
-  const Tensor grad = torch::stable::contiguous(any_grad, format);
-  const Tensor input = torch::stable::contiguous(any_input, format);
-  const Tensor logit = torch::stable::contiguous(any_logit, format);
-  const Tensor output = torch::stable::contiguous(any_output, format);
+  const Tensor grad = to_contiguous(any_grad, format);
+  const Tensor input = to_contiguous(any_input, format);
+  const Tensor logit = to_contiguous(any_logit, format);
+  const Tensor output = to_contiguous(any_output, format);
 
   const ScalarType dtype = input.scalar_type(), accumulator = accumulation_dtype(dtype);
   // Logits as images of their own: the windows' weights depend on nothing else.
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(
     });
   }
   if (!problem.shared) return {grad_input, grad_logit};
-  return {grad_input, torch::stable::contiguous(to_dtype(sum_over(grad_logit, 1, true), dtype), format)};
+  return {grad_input, to_contiguous(to_dtype(sum_over(grad_logit, 1, true), dtype), format)};
 }
 
 }  // namespace

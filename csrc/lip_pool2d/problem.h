@@ -7,15 +7,11 @@
 #include <limits>
 #include <vector>
 
-#include <torch/headeronly/core/MemoryFormat.h>
-
 #include "common/layout.h"
 #include "common/range.h"
 #include "common/tensors.h"
 
 namespace paper_layers {
-
-using torch::headeronly::MemoryFormat;
 
 using Sizes = std::array<int64_t, 4>;
 
@@ -140,7 +136,7 @@ inline void check_like_output(const char* name, const Tensor& tensor, const Tens
 }
 
 inline MemoryFormat memory_format(const LipPool2dProblem& problem) {
-  return problem.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return memory_format(problem.channels_last);
 }
 
 // A new tensor on input's device, in the problem's layout.

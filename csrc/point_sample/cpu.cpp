@@ -19,7 +19,7 @@ struct Arguments : PointSampleArguments {
             bool reads_maps = true)
       : PointSampleArguments(points, image, maps, spatial_scale, mode, padding), maps(maps) {
     for (Tensor& map : this->maps) {
-      if (reads_maps) map = torch::stable::contiguous(map, problem.format());
+      if (reads_maps) map = to_contiguous(map, problem.format());
     }
     for (int64_t row = 0; image && row < problem.rows; ++row) {
       STD_TORCH_CHECK(0 <= image_data()[row] && image_data()[row] < problem.images, "boxes: expected numbers of ",

@@ -48,7 +48,7 @@ Tensor point_sample(const Tensor& points, const MaybeTensor& image, const std::v
   const Tensor output = new_output(maps[0], problem);
   for (size_t l = 0; l < maps.size(); ++l) {
     const Level& level = problem.levels[l];
-    const Tensor map = torch::stable::contiguous(maps[l], problem.format());
+    const Tensor map = to_contiguous(maps[l], problem.format());
     arguments.dispatch(level, map.scalar_type(), [&](auto element, auto seen) {
       using T = decltype(element);
       using C = std::remove_const_t<std::remove_pointer_t<decltype(seen.coordinates)>>;
@@ -107,7 +107,7 @@ Tensor point_sample_backward_points(const Tensor& any_grad, const Tensor& points
   zero_(grad_points);
   for (size_t l = 0; l < maps.size(); ++l) {
     const Level& level = problem.levels[l];
-    const Tensor map = torch::stable::contiguous(maps[l], problem.format());
+    const Tensor map = to_contiguous(maps[l], problem.format());
     arguments.dispatch(level, grad.scalar_type(), [&](auto element, auto seen) {
       using T = decltype(element);
       using C = std::remove_const_t<std::remove_pointer_t<decltype(seen.coordinates)>>;

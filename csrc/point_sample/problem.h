@@ -8,8 +8,6 @@
 #include <string>
 #include <vector>
 
-#include <torch/headeronly/core/MemoryFormat.h>
-
 #include "common/bilinear.h"
 #include "common/layout.h"
 #include "common/tensors.h"
@@ -17,7 +15,6 @@
 namespace paper_layers {
 
 using MaybeNumbers = std::optional<std::vector<double>>;
-using torch::headeronly::MemoryFormat;
 
 struct Level {
   int32_t height, width;
@@ -41,7 +38,7 @@ struct PointSampleProblem {
     return channels_last ? place / channels : place / (points * channels) * points + place % (points * channels);
   }
   int64_t channel_step() const { return channels_last ? 1 : points; }
-  MemoryFormat format() const { return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
+  MemoryFormat format() const { return memory_format(channels_last); }
 };
 
 // Adds the gradient of one point from one level. dots: for each tap the sum over channels of gradient times value, 0
