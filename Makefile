@@ -33,25 +33,16 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python -m testing.sentences
 
+# The modules of a folder that can be run: those with a main.
+mains = $(basename $(notdir $(shell grep -l '__name__ == "__main__"' benchmarks/$(1)/*.py)))
+
 bench: $(KERNELS) $(PEERS)
-	$(BIN)/python -m benchmarks.micro.lip --json benchmarks/results/lip_cpu.json
-	$(BIN)/python -m benchmarks.micro.soft_triple --json benchmarks/results/soft_triple_cpu.json
-	$(BIN)/python -m benchmarks.micro.knn --json benchmarks/results/knn_cpu.json
-	$(BIN)/python -m benchmarks.micro.knn_growth --json benchmarks/results/knn_growth.json
-	$(BIN)/python -m benchmarks.micro.graph_conv --json benchmarks/results/graph_conv_cpu.json
-	$(BIN)/python -m benchmarks.micro.point_sample --json benchmarks/results/point_sample_cpu.json
-	$(BIN)/python -m benchmarks.micro.uncertain_points --json benchmarks/results/uncertain_points_cpu.json
-	$(BIN)/python -m benchmarks.micro.point_rend --json benchmarks/results/point_rend_cpu.json
-	$(BIN)/python -m benchmarks.micro.split_batch_norm --json benchmarks/results/split_batch_norm_cpu.json
-	$(BIN)/python -m benchmarks.micro.big_bigan --json benchmarks/results/big_bigan_cpu.json
+	set -e; for name in $(call mains,micro); do \
+		$(BIN)/python -m benchmarks.micro.$$name --json benchmarks/results/$${name}_cpu.json; done
 
 claims: $(KERNELS)
-	$(BIN)/python -m benchmarks.claims.lip --json benchmarks/results/claims_lip.json
-	$(BIN)/python -m benchmarks.claims.deep_gcn --json benchmarks/results/claims_deep_gcn.json
-	$(BIN)/python -m benchmarks.claims.soft_triple --json benchmarks/results/claims_soft_triple.json
-	$(BIN)/python -m benchmarks.claims.adv_prop --json benchmarks/results/claims_adv_prop.json
-	$(BIN)/python -m benchmarks.claims.point_rend --json benchmarks/results/claims_point_rend.json
-	$(BIN)/python -m benchmarks.claims.big_bigan --json benchmarks/results/claims_big_bigan.json
+	set -e; for name in $(call mains,claims); do \
+		$(BIN)/python -m benchmarks.claims.$$name --json benchmarks/results/claims_$$name.json; done
 
 # Builds with an option, for tests of a copy of the package with these kernels alone: cmake would take libraries that
 # were copied within a second of the build for its own.

@@ -19,7 +19,6 @@ cmake --install build/cuda --prefix .
 "$python" -c 'import torch; print(torch.cuda.get_device_name())'
 
 "$python" -m pytest -q -rs "${tests[@]}"
-PAPER_LAYERS_TEST_DEVICE=cuda "$python" -m pytest -q tests/ops -k 'raw_op or sizes_without'
 
 if compute-sanitizer --error-exitcode 1 "$python" -c 'import torch; torch.zeros(1, device="cuda")' >/dev/null 2>&1; then
   # Every tensor an allocation of its own, so that a step over its end is seen.
@@ -29,6 +28,8 @@ else
   echo 'compute-sanitizer: missing, or it does not work on this device; memory was not checked'
 fi
 
-for name in lip soft_triple knn graph_conv point_sample uncertain_points point_rend split_batch_norm big_bigan; do
-  "$python" -m benchmarks.micro.$name --device cuda --json benchmarks/results/${name}_cuda.json
+# The benchmarks that have an option --device.
+for file in $(grep -l 'benchmarks.micro.command import .*main' benchmarks/micro/*.py); do
+  name=$(basename "$file" .py)
+  "$python" -m "benchmarks.micro.$name" --device cuda --json "benchmarks/results/${name}_cuda.json"
 done

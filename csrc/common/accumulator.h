@@ -1,4 +1,4 @@
-// What kernels compute in: float64 for float64, float32 for all others.
+// Accumulation type: double for double, otherwise float.
 #pragma once
 
 #include <type_traits>

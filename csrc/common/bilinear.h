@@ -39,7 +39,7 @@ struct AxisTaps {
   bool moves = false;                          // with the point, or is held at the border
 };
 
-// Of a point's coordinate, with `scale` pixels for each unit. NaN has no pixels; any number is safe.
+// The taps of a point's coordinate, with `scale` pixels for each unit. NaN has no pixels; any number is safe.
 template <typename C>
 C10_HOST_DEVICE inline AxisTaps<C> axis_taps(C coordinate, C scale, int32_t size, Sampling how) {
   AxisTaps<C> taps;
@@ -78,7 +78,7 @@ C10_HOST_DEVICE inline Taps<C> make_taps(AxisTaps<C> x, AxisTaps<C> y, int32_t w
   return taps;
 }
 
-// Of a point (x, y), 0 to 1 across the map.
+// The taps of a point (x, y), 0 to 1 across the map.
 template <typename C>
 C10_HOST_DEVICE inline Taps<C> make_taps(const C* point, int32_t height, int32_t width, Sampling how = {}) {
   return make_taps(axis_taps(point[0], C(width), width, how), axis_taps(point[1], C(height), height, how), width);

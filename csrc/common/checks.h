@@ -1,4 +1,4 @@
-// What the checks of the ops share, for the CPU and the CUDA kernels.
+// Checks of arguments that the ops share, for the CPU and the CUDA kernels.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Tensors in the eyes of a CUDA kernel: their elements' type, packs of them, and rows of channels in packs.
+// Device-side views of tensors: packs of elements, and rows of channels in packs.
 #pragma once
 
 #include "common/cuda_utils.cuh"
@@ -8,20 +8,10 @@
 #include <initializer_list>
 #include <limits>
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/Dispatch_v2.h>
-
-#include "common/checks.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 namespace {
-
-// Calls function with an element of the dtype.
-template <typename Function>
-void with_dtype(ScalarType dtype, Function function) {
-  THO_DISPATCH_V2(dtype, "paper_layers", AT_WRAP([&] { function(scalar_t{}); }), AT_EXPAND(AT_FLOATING_TYPES),
-                  ScalarType::Half, ScalarType::BFloat16);
-}
 
 inline bool aligned(std::initializer_list<Tensor> tensors, uintptr_t bytes) {
   return std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& tensor) {

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: division by numbers known at launch, packs of elements, and the launch itself.
+// Helpers of the CUDA kernels: division by numbers known at launch, packs of elements, and the launch itself.
 #pragma once
 
 // Before any of torch's headers: they declare the CUDA part of the shim only under it.

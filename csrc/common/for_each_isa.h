@@ -1,6 +1,6 @@
-// Compiles PAPER_LAYERS_KERNEL once for each instruction set, each time in a namespace of its own, and
-// PAPER_LAYERS_DISPATCH calls the one that this processor runs. Include everything that the kernel file
-// needs before this header: a header first seen inside would be compiled for the wrong instruction set.
+// Compiles PAPER_LAYERS_KERNEL, an .isa.h, once for each instruction set, each time in a namespace of its own;
+// PAPER_LAYERS_DISPATCH calls the one that this processor runs. Include ordinary headers that the kernel needs before
+// this one: a header first seen inside would be compiled for one instruction set.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -22,7 +22,7 @@ namespace paper_layers {
 
 namespace isa_default {
 #define PAPER_LAYERS_VECTOR_BYTES 16
-#include "common/vec.h"
+#include "common/vec.isa.h"
 #include PAPER_LAYERS_KERNEL
 #undef PAPER_LAYERS_VECTOR_BYTES
 }  // namespace isa_default
@@ -37,7 +37,7 @@ namespace isa_default {
 #endif
 namespace isa_avx2 {
 #define PAPER_LAYERS_VECTOR_BYTES 32
-#include "common/vec.h"
+#include "common/vec.isa.h"
 #include PAPER_LAYERS_KERNEL
 #undef PAPER_LAYERS_VECTOR_BYTES
 }  // namespace isa_avx2
@@ -51,7 +51,7 @@ namespace isa_avx2 {
 #endif
 namespace isa_avx512 {
 #define PAPER_LAYERS_VECTOR_BYTES 64
-#include "common/vec.h"
+#include "common/vec.isa.h"
 #include PAPER_LAYERS_KERNEL
 #undef PAPER_LAYERS_VECTOR_BYTES
 }  // namespace isa_avx512

@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use.
+// The instruction set of the CPU kernels.
 #pragma once
 
 #if defined(__x86_64__)

@@ -13,8 +13,8 @@
 #include <optional>
 #include <vector>
 
-#include "common/checks.h"
 #include "common/parallel.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 
@@ -45,7 +45,7 @@ inline Tensor narrow(const Tensor& tensor, int64_t dim, int64_t first, int64_t c
 // The same by a kernel of ours, in float or double, where beta is 0 or 1 and `to` is dense.
 inline void add_small_product(const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha,
                               const Tensor& to) {
-  const auto call = [&](auto element) {
+  dispatch_accumulator(to.scalar_type(), [&](auto element) {
     using A = decltype(element);
     const auto view = [](const Tensor& matrix) {
       return MatrixView<A>{matrix.const_data_ptr<A>(), matrix.stride(0), matrix.stride(1)};
@@ -53,16 +53,14 @@ inline void add_small_product(const Tensor& self, const Tensor& a, const Tensor&
     PAPER_LAYERS_DISPATCH(multiply_small<A>(view(a), view(b), to.size(0), a.size(1), to.size(1),
                                             static_cast<A>(alpha), beta == 0 ? nullptr : self.const_data_ptr<A>(),
                                             self.dim() == 1 ? 0 : self.stride(0), to.mutable_data_ptr<A>()));
-  };
-  if (to.scalar_type() == ScalarType::Double) call(double());
-  else call(float());
+  });
 }
 
 // Multiplications that a kernel of ours has done before a parallel region begins.
 constexpr double kSmallProduct = 1 << 17;
 
-// How many shares a product has in rows and columns, by sizes alone. Every share packs its parts of both matrices anew:
-// there are few of them, more where this matters less, and these pack as little as they can.
+// The number of shares of a product in rows and columns, by sizes alone. Every share packs its parts of both matrices
+// anew: there are few shares, more where this matters less, and they pack as little as they can.
 struct Shares {
   int64_t rows = 1, columns = 1;
 

@@ -18,7 +18,7 @@ inline int64_t checked_product(std::initializer_list<int64_t> sizes) {
   return result;
 }
 
-// How many items a thread takes at least, so that it has `work` operations; each item has the product of `costs`, which
+// The least number of items for a thread to have `work` operations; each item has the product of `costs`, which
 // may be beyond 64 bits.
 inline int64_t grain_size(double work, std::initializer_list<int64_t> costs) {
   double cost = 1;

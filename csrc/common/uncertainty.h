@@ -1,4 +1,4 @@
-// Maps of logits whose uncertainty is asked for, for the CPU and the CUDA kernels.
+// Maps of logits for the uncertainty of their pixels, for the CPU and the CUDA kernels.
 //
 // They compute margins, the uncertainty with its sign changed: best minus second best logit, or the magnitude of a
 // single class's. The smallest margins are the most uncertain.
@@ -7,10 +7,9 @@
 #include <cstdint>
 #include <optional>
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/macros/Macros.h>
 
-#include "common/checks.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 
@@ -20,7 +19,7 @@ struct LogitMaps {
 
   C10_HOST_DEVICE int64_t pixels() const { return height * width; }
 
-  // Whether pixels are `pixel_stride` apart, from one row to the next as well.
+  // Tells if all pixels are `pixel_stride` apart, also from one row to the next.
   bool flat() const { return height <= 1 || width <= 1 || row_stride == width * column_stride; }
   C10_HOST_DEVICE int64_t pixel_stride() const { return width <= 1 ? row_stride : column_stride; }
 };
@@ -31,7 +30,7 @@ inline LogitMaps logit_maps(const Tensor& logits) {
           logits.stride(0), logits.stride(1), logits.stride(2), logits.stride(3)};
 }
 
-inline void check_logits(const Tensor& logits, const std::optional<Tensor>& labels) {
+inline void check_logits(const Tensor& logits, const MaybeTensor& labels) {
   check_floating("logits", logits);
   STD_TORCH_CHECK(logits.dim() == 4 && logits.size(1) > 0,
                   "logits: expected shape (N, C, H, W) with at least one class, got ", to_string(logits.sizes()));
@@ -45,9 +44,7 @@ inline void check_logits(const Tensor& logits, const std::optional<Tensor>& labe
 // The class of each image, contiguous, or null where all classes count.
 class ImageLabels {
  public:
-  explicit ImageLabels(const std::optional<Tensor>& labels) {
-    if (labels.has_value()) labels_ = torch::stable::contiguous(*labels);
-  }
+  explicit ImageLabels(const MaybeTensor& labels) : labels_(labels) { make_contiguous(labels_); }
   const int64_t* data() const { return labels_.has_value() ? labels_->const_data_ptr<int64_t>() : nullptr; }
 
   // On the CPU: labels are data, read before what they point to.
@@ -59,7 +56,7 @@ class ImageLabels {
   }
 
  private:
-  std::optional<Tensor> labels_;
+  MaybeTensor labels_;
 };
 
 }  // namespace paper_layers

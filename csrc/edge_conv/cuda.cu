@@ -4,7 +4,7 @@
 // order. Backward: the same for the nodes, which find again what edge they kept; then each row of neighbour terms
 // gathers from the edges that lead to it. No atomics, so results do not vary from run to run.
 
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 
 #include <algorithm>
 #include <optional>
@@ -20,7 +20,7 @@
 namespace paper_layers {
 namespace {
 
-// Partial sums of so many numbers.
+// The number of partial sums.
 constexpr int64_t kPartials = 1 << 18;
 
 int64_t worker_count(const EdgeConvProblem& problem) {
@@ -28,19 +28,10 @@ int64_t worker_count(const EdgeConvProblem& problem) {
   return std::max<int64_t>(1, std::min(problem.nodes, most));
 }
 
-Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
-Tensor sum_of_workers(const Tensor& partials) {
-  const std::vector<int64_t> first = {0};
-  return torch::stable::sum(partials, first);
-}
-
 template <typename T, typename R>
 Graph<T, R> graph(const R& rows, const EdgeConvProblem& problem, const Tensor& center, const Tensor& neighbor,
                   const Tensor& index, const Tensor& slope) {
-  // Without rows nobody has neighbours.
+  // Without rows there are no neighbours.
   return {rows,
           {index.const_data_ptr<int64_t>(), problem.rows > 0 ? problem.k : 0, problem.rows},
           problem.nodes,
@@ -49,27 +40,23 @@ Graph<T, R> graph(const R& rows, const EdgeConvProblem& problem, const Tensor& c
           slope.const_data_ptr<Accumulator<T>>()};
 }
 
-std::tuple<Tensor, Tensor, Tensor> edge_conv(const Tensor& any_center, const Tensor& any_neighbor,
-                                             const Tensor& any_index, const Tensor& slope,
-                                             std::optional<Tensor> any_smallest, bool statistics) {
-  const EdgeConvProblem problem = edge_conv_problem(any_center, any_neighbor, any_index, slope, any_smallest);
-  const int32_t device = any_center.get_device_index();
+std::tuple<Tensor, Tensor, Tensor> edge_conv(Tensor center, Tensor neighbor, Tensor index, const Tensor& slope,
+                                             MaybeTensor smallest, bool statistics) {
+  const EdgeConvProblem problem = edge_conv_problem(center, neighbor, index, slope, smallest);
+  const int32_t device = center.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor center = torch::stable::contiguous(any_center), neighbor = torch::stable::contiguous(any_neighbor);
-  const Tensor index = torch::stable::contiguous(any_index);
-  const Tensor smallest = any_smallest ? torch::stable::contiguous(*any_smallest) : index;
   const int64_t workers = worker_count(problem), wanted = statistics ? problem.channels : 0;
-  const Tensor output = empty(center, {problem.nodes, problem.channels}, center.scalar_type());
-  const Tensor mean = empty(slope, {wanted}, slope.scalar_type()), var = empty(slope, {wanted}, slope.scalar_type());
+  const Tensor output = new_empty(center, {problem.nodes, problem.channels});
+  const Tensor mean = new_empty(slope, {wanted}), var = new_empty(slope, {wanted});
   if (output.numel() == 0) return {output, torch::stable::fill_(mean, 0), torch::stable::fill_(var, 0)};
-  const Tensor sums = empty(center, {statistics ? workers : 0, 2, wanted}, ScalarType::Double);
-  const Tensor counts = empty(center, {statistics ? workers : 0}, ScalarType::Double);
-  with_dtype(center.scalar_type(), [&](auto element) {
+  const Tensor sums = new_empty(center, {statistics ? workers : 0, 2, wanted}, ScalarType::Double);
+  const Tensor counts = new_empty(center, {statistics ? workers : 0}, ScalarType::Double);
+  dispatch(center.scalar_type(), [&](auto element) {
     using T = decltype(element);
     with_rows<T>(workers * problem.channels, problem.channels, {center, neighbor, output}, [&](auto rows) {
       using R = decltype(rows);
       const Graph<T, R> edges = graph<T>(rows, problem, center, neighbor, index, slope);
-      const bool* least = any_smallest ? smallest.const_data_ptr<bool>() : nullptr;
+      const bool* least = smallest ? smallest->const_data_ptr<bool>() : nullptr;
       Pack<T, R::V>* const to = mutable_packs<T, R::V>(output);
       if (!statistics) {
         for_each_index<typename R::Index>(workers * rows.packs, device,
@@ -80,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv(const Tensor& any_center, const Ten
           workers * rows.packs, device,
           EdgeForward<T, R, true>{edges, workers, least, to, sums.mutable_data_ptr<double>(),
                                   counts.mutable_data_ptr<double>()});
-      const Tensor total = sum_of_workers(sums), count = sum_of_workers(counts);
+      const Tensor total = sum_over(sums, 0), count = sum_over(counts, 0);
       for_each_index<typename R::Index>(
           rows.packs, device,
           Statistics<T, R>{edges, total.const_data_ptr<double>(), count.const_data_ptr<double>(),
@@ -90,35 +77,28 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv(const Tensor& any_center, const Ten
   return {output, mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, const Tensor& any_grad_mean,
-                                                      const Tensor& any_grad_var, const Tensor& any_center,
-                                                      const Tensor& any_neighbor, const Tensor& any_index,
-                                                      const Tensor& slope, const Tensor& any_output,
-                                                      const Tensor& any_mean) {
-  const EdgeConvProblem problem = edge_conv_backward_problem(any_grad, any_grad_mean, any_grad_var, any_center,
-                                                             any_neighbor, any_index, slope, any_output, any_mean);
-  const int32_t device = any_center.get_device_index();
+std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(Tensor grad, Tensor grad_mean, Tensor grad_var, Tensor center,
+                                                      Tensor neighbor, Tensor index, const Tensor& slope,
+                                                      Tensor output, Tensor mean) {
+  const EdgeConvProblem problem =
+      edge_conv_backward_problem(grad, grad_mean, grad_var, center, neighbor, index, slope, output, mean);
+  const int32_t device = center.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const auto dense = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
-  const Tensor grad = dense(any_grad), grad_mean = dense(any_grad_mean), grad_var = dense(any_grad_var);
-  const Tensor center = dense(any_center), neighbor = dense(any_neighbor), index = dense(any_index);
-  const Tensor output = dense(any_output), mean = dense(any_mean);
   const int64_t workers = worker_count(problem);
-  const Tensor grad_center = torch::stable::empty_like(center), grad_neighbor = torch::stable::empty_like(neighbor);
+  const Tensor grad_center = empty_like(center), grad_neighbor = empty_like(neighbor);
   if (center.numel() == 0) {
-    const Tensor none = empty(slope, {}, slope.scalar_type());
-    return {grad_center, torch::stable::fill_(grad_neighbor, 0), torch::stable::fill_(none, 0)};
+    return {grad_center, torch::stable::fill_(grad_neighbor, 0), torch::stable::fill_(new_empty(slope, {}), 0)};
   }
-  const Tensor arg = empty(center, {problem.nodes, problem.channels}, ScalarType::Int);
-  const Tensor counts = empty(center, {workers}, ScalarType::Double);
+  const Tensor arg = new_empty(center, {problem.nodes, problem.channels}, ScalarType::Int);
+  const Tensor counts = new_empty(center, {workers}, ScalarType::Double);
   const CountEdges count_edges{index.const_data_ptr<int64_t>(), index.numel(), workers,
                                counts.mutable_data_ptr<double>()};
   for_each_index<int64_t>(workers, device, count_edges);
-  const Tensor count = sum_of_workers(counts);
+  const Tensor count = sum_over(counts, 0);
   const ReverseTable reverse =
       reverse_table(center, index.numel(), problem.rows, RowOfEdge{index.const_data_ptr<int64_t>()});
   std::optional<Tensor> grad_slope;
-  with_dtype(center.scalar_type(), [&](auto element) {
+  dispatch(center.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     const int64_t largest = std::max({workers * problem.channels, problem.rows * problem.channels, index.numel()});
@@ -130,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, co
       const EdgeGradients<A> gradients{mean.numel() > 0 ? mean.const_data_ptr<A>() : nullptr,
                                        grad_mean.const_data_ptr<A>(), grad_var.const_data_ptr<A>(),
                                        count.const_data_ptr<double>()};
-      const Tensor slopes = empty(center, {workers * rows.packs}, ScalarType::Double);
+      const Tensor slopes = new_empty(center, {workers * rows.packs}, ScalarType::Double);
       for_each_index<typename R::Index>(
           workers * rows.packs, device,
           EdgeBackwardCenter<T, R>{edges, gradients, workers, packs<T, V>(grad), packs<T, V>(output),
@@ -141,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_conv_backward(const Tensor& any_grad, co
           EdgeBackwardNeighbor<T, R>{edges, gradients, Divider<typename R::Index>(std::max<int64_t>(problem.k, 1)),
                                      reverse.edge_data(), reverse.start_data(), packs<T, V>(grad),
                                      packs<int32_t, V>(arg), mutable_packs<T, V>(grad_neighbor)});
-      grad_slope = torch::stable::to(sum_of_workers(slopes), slope.scalar_type());
+      grad_slope = to_dtype(sum_over(slopes, 0), slope.scalar_type());
     });
   });
   return {grad_center, grad_neighbor, *grad_slope};

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/cuda_neighbours.cuh"
+#include "common/cuda_neighbors.cuh"
 
 namespace paper_layers {
 namespace {
@@ -18,7 +18,7 @@ C10_DEVICE A leaky_relu(A z, A slope) {
 // Edges that are looked at for one that is there.
 constexpr int64_t kSample = 256;
 
-// What the kernels of both directions read. The slope stays on the device: reading it on the host would wait.
+// The inputs of forward and backward kernels. The slope stays on the device: reading it on the host would wait.
 template <typename T, typename R>
 struct Graph {
   using A = Accumulator<T>;
@@ -26,7 +26,7 @@ struct Graph {
   static constexpr int V = R::V;
 
   R shape;
-  NeighbourRows neighbours;
+  NeighborRows neighbors;
   int64_t nodes;
   const Pack<T, V>* center;
   const Pack<T, V>* neighbor;
@@ -37,7 +37,7 @@ struct Graph {
   C10_DEVICE void each(int64_t node, int64_t pack, Body body) const {
     const Pack<T, V> own = center[node * shape.packs + pack];
     const A factor = *slope;
-    neighbours.each(node, neighbor, shape.packs, pack, [&](int32_t column, const Pack<T, V>& row) {
+    neighbors.each(node, neighbor, shape.packs, pack, [&](int32_t column, const Pack<T, V>& row) {
       A z[V], y[V];
       for (int v = 0; v < V; ++v) {
         z[v] = A(own[v]) + A(row[v]);
@@ -47,15 +47,15 @@ struct Graph {
     });
   }
 
-  // What deviations are from, so that an offset of all edges does not swallow their variance: the value of an edge, the
-  // first one that is there of some. One that is not there may be far from all others.
+  // The center of deviations, so that an offset of all edges does not swallow their variance: the value of the first
+  // edge that exists among some. The value of a missing edge may be far from all others.
   C10_DEVICE void find_shift(int64_t pack, double (&shift)[V]) const {
     for (int v = 0; v < V; ++v) shift[v] = 0;
-    const int64_t edges = nodes * neighbours.k, step = edges / kSample + 1;
+    const int64_t edges = nodes * neighbors.k, step = edges / kSample + 1;
     for (int64_t edge = 0; edge < edges; edge += step) {
-      const int64_t row = neighbours.index[edge];
-      if (row < 0 || row >= neighbours.rows) continue;
-      const int64_t node = edge / neighbours.k;
+      const int64_t row = neighbors.index[edge];
+      if (row < 0 || row >= neighbors.rows) continue;
+      const int64_t node = edge / neighbors.k;
       const Pack<T, V> own = center[node * shape.packs + pack], other = neighbor[row * shape.packs + pack];
       for (int v = 0; v < V; ++v) {
         const double y = leaky_relu(A(own[v]) + A(other[v]), *slope);
@@ -246,7 +246,7 @@ struct EdgeBackwardNeighbor {
     A sum[V] = {};
 #pragma unroll 4
     for (int64_t s = starts[row]; s < end; ++s) {
-      const int64_t edge = edges[s], node = by_k(static_cast<Index>(edge)), column = edge - node * graph.neighbours.k;
+      const int64_t edge = edges[s], node = by_k(static_cast<Index>(edge)), column = edge - node * graph.neighbors.k;
       const Pack<T, V> other = graph.center[node * packs + pack], g = grad[node * packs + pack];
       const Pack<int32_t, V> chosen = arg[node * packs + pack];
       for (int v = 0; v < V; ++v) {
@@ -262,7 +262,7 @@ struct EdgeBackwardNeighbor {
   }
 };
 
-// How many edges each worker's part of the table has.
+// The number of edges in each worker's part of the table.
 struct CountEdges {
   const int64_t* index;
   int64_t edges, workers;

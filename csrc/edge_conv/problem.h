@@ -6,9 +6,8 @@
 #include <optional>
 #include <utility>
 
-#include "common/accumulator.h"
-#include "common/checks.h"
-#include "common/table.h"
+#include "common/neighbor_table.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 
@@ -16,7 +15,7 @@ struct EdgeConvProblem {
   int64_t nodes, rows, k, channels;
 };
 
-// How many edges a table has, at least one.
+// The number of edges of a table, at least 1.
 inline double count_edges(const EdgeConvProblem& problem, const int64_t* index) {
   const int64_t* end = index + problem.nodes * problem.k;
   return std::max<int64_t>(1, std::count_if(index, end, [](int64_t row) { return row >= 0; }));
@@ -30,8 +29,8 @@ inline void check_vector(const char* name, const Tensor& tensor, int64_t length,
   check_same_device(name, tensor, "center", center);
 }
 
-inline EdgeConvProblem edge_conv_problem(const Tensor& center, const Tensor& neighbor, const Tensor& index,
-                                         const Tensor& slope, const std::optional<Tensor>& smallest) {
+inline EdgeConvProblem check_edge_conv(const Tensor& center, const Tensor& neighbor, const Tensor& index,
+                                       const Tensor& slope, const MaybeTensor& smallest) {
   check_floating("center", center);
   STD_TORCH_CHECK(center.dim() == 2, "center: expected shape (M, C), got ", to_string(center.sizes()));
   STD_TORCH_CHECK(neighbor.dim() == 2 && neighbor.size(1) == center.size(1), "neighbor: expected shape (N, ",
@@ -49,10 +48,20 @@ inline EdgeConvProblem edge_conv_problem(const Tensor& center, const Tensor& nei
   return {center.size(0), neighbor.size(0), index.size(1), center.size(1)};
 }
 
-inline EdgeConvProblem edge_conv_backward_problem(const Tensor& grad, const Tensor& grad_mean, const Tensor& grad_var,
-                                                  const Tensor& center, const Tensor& neighbor, const Tensor& index,
-                                                  const Tensor& slope, const Tensor& output, const Tensor& mean) {
-  const EdgeConvProblem problem = edge_conv_problem(center, neighbor, index, slope, std::nullopt);
+// Checks the arguments of edge_conv and makes them contiguous.
+inline EdgeConvProblem edge_conv_problem(Tensor& center, Tensor& neighbor, Tensor& index, const Tensor& slope,
+                                         MaybeTensor& smallest) {
+  const EdgeConvProblem problem = check_edge_conv(center, neighbor, index, slope, smallest);
+  make_contiguous(center, neighbor, index);
+  make_contiguous(smallest);
+  return problem;
+}
+
+// The same for the arguments of its backward.
+inline EdgeConvProblem edge_conv_backward_problem(Tensor& grad, Tensor& grad_mean, Tensor& grad_var, Tensor& center,
+                                                  Tensor& neighbor, Tensor& index, const Tensor& slope, Tensor& output,
+                                                  Tensor& mean) {
+  const EdgeConvProblem problem = check_edge_conv(center, neighbor, index, slope, std::nullopt);
   for (const auto& [name, tensor] : {std::pair("grad", grad), std::pair("output", output)}) {
     check_shape(name, tensor, center.sizes());
     check_same_dtype_and_device(name, tensor, "center", center);
@@ -61,6 +70,7 @@ inline EdgeConvProblem edge_conv_backward_problem(const Tensor& grad, const Tens
        {std::pair("grad_mean", grad_mean), std::pair("grad_var", grad_var), std::pair("mean", mean)}) {
     check_vector(name, tensor, mean.numel() > 0 ? problem.channels : 0, slope.scalar_type(), center);
   }
+  make_contiguous(grad, grad_mean, grad_var, center, neighbor, index, output, mean);
   return problem;
 }
 

@@ -50,7 +50,7 @@ Thread all[kMostThreads];
 Warp warps[kMostThreads / kWarp];
 Meeting block_meeting;
 int created = 0, alive;
-bool met = true;  // Whether threads have met in the last block, as they do where they share memory.
+bool met = true;  // Threads have met in the last block, as they do where they share memory.
 Context scheduler;
 const std::function<void()>* running;
 std::string error;

@@ -8,9 +8,10 @@
 namespace paper_layers {
 namespace {
 
-Tensor flat_index(const Tensor& any_index, int64_t rows) {
-  const FlatIndexProblem problem = flat_index_problem(any_index, rows);
-  const Tensor index = torch::stable::contiguous(any_index), result = new_flat_index(index);
+Tensor flat_index(Tensor index, int64_t rows) {
+  const FlatIndexProblem problem = flat_index_problem(index, rows);
+  make_contiguous(index);
+  const Tensor result = new_flat_index(index);
   const int64_t* const from = index.const_data_ptr<int64_t>();
   int64_t* const to = result.mutable_data_ptr<int64_t>();
   parallel_for(0, problem.clouds, grain_size(65536, {problem.entries}), [&](int64_t begin, int64_t end) {

@@ -13,7 +13,7 @@ namespace paper_layers {
 namespace {
 
 // As in torch's own indexing, a row out of range stops the device's work with an assertion: the host could not know of
-// it without waiting. It is nobody's row, so that the next cloud's is not read for it.
+// it without waiting. It becomes -1, not a row of the next cloud.
 struct FlatIndex {
   const int64_t* index;
   int64_t entries, rows;
@@ -26,11 +26,12 @@ struct FlatIndex {
   }
 };
 
-Tensor flat_index(const Tensor& any_index, int64_t rows) {
-  const FlatIndexProblem problem = flat_index_problem(any_index, rows);
-  const int32_t device = any_index.get_device_index();
+Tensor flat_index(Tensor index, int64_t rows) {
+  const FlatIndexProblem problem = flat_index_problem(index, rows);
+  const int32_t device = index.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor index = torch::stable::contiguous(any_index), result = new_flat_index(index);
+  make_contiguous(index);
+  const Tensor result = new_flat_index(index);
   for_each_index<int64_t>(result.numel(), device,
                           FlatIndex{index.const_data_ptr<int64_t>(), std::max<int64_t>(1, problem.entries), rows,
                                     result.mutable_data_ptr<int64_t>()});

@@ -2,11 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
-#include "common/table.h"
+#include "common/neighbor_table.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 
@@ -26,8 +24,7 @@ inline FlatIndexProblem flat_index_problem(const Tensor& index, int64_t rows) {
 }
 
 inline Tensor new_flat_index(const Tensor& index) {
-  const std::vector<int64_t> shape = {checked_product({index.size(0), index.size(1)}), index.size(2)};
-  return torch::stable::new_empty(index, shape);
+  return new_empty(index, {checked_product({index.size(0), index.size(1)}), index.size(2)});
 }
 
 }  // namespace paper_layers

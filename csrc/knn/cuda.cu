@@ -2,7 +2,7 @@
 //
 // In up to three channels large clouds are searched by a tree, all else by a matrix product that is filtered as it is
 // computed. Either way float64 distances decide. Nothing is read back to the host: starts of ragged clouds are data.
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 
 #include <algorithm>
 #include <limits>
@@ -36,10 +36,7 @@ struct Search {
   int64_t most_points() const { return point_rows.starts == nullptr ? point_rows.each : point_rows.rows; }
 
   // Memory to compute in.
-  Tensor scratch(int64_t count, ScalarType dtype) const {
-    const std::vector<int64_t> shape = {count};
-    return torch::stable::new_empty(query, shape, dtype);
-  }
+  Tensor scratch(int64_t count, ScalarType dtype) const { return new_empty(query, {count}, dtype); }
   int64_t processors() const {
     int count = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device()));
@@ -74,9 +71,8 @@ void search_panels(const Search<T>& search) {
   const CloudRows &query_rows = search.query_rows, &point_rows = search.point_rows;
   const int64_t channels = search.channels(), clouds = point_rows.clouds;
   const int32_t device = search.device();
-  const std::vector<int64_t> a_cloud = {clouds};
   const Tensor centers = search.scratch(clouds * channels, ScalarType::Double);
-  const Tensor largest = torch::stable::new_zeros(search.query, a_cloud, ScalarType::Long);
+  const Tensor largest = new_zeros(search.query, {clouds}, ScalarType::Long);
   const auto bits = static_cast<uint64_t*>(largest.mutable_data_ptr());
   const Frame frame{search.wanted.inner ? nullptr : centers.const_data_ptr<double>(), bits};
   if (!search.wanted.inner) {
@@ -109,7 +105,7 @@ void search_panels(const Search<T>& search) {
                         indices.mutable_data_ptr<int32_t>()});
 }
 
-// How many bits write the numbers below count.
+// The number of bits of the numbers below count.
 int bits_below(int64_t count) {
   int bits = 0;
   while ((int64_t(1) << bits) < count) ++bits;
@@ -179,7 +175,7 @@ void search_tree(const Search<T>& search) {
 constexpr int64_t kTreePoints = 32768;
 
 template <typename T>
-void search_neighbours(const Search<T>& search) {
+void search_neighbors(const Search<T>& search) {
   const int64_t channels = search.channels(), points = search.point_rows.rows / search.point_rows.clouds;
   if (1 <= channels && channels <= kDimensions && points >= kTreePoints && !search.wanted.inner) {
     search_tree(search);
@@ -188,7 +184,7 @@ void search_neighbours(const Search<T>& search) {
   }
 }
 
-// No neighbours at all, for queries of no cloud.
+// No neighbours, for queries outside all clouds.
 template <typename T>
 struct WriteNobody {
   int64_t* index;
@@ -200,8 +196,8 @@ struct WriteNobody {
   }
 };
 
-// The starts of the clouds, or nothing for those of equal sizes. Their contents are not known here.
-CloudRows cloud_rows(const char* name, const Tensor& rows, const std::optional<Tensor>& starts) {
+// The starts of the clouds, or nothing for clouds of equal sizes. The host does not know the starts' values.
+CloudRows cloud_rows(const char* name, const Tensor& rows, const MaybeTensor& starts) {
   if (!starts.has_value()) return {nullptr, rows.size(0), rows.size(1), checked_product({rows.size(0), rows.size(1)})};
   STD_TORCH_CHECK(starts->scalar_type() == ScalarType::Long && starts->dim() == 1 && starts->numel() > 0, name,
                   ": expected int64 of shape (B + 1,), got ", starts->scalar_type(), " of shape ",
@@ -210,19 +206,17 @@ CloudRows cloud_rows(const char* name, const Tensor& rows, const std::optional<T
   return {starts->const_data_ptr<int64_t>(), starts->numel() - 1, 0, rows.size(0)};
 }
 
-std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points, std::optional<Tensor> query_ptr,
-                               std::optional<Tensor> points_ptr, int64_t k, int64_t dilation, bool inner,
-                               bool include_self, std::optional<Tensor> positions) {
+std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points, MaybeTensor query_ptr,
+                               MaybeTensor points_ptr, int64_t k, int64_t dilation, bool inner,
+                               bool include_self, MaybeTensor positions) {
   check_knn(any_query, any_points, query_ptr, points_ptr, k, dilation, positions);
   const int32_t device = any_query.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const ScalarType dtype = accumulation_dtype(any_query.scalar_type());
   const bool same_rows = same_data(any_query, any_points);
-  const Tensor query = torch::stable::contiguous(torch::stable::to(any_query, dtype));
-  const Tensor points = same_rows ? query : torch::stable::contiguous(torch::stable::to(any_points, dtype));
-  if (query_ptr.has_value()) query_ptr = torch::stable::contiguous(*query_ptr);
-  if (points_ptr.has_value()) points_ptr = torch::stable::contiguous(*points_ptr);
-  if (positions.has_value()) positions = torch::stable::contiguous(*positions);
+  const Tensor query = to_contiguous(to_dtype(any_query, dtype));
+  const Tensor points = same_rows ? query : to_contiguous(to_dtype(any_points, dtype));
+  for (MaybeTensor* tensor : {&query_ptr, &points_ptr, &positions}) make_contiguous(*tensor);
   const CloudRows query_rows = cloud_rows("query_ptr", query, query_ptr);
   const CloudRows point_rows = cloud_rows("points_ptr", points, points_ptr);
   STD_TORCH_CHECK(query_rows.clouds == point_rows.clouds, "points_ptr: expected as many clouds as query_ptr has, ",
@@ -235,10 +229,9 @@ std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points
 
   std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end());
   shape.back() = k;
-  const Tensor index = torch::stable::new_empty(query, shape, ScalarType::Long);
-  const Tensor distance = torch::stable::new_empty(query, shape, dtype);
+  const Tensor index = new_empty(query, shape, ScalarType::Long), distance = new_empty(query, shape);
   if (index.numel() == 0) return {index, distance};
-  const auto run = [&](auto element) {
+  dispatch_accumulator(dtype, [&](auto element) {
     using T = decltype(element);
     const Wanted<T> wanted{k,
                            dilation,
@@ -252,31 +245,25 @@ std::tuple<Tensor, Tensor> knn(const Tensor& any_query, const Tensor& any_points
     }
     if (query_rows.rows == 0 || query_rows.clouds == 0) return;
     const bool same = same_rows && (!query_ptr.has_value() || same_data(*query_ptr, *points_ptr));
-    search_neighbours(Search<T>{query, points, query_rows, point_rows, wanted, same});
-  };
-  if (dtype == ScalarType::Double) run(double());
-  else run(float());
+    search_neighbors(Search<T>{query, points, query_rows, point_rows, wanted, same});
+  });
   return {index, distance};
 }
 
-std::tuple<Tensor, Tensor> knn_backward(const Tensor& any_grad, const Tensor& any_query, const Tensor& any_points,
-                                        const Tensor& any_index, bool inner) {
-  check_knn_backward(any_grad, any_query, any_points, any_index);
-  const int32_t device = any_query.get_device_index();
+std::tuple<Tensor, Tensor> knn_backward(Tensor grad, Tensor query, Tensor points, Tensor index, bool inner) {
+  check_knn_backward(grad, query, points, index);
+  const int32_t device = query.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor query = torch::stable::contiguous(any_query), points = torch::stable::contiguous(any_points),
-               index = torch::stable::contiguous(any_index);
-  const Tensor grad =
-      torch::stable::contiguous(torch::stable::to(any_grad, accumulation_dtype(query.scalar_type())));
-  const Tensor grad_query = torch::stable::new_empty(query, query.sizes());
-  const Tensor grad_points = torch::stable::new_empty(points, points.sizes());
+  grad = to_dtype(grad, accumulation_dtype(query.scalar_type()));
+  make_contiguous(grad, query, points, index);
+  const Tensor grad_query = empty_like(query), grad_points = empty_like(points);
   if (index.numel() == 0 || query.numel() == 0 || points.numel() == 0) {
     return {torch::stable::fill_(grad_query, 0), torch::stable::fill_(grad_points, 0)};
   }
   const int64_t channels = query.size(query.dim() - 1);
-  const NeighbourTable table = neighbour_table(index, query, points);
-  const ReverseTable reverse = reverse_table(points, index.numel(), table.points, RowOfNeighbour{table});
-  with_dtype(query.scalar_type(), [&](auto element) {
+  const NeighborTable table = neighbor_table(index, query, points);
+  const ReverseTable reverse = reverse_table(points, index.numel(), table.points, RowOfNeighbor{table});
+  dispatch(query.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     const int64_t largest = std::max({query.numel(), points.numel(), index.numel()});

@@ -24,8 +24,8 @@ C10_DEVICE Pack<T, V> rounded(const Accumulator<T>* sum) {
   return result;
 }
 
-struct RowOfNeighbour {
-  NeighbourTable table;
+struct RowOfNeighbor {
+  NeighborTable table;
 
   C10_DEVICE int64_t operator()(int64_t edge) const {
     CUDA_KERNEL_ASSERT(table.in_range(edge) && "index: out of range");
@@ -33,7 +33,7 @@ struct RowOfNeighbour {
   }
 };
 
-// Of a query, from its neighbours.
+// The gradient of a query, from its neighbours.
 template <typename T, typename R>
 struct QueryGradient {
   using A = Accumulator<T>;
@@ -41,7 +41,7 @@ struct QueryGradient {
   static constexpr int V = R::V;
 
   R shape;
-  NeighbourTable table;
+  NeighborTable table;
   bool inner;
   const A* grad;
   const Pack<T, V>* query;
@@ -55,10 +55,10 @@ struct QueryGradient {
     A sum[V] = {};
 #pragma unroll 4
     for (int64_t edge = first; edge < first + table.k; ++edge) {
-      const int64_t neighbour = table.row(edge);
+      const int64_t neighbor = table.row(edge);
       CUDA_KERNEL_ASSERT(table.in_range(edge) && "index: out of range");
-      if (neighbour < 0) continue;
-      const Pack<T, V> point = points[neighbour * shape.packs + pack];
+      if (neighbor < 0) continue;
+      const Pack<T, V> point = points[neighbor * shape.packs + pack];
       if (inner) accumulate<T, V>(-grad[edge], true, point, point, sum);
       else accumulate<T, V>(2 * grad[edge], false, center, point, sum);
     }
@@ -66,7 +66,7 @@ struct QueryGradient {
   }
 };
 
-// Of a point, from the queries that it is a neighbour of.
+// The gradient of a point, from the queries that it is a neighbour of.
 template <typename T, typename R>
 struct PointGradient {
   using A = Accumulator<T>;

@@ -36,7 +36,7 @@ struct Frame {
 // Panels of rows: channel by channel, the panel's numbers.
 struct Panels {
   float* values;    // (panels, channels, kPanel)
-  double* squares;  // |row|^2 in the panels' coordinates, NaN for rows that are nobody's neighbour
+  double* squares;  // |row|^2 in the panels' coordinates, NaN for rows that are never neighbours
   float* lengths;   // the largest |row| of each panel
 };
 
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kPackThreads)
   if (all == 0 ? lane == 0 : finite && rank == __popc(all) / 2) centers[task] = all == 0 ? 0 : x;
 }
 
-// How far the coordinates of each cloud reach, a block a panel. What is NaN does not count.
+// The largest coordinate of each cloud, a block for a panel. NaN does not count.
 template <typename T>
 __global__ void __launch_bounds__(kPackThreads)
     find_largest_kernel(const __grid_constant__ CloudRows rows, Coordinates<T> points, Frame frame,

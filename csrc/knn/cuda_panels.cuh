@@ -46,7 +46,7 @@ C10_DEVICE uint32_t kth_largest(int* histogram, int count, int k, KeyOf key_of) 
       if ((key & mask) == found) atomicAdd(&histogram[key >> shift & (kBins - 1)], 1);
     }
     __syncwarp();
-    // Each lane has some bins, lane 0 those of the largest digits.
+    // Each lane has some bins, lane 0 the bins of the largest digits.
     constexpr int bins = kBins / kWarp;
     const int last = kBins - 1 - lane * bins;
     int own = 0;
@@ -88,7 +88,7 @@ struct PanelSearch {
   C10_DEVICE float slack() const { return static_cast<float>(query.channels + 8) * FLT_EPSILON; }
 };
 
-// What a block knows of its queries.
+// A block's data on its queries.
 struct QueryState {
   double squares[kQueries];
   float lengths[kQueries], limits[kQueries];  // scores below the limit are of no use
@@ -117,7 +117,7 @@ struct Selection {
            FLT_MIN * static_cast<float>(search.query.channels + 8) + state.margins[q];
   }
 
-  // Keeps those that may be among the nearest, and limits what may come.
+  // Keeps the candidates that may be among the nearest, and raises the limit for later ones.
   C10_DEVICE void shrink() const {
     const int count = state.counts[q], lane = lane_of_thread();
     if (scale == 0 || count < wanted) return;
@@ -150,7 +150,7 @@ struct Selection {
     // Points come in the order of their indices: none that is yet to come is nearer than one that coincides.
     if (kept == wanted && last == 0 && !search.wanted.inner) return limit_to(INFINITY);
     if (scale == 0) return;
-    // These scores come from distances, and |x|^2 is that of the rounded coordinates.
+    // These scores come from distances, and |x|^2 from the rounded coordinates.
     const double rounding = 4 * static_cast<double>(FLT_EPSILON) + (search.query.channels + 8) * DBL_EPSILON;
     const double margin = (search.wanted.inner ? 0 : rounding * state.squares[q]) + search.underflow(scale);
     if (lane_of_thread() == 0) state.margins[q] = static_cast<float>(margin);
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocks)
     __syncthreads();
     if (threadIdx.x < kQueries) {
       const double square = search.query_panels.squares[panel_of_queries * kPanel + first_query + threadIdx.x];
-      // What has no coordinates, or is no query, looks for nothing.
+      // Rows without coordinates and rows that are not queries don't search.
       const bool looks = static_cast<int>(threadIdx.x) < queries && !std::isnan(square);
       state.squares[threadIdx.x] = square;
       state.lengths[threadIdx.x] = looks ? static_cast<float>(sqrt(square)) : 0.0f;

@@ -1,4 +1,4 @@
-// What a warp does with the candidates of one query: exact distances, their order, and the neighbours that are left.
+// A warp's work on the candidates of one query: exact distances, their order, and the neighbours.
 // Every lane calls these functions with the same arguments.
 #pragma once
 
@@ -13,7 +13,7 @@ constexpr int32_t kNobody = 0x7fffffff;  // after all indices
 
 C10_DEVICE inline int lane_of_thread() { return threadIdx.x % kWarp; }
 
-// How many lower lanes are in the set.
+// The number of lower lanes in the set.
 C10_DEVICE inline int lower_lanes(unsigned set, int lane) { return __popc(set & ((1u << lane) - 1)); }
 
 struct Found {
@@ -37,10 +37,10 @@ struct Coordinates {
 // Rounded by itself, not fused into a sum: points that are equally far must stay so, whatever the order of channels.
 C10_DEVICE inline double product(double a, double b) { return __dmul_rn(a, b); }
 
-// So many lanes share an exact distance.
+// The number of lanes that share an exact distance.
 constexpr int kTeam = 4;
 
-// In float64, by differences: what decides which neighbour is nearer. The order of the sum is that of the reference: the
+// In float64, by differences: decides which neighbour is nearer. The order of the sum is the reference's: the
 // channels beyond a multiple of four, then the lanes' sums.
 template <typename T>
 C10_DEVICE double exact_distance(const T* x, const T* y, int64_t channels, bool inner) {
@@ -107,11 +107,11 @@ struct WarpLists {
   C10_DEVICE FoundList of(int64_t count) const { return count <= kFewFound ? few : many; }
 };
 
-// What a search looks for, and where it writes the neighbours.
+// The options of a search, and its output.
 template <typename A>
 struct Wanted {
   int64_t k, dilation;
-  const int64_t* listed;  // The wanted positions, or null for every one of `dilation`. Their contents are not known here.
+  const int64_t* listed;  // The wanted positions, or null for every dilation-th one
   bool inner, include_self;
   int64_t* index;
   A* distance;
@@ -122,7 +122,7 @@ struct Wanted {
     return needed < points ? needed : points;
   }
 
-  // The neighbours of a query, given the nearest points in order, a superset of those among which it looks. Indices
+  // The neighbours of a query, given in order the nearest points of a superset of its candidates. Indices
   // start from `offset`; `self` is the query's own.
   C10_DEVICE void write(int64_t query, int64_t self, int64_t offset, const FoundList& found, int count) const {
     const int lane = lane_of_thread();

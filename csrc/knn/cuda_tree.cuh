@@ -2,15 +2,15 @@
 //
 // The curve runs through the ranks of the coordinates, not through the coordinates, so that clusters and far outliers
 // do not matter. Every 32 points in its order are a leaf, every 32 nodes a node above, so the tree has no pointers,
-// and a warp looks at all children of a node at once. All distances are exact ones: those to boxes are computed as
-// those to points, and rounding is monotone, so that no point is nearer than its box.
+// and a warp looks at all children of a node at once. All distances are exact: distances to boxes are computed as
+// distances to points, and rounding is monotone, so that no point is nearer than its box.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 #include "knn/cuda_clouds.cuh"
 #include "knn/cuda_select.cuh"
 
@@ -48,7 +48,7 @@ struct WriteCoordinateKeys {
   }
 };
 
-// Spreads a coordinate's ranks, those of equal coordinates being equal, over every so many bits of the code.
+// Spreads a coordinate's ranks, which are equal for equal coordinates, over every so many bits of the code.
 struct AddRanks {
   CloudRows rows;
   CloudKey key;
@@ -219,8 +219,8 @@ struct Walk {
     if (count > capacity - kWarp || (unlimited && count >= wanted)) shrink();
   }
 
-  // Depth first, nearest first. What is left of a node's children when the walk comes back to them is told by the
-  // last that was visited; lane l remembers that of level l.
+  // Depth first, nearest first. When the walk comes back to a node, the child that it visited last tells which
+  // children are left; lane l remembers the last child of level l.
   C10_DEVICE void run() {
     const int lane = lane_of_thread(), top = tree.levels - 1;
     int64_t parent = 0, remembered_parent = 0;

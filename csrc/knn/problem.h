@@ -8,16 +8,14 @@
 #include <optional>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/macros/Macros.h>
 
-#include "common/checks.h"
-#include "common/table.h"
+#include "common/neighbor_table.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 
-// Rows of queries and of points that belong together, and what their indices start from.
+// Rows of queries and of points that belong together, and the row from which indices count.
 struct Cloud {
   Range queries, points;
   int64_t offset;
@@ -29,10 +27,10 @@ struct KnnProblem {
   int64_t k, dilation;
   bool inner;         // the negative inner product in place of the squared distance
   bool include_self;
-  std::vector<int64_t> listed = {};  // The wanted positions, or nothing for every one of so many.
+  std::vector<int64_t> listed = {};  // The wanted positions; if empty, every dilation-th one.
 
   int64_t position(int64_t r) const { return listed.empty() ? r * dilation : listed[r]; }
-  // How many nearest points hold all the wanted positions.
+  // The number of nearest points that hold all wanted positions.
   int64_t positions() const { return position(k - 1) + 1; }
 };
 
@@ -42,9 +40,9 @@ inline std::vector<int64_t> read_starts(const char* name, const Tensor& starts, 
                   ": expected int64 of shape (B + 1,), got ", starts.scalar_type(), " of shape ",
                   to_string(starts.sizes()));
   check_same_device(name, starts, "query", query);
-  const Tensor dense = torch::stable::contiguous(starts);
-  const int64_t* data = dense.const_data_ptr<int64_t>();
-  const std::vector<int64_t> result(data, data + dense.numel());
+  const Tensor contiguous = to_contiguous(starts);
+  const int64_t* data = contiguous.const_data_ptr<int64_t>();
+  const std::vector<int64_t> result(data, data + starts.numel());
   STD_TORCH_CHECK(result.front() == 0 && result.back() == rows, name, ": expected numbers from 0 to ", rows, ", got ",
                   result.front(), " to ", result.back());
   const auto descent = std::is_sorted_until(result.begin(), result.end());
@@ -62,10 +60,10 @@ inline void check_points(const char* name, const Tensor& points, const Tensor& q
   check_same_dtype_and_device(name, points, "query", query);
 }
 
-// What is known of the arguments without the clouds' starts.
-inline void check_knn(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
-                      const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation,
-                      const std::optional<Tensor>& positions) {
+// The checks that don't read the clouds' starts.
+inline void check_knn(const Tensor& query, const Tensor& points, const MaybeTensor& query_ptr,
+                      const MaybeTensor& points_ptr, int64_t k, int64_t dilation,
+                      const MaybeTensor& positions) {
   STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "query: expected shape (B, M, C) or (M, C), got ",
                   to_string(query.sizes()));
   const int64_t last = query.dim() - 1;
@@ -84,16 +82,16 @@ inline void check_knn(const Tensor& query, const Tensor& points, const std::opti
   check_same_device("positions", *positions, "query", query);
 }
 
-inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const std::optional<Tensor>& query_ptr,
-                              const std::optional<Tensor>& points_ptr, int64_t k, int64_t dilation, bool inner,
-                              bool include_self, const std::optional<Tensor>& positions) {
+inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const MaybeTensor& query_ptr,
+                              const MaybeTensor& points_ptr, int64_t k, int64_t dilation, bool inner,
+                              bool include_self, const MaybeTensor& positions) {
   check_knn(query, points, query_ptr, points_ptr, k, dilation, positions);
   const int64_t last = query.dim() - 1;
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
   KnnProblem problem{{}, query.size(last), k, dilation, inner, include_self};
   if (positions.has_value()) {
-    const Tensor dense = torch::stable::contiguous(*positions);
-    problem.listed.assign(dense.const_data_ptr<int64_t>(), dense.const_data_ptr<int64_t>() + k);
+    const Tensor contiguous = to_contiguous(*positions);
+    problem.listed.assign(contiguous.const_data_ptr<int64_t>(), contiguous.const_data_ptr<int64_t>() + k);
     STD_TORCH_CHECK(std::adjacent_find(problem.listed.begin(), problem.listed.end(), std::greater_equal<>()) ==
                             problem.listed.end() &&
                         problem.listed.front() >= 0 && problem.listed.back() < k * dilation,
@@ -120,20 +118,20 @@ inline KnnProblem knn_problem(const Tensor& query, const Tensor& points, const s
   return problem;
 }
 
-// True if the two are the same elements in the same order, whatever the strides where there is but one.
+// True if the two have the same elements in the same order; the strides of dimensions of size 1 don't matter.
 inline bool same_data(const Tensor& a, const Tensor& b) {
   bool same = a.const_data_ptr() == b.const_data_ptr() && equal(a.sizes(), b.sizes());
   for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == 1 || a.stride(d) == b.stride(d);
   return same;
 }
 
-// Which rows of points the neighbours are: indices count within clouds of so many rows, or (0 points) in all rows.
-struct NeighbourTable {
+// The neighbours' rows among all points. Indices count within clouds of cloud_points rows, or, if it is 0, in all rows.
+struct NeighborTable {
   const int64_t* index;
   int64_t queries, k, points;
   int64_t cloud_queries, cloud_points;
 
-  // Indices are below it.
+  // Indices are below this number.
   C10_HOST_DEVICE int64_t limit() const { return cloud_points > 0 ? cloud_points : points; }
   C10_HOST_DEVICE bool in_range(int64_t edge) const { return -1 <= index[edge] && index[edge] < limit(); }
   // -1 where there is no neighbour, or an index is out of range: it must not be taken for the next cloud's.
@@ -143,8 +141,8 @@ struct NeighbourTable {
   }
 };
 
-// Of a contiguous index.
-inline NeighbourTable neighbour_table(const Tensor& index, const Tensor& query, const Tensor& points) {
+// `index` is contiguous.
+inline NeighborTable neighbor_table(const Tensor& index, const Tensor& query, const Tensor& points) {
   const int64_t last = query.dim() - 1, k = index.size(last);
   return {index.const_data_ptr<int64_t>(),
           index.numel() / std::max<int64_t>(k, 1),

@@ -1,15 +1,12 @@
 // Local importance-based pooling on the CPU.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/Dispatch_v2.h>
 
 #include <numeric>
 #include <tuple>
 
-#include "common/accumulator.h"
-#include "lip_pool2d/geometry.h"
+#include "lip_pool2d/problem.h"
 
-#define PAPER_LAYERS_KERNEL "lip_pool2d/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "lip_pool2d/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {
@@ -30,13 +27,13 @@ Tensor lip_pool2d(const Tensor& input, const Tensor& logit, std::vector<int64_t>
   const auto format = memory_format(problem);
   Tensor output = new_empty(input, output_sizes(problem), input.scalar_type(), problem);
   if (output.numel() == 0) return output;
-  const Tensor x = torch::stable::contiguous(input, format), l = torch::stable::contiguous(logit, format);
-  THO_DISPATCH_V2(x.scalar_type(), "lip_pool2d", AT_WRAP([&] {
-                    PAPER_LAYERS_DISPATCH(forward(problem, x.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>(),
-                                                  output.mutable_data_ptr<scalar_t>()));
-                  }),
-                  ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
-  return torch::stable::contiguous(output, memory_format(given));
+  const Tensor x = to_contiguous(input, format), l = to_contiguous(logit, format);
+  dispatch(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    PAPER_LAYERS_DISPATCH(
+        forward(problem, x.const_data_ptr<T>(), l.const_data_ptr<T>(), output.mutable_data_ptr<T>()));
+  });
+  return to_contiguous(output, memory_format(given));
 }
 
 std::tuple<Tensor, Tensor> lip_pool2d_backward(const Tensor& grad, const Tensor& input, const Tensor& logit,
@@ -53,20 +50,18 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(const Tensor& grad, const Tensor&
   Tensor grad_input = new_empty(input, sizes, input.scalar_type(), problem);
   Tensor grad_logit = new_empty(input, logit_sizes, input.scalar_type(), problem);
   if (grad_input.numel() == 0) {
-    torch::stable::zero_(grad_logit);  // shared logits of no channels
+    zero_(grad_logit);  // shared logits of no channels
     return {grad_input, grad_logit};
   }
-  const Tensor g = torch::stable::contiguous(grad, format), x = torch::stable::contiguous(input, format),
-               l = torch::stable::contiguous(logit, format), y = torch::stable::contiguous(output, format);
-  THO_DISPATCH_V2(x.scalar_type(), "lip_pool2d_backward", AT_WRAP([&] {
-                    PAPER_LAYERS_DISPATCH(backward(problem, g.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
-                                                   l.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(),
-                                                   grad_input.mutable_data_ptr<scalar_t>(),
-                                                   grad_logit.mutable_data_ptr<scalar_t>()));
-                  }),
-                  ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
-  return {torch::stable::contiguous(grad_input, memory_format(given)),
-          torch::stable::contiguous(grad_logit, memory_format(given))};
+  const Tensor g = to_contiguous(grad, format), x = to_contiguous(input, format),
+               l = to_contiguous(logit, format), y = to_contiguous(output, format);
+  dispatch(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    PAPER_LAYERS_DISPATCH(backward(problem, g.const_data_ptr<T>(), x.const_data_ptr<T>(), l.const_data_ptr<T>(),
+                                   y.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>(),
+                                   grad_logit.mutable_data_ptr<T>()));
+  });
+  return {to_contiguous(grad_input, memory_format(given)), to_contiguous(grad_logit, memory_format(given))};
 }
 
 }  // namespace

@@ -14,7 +14,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "lip_pool2d/cuda_kernel.cuh"
-#include "lip_pool2d/geometry.h"
+#include "lip_pool2d/problem.h"
 
 namespace paper_layers {
 namespace {
@@ -117,11 +117,11 @@ Tensor lip_pool2d(const Tensor& any_input, const Tensor& any_logit, const std::v
   const LipPool2dProblem problem =
       lip_pool2d_problem(any_input, any_logit, kernel_size, stride, padding, ceil_mode);
   const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
-  const Tensor input = torch::stable::contiguous(any_input, memory_format(problem));
-  const Tensor logit = torch::stable::contiguous(any_logit, memory_format(problem));
+  const Tensor input = to_contiguous(any_input, memory_format(problem));
+  const Tensor logit = to_contiguous(any_logit, memory_format(problem));
   const Tensor output = new_empty(input, output_sizes(problem), input.scalar_type(), problem);
   if (output.numel() == 0) return output;
-  with_dtype(input.scalar_type(), [&](auto element) {
+  dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     (problem.shared ? forward<T, true> : forward<T, false>)(problem, input, logit, output);
   });
@@ -138,13 +138,12 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(
   check_like_output("output", any_output, any_input, problem);
   const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const MemoryFormat format = memory_format(problem);
-  const Tensor grad = torch::stable::contiguous(any_grad, format);
-  const Tensor input = torch::stable::contiguous(any_input, format);
-  const Tensor logit = torch::stable::contiguous(any_logit, format);
-  const Tensor output = torch::stable::contiguous(any_output, format);
+  const Tensor grad = to_contiguous(any_grad, format);
+  const Tensor input = to_contiguous(any_input, format);
+  const Tensor logit = to_contiguous(any_logit, format);
+  const Tensor output = to_contiguous(any_output, format);
 
-  const ScalarType dtype = input.scalar_type();
-  const ScalarType accumulator = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = input.scalar_type(), accumulator = accumulation_dtype(dtype);
   // Logits as images of their own: the windows' weights depend on nothing else.
   LipPool2dProblem maps = problem;
   maps.channels = logit.size(1);
@@ -155,7 +154,7 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(
   const Tensor grad_input = new_empty(input, sizes, dtype, problem);
   const Tensor grad_logit = new_empty(input, sizes, problem.shared ? accumulator : dtype, problem);
   if (input.numel() > 0) {
-    with_dtype(dtype, [&](auto element) {
+    dispatch(dtype, [&](auto element) {
       using T = decltype(element);
       statistics<T>(maps, logit, largest, inverse_sum);
       (problem.shared ? backward<T, true> : backward<T, false>)(
@@ -163,9 +162,7 @@ std::tuple<Tensor, Tensor> lip_pool2d_backward(
     });
   }
   if (!problem.shared) return {grad_input, grad_logit};
-  const std::vector<int64_t> channels = {1};
-  const Tensor sum = torch::stable::to(torch::stable::sum(grad_logit, channels, true), dtype);
-  return {grad_input, torch::stable::contiguous(sum, format)};
+  return {grad_input, to_contiguous(to_dtype(sum_over(grad_logit, 1, true), dtype), format)};
 }
 
 }  // namespace

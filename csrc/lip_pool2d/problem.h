@@ -1,12 +1,19 @@
-// What lip_pool2d computes over, as its CPU kernels see it.
+// The argument checks of lip_pool2d and the problem that follows from them, for the CPU and the CUDA kernels.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <limits>
+#include <vector>
 
+#include "common/layout.h"
 #include "common/range.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
+
+using Sizes = std::array<int64_t, 4>;
 
 // The windows along one side of the image.
 struct Side {
@@ -64,5 +71,77 @@ struct LipPool2dProblem {
     return {data + plane * height.outputs * width.outputs * depth(), width.outputs, depth()};
   }
 };
+
+// torch's pools, too, take 32-bit numbers here, and 64-bit arithmetic on them cannot overflow.
+inline void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t minimum) {
+  constexpr int64_t maximum = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(pair.size() == 2, name, ": expected two numbers, got ", pair.size());
+  for (const int64_t value : pair) {
+    STD_TORCH_CHECK(minimum <= value && value <= maximum, name, ": expected numbers from ", minimum, " to ", maximum,
+                    ", got ", to_string(pair));
+  }
+}
+
+inline Side make_side(int64_t length, int64_t kernel, int64_t stride, int64_t padding, bool ceil_mode) {
+  STD_TORCH_CHECK(length >= 1, "input: expected at least one row and one column, got ", length);
+  STD_TORCH_CHECK(2 * padding <= kernel, "padding: expected at most half of kernel_size ", kernel, ", got ", padding);
+  const int64_t largest = length + 2 * padding + (ceil_mode ? stride - 1 : 0);
+  STD_TORCH_CHECK(kernel <= largest, "kernel_size: expected at most the padded input",
+                  ceil_mode ? " plus stride - 1, " : ", ", largest, ", got ", kernel);
+  int64_t outputs = (largest - kernel) / stride + 1;
+  // Every window starts inside the image or its left padding.
+  if (ceil_mode && (outputs - 1) * stride >= length + padding) --outputs;
+  // Positions of the kernel that lie beyond the image for every window are left out: they would cost memory.
+  const int64_t before = std::min(padding, (outputs - 1) * stride);
+  const int64_t reach = std::min(kernel - (padding - before), length + before);
+  return {length, outputs, reach, outputs > 1 ? stride : reach, before};
+}
+
+inline LipPool2dProblem lip_pool2d_problem(const Tensor& input, const Tensor& logit,
+                                           const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                                           const std::vector<int64_t>& padding, bool ceil_mode) {
+  check_floating("input", input);
+  STD_TORCH_CHECK(input.dim() == 4, "input: expected shape (N, C, H, W), got ", to_string(input.sizes()));
+  const Sizes full = {input.size(0), input.size(1), input.size(2), input.size(3)};
+  const Sizes shared = {full[0], 1, full[2], full[3]};
+  STD_TORCH_CHECK(equal(logit.sizes(), full) || equal(logit.sizes(), shared), "logit: expected shape ",
+                  to_string(full), " or ", to_string(shared), ", got ", to_string(logit.sizes()));
+  check_same_dtype_and_device("logit", logit, "input", input);
+  check_pair("kernel_size", kernel_size, 1);
+  check_pair("stride", stride, 1);
+  check_pair("padding", padding, 0);
+  constexpr int64_t longest = int64_t(1) << 62;
+  STD_TORCH_CHECK(full[2] <= longest && full[3] <= longest, "input: expected height and width up to 2^62, got ",
+                  to_string(full));
+
+  LipPool2dProblem problem;
+  problem.height = make_side(full[2], kernel_size[0], stride[0], padding[0], ceil_mode);
+  problem.width = make_side(full[3], kernel_size[1], stride[1], padding[1], ceil_mode);
+  problem.images = full[0];
+  problem.channels = full[1];
+  problem.channels_last = is_channels_last(input);
+  problem.shared = logit.size(1) != input.size(1);
+  return problem;
+}
+
+inline Sizes output_sizes(const LipPool2dProblem& problem) {
+  return {problem.images, problem.channels, problem.height.outputs, problem.width.outputs};
+}
+
+// Grad and output of the backward.
+inline void check_like_output(const char* name, const Tensor& tensor, const Tensor& input,
+                              const LipPool2dProblem& problem) {
+  check_shape(name, tensor, output_sizes(problem));
+  check_same_dtype_and_device(name, tensor, "input", input);
+}
+
+inline MemoryFormat memory_format(const LipPool2dProblem& problem) {
+  return memory_format(problem.channels_last);
+}
+
+// A new tensor on input's device, in the problem's layout.
+inline Tensor new_empty(const Tensor& input, const Sizes& sizes, ScalarType dtype, const LipPool2dProblem& problem) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, input.device(), std::nullopt, memory_format(problem));
+}
 
 }  // namespace paper_layers

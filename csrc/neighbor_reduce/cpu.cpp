@@ -1,57 +1,45 @@
 // Reductions over neighbours' rows on the CPU.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/Dispatch_v2.h>
 
 #include <tuple>
 
-#include "common/accumulator.h"
 #include "neighbor_reduce/problem.h"
 
-#define PAPER_LAYERS_KERNEL "neighbor_reduce/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "neighbor_reduce/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {
 namespace {
 
-std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& input, const Tensor& index, std::string reduce,
-                                           bool relative) {
+std::tuple<Tensor, Tensor> neighbor_reduce(Tensor input, Tensor index, std::string reduce, bool relative) {
   const NeighborReduceProblem problem = neighbor_reduce_problem("input", input, index, reduce, relative);
-  const Tensor x = torch::stable::contiguous(input), i = torch::stable::contiguous(index);
-  check_index(i.const_data_ptr<int64_t>(), i.numel(), problem.rows);
-  const std::vector<int64_t> shape = {problem.nodes, problem.channels}, none = {0};
-  Tensor output = torch::stable::new_empty(x, shape);
-  Tensor arg = torch::stable::new_empty(x, problem.has_arg() ? shape : none, ScalarType::Int);
+  make_contiguous(input, index);
+  check_index(index.const_data_ptr<int64_t>(), index.numel(), problem.rows);
+  Tensor output = new_empty(input, {problem.nodes, problem.channels}), arg = new_arg(input, problem);
   if (output.numel() == 0) return {output, arg};
-  THO_DISPATCH_V2(x.scalar_type(), "neighbor_reduce", AT_WRAP([&] {
-                    PAPER_LAYERS_DISPATCH(neighbor_reduce(problem, x.const_data_ptr<scalar_t>(),
-                                                          i.const_data_ptr<int64_t>(),
-                                                          output.mutable_data_ptr<scalar_t>(),
-                                                          arg.mutable_data_ptr<int32_t>()));
-                  }),
-                  ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
+  dispatch(input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    PAPER_LAYERS_DISPATCH(neighbor_reduce(problem, input.const_data_ptr<T>(), index.const_data_ptr<int64_t>(),
+                                          output.mutable_data_ptr<T>(), arg.mutable_data_ptr<int32_t>()));
+  });
   return {output, arg};
 }
 
-Tensor neighbor_reduce_backward(const Tensor& grad, const Tensor& index, const Tensor& arg, int64_t rows,
-                                std::string reduce, bool relative) {
+Tensor neighbor_reduce_backward(const Tensor& grad, Tensor index, Tensor arg, int64_t rows, std::string reduce,
+                                bool relative) {
   const NeighborReduceProblem problem = neighbor_reduce_backward_problem(grad, index, arg, rows, reduce, relative);
   const ScalarType dtype = accumulation_dtype(grad.scalar_type());
-  const Tensor g = torch::stable::contiguous(torch::stable::to(grad, dtype)), i = torch::stable::contiguous(index),
-               a = torch::stable::contiguous(arg);
-  check_index(i.const_data_ptr<int64_t>(), i.numel(), rows);
-  const std::vector<int64_t> shape = {rows, problem.channels};
-  Tensor grad_input = torch::stable::new_empty(g, shape);
-  if (grad_input.numel() == 0 || g.numel() == 0) {
-    return torch::stable::to(torch::stable::zero_(grad_input), grad.scalar_type());
-  }
-  THO_DISPATCH_V2(dtype, "neighbor_reduce_backward", AT_WRAP([&] {
-                    PAPER_LAYERS_DISPATCH(neighbor_reduce_backward(
-                        problem, g.const_data_ptr<scalar_t>(), i.const_data_ptr<int64_t>(), a.const_data_ptr<int32_t>(),
-                        grad_input.mutable_data_ptr<scalar_t>()));
-                  }),
-                  ScalarType::Float, ScalarType::Double);
-  return torch::stable::to(grad_input, grad.scalar_type());
+  const Tensor g = to_contiguous(to_dtype(grad, dtype));
+  make_contiguous(index, arg);
+  check_index(index.const_data_ptr<int64_t>(), index.numel(), rows);
+  Tensor grad_input = new_empty(g, {rows, problem.channels});
+  if (grad_input.numel() == 0 || g.numel() == 0) return to_dtype(zero_(grad_input), grad.scalar_type());
+  dispatch_accumulator(dtype, [&](auto element) {
+    using A = decltype(element);
+    PAPER_LAYERS_DISPATCH(neighbor_reduce_backward(problem, g.const_data_ptr<A>(), index.const_data_ptr<int64_t>(),
+                                                   arg.const_data_ptr<int32_t>(), grad_input.mutable_data_ptr<A>()));
+  });
+  return to_dtype(grad_input, grad.scalar_type());
 }
 
 }  // namespace

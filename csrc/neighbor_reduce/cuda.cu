@@ -3,7 +3,7 @@
 // Forward: a thread a pack of a node's channels. Backward: the edges are sorted by the row that they lead to, and each
 // row gathers from its own, in order: no atomics, so results do not vary from run to run.
 
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 
 #include <algorithm>
 #include <limits>
@@ -20,19 +20,16 @@
 namespace paper_layers {
 namespace {
 
-std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor& any_index, std::string reduce,
-                                           bool relative) {
-  const NeighborReduceProblem problem = neighbor_reduce_problem("input", any_input, any_index, reduce, relative);
-  const int32_t device = any_input.get_device_index();
+std::tuple<Tensor, Tensor> neighbor_reduce(Tensor input, Tensor index, std::string reduce, bool relative) {
+  const NeighborReduceProblem problem = neighbor_reduce_problem("input", input, index, reduce, relative);
+  const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor input = torch::stable::contiguous(any_input), index = torch::stable::contiguous(any_index);
-  const std::vector<int64_t> shape = {problem.nodes, problem.channels}, none = {0};
-  const Tensor output = torch::stable::new_empty(input, shape);
-  const Tensor arg = torch::stable::new_empty(input, problem.has_arg() ? shape : none, ScalarType::Int);
+  make_contiguous(input, index);
+  const Tensor output = new_empty(input, {problem.nodes, problem.channels}), arg = new_arg(input, problem);
   if (output.numel() == 0) return {output, arg};
-  // Without rows nobody has neighbours.
-  const NeighbourRows neighbours{index.const_data_ptr<int64_t>(), problem.rows > 0 ? problem.k : 0, problem.rows};
-  with_dtype(input.scalar_type(), [&](auto element) {
+  // Without rows there are no neighbours.
+  const NeighborRows neighbors{index.const_data_ptr<int64_t>(), problem.rows > 0 ? problem.k : 0, problem.rows};
+  dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     with_rows<T>(problem.nodes * problem.channels, problem.channels, {input, output, arg}, [&](auto rows) {
       using R = decltype(rows);
@@ -41,11 +38,11 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor
       if (problem.has_arg()) {
         for_each_index<typename R::Index>(
             count, device,
-            Extreme<T, R>{rows, neighbours, problem.reduce == Reduce::max, relative, packs<T, V>(input),
+            Extreme<T, R>{rows, neighbors, problem.reduce == Reduce::max, relative, packs<T, V>(input),
                           mutable_packs<T, V>(output), mutable_packs<int32_t, V>(arg)});
       } else {
         for_each_index<typename R::Index>(count, device,
-                                          Total<T, R>{rows, neighbours, problem.reduce == Reduce::mean, relative,
+                                          Total<T, R>{rows, neighbors, problem.reduce == Reduce::mean, relative,
                                                       packs<T, V>(input), mutable_packs<T, V>(output)});
       }
     });
@@ -53,26 +50,23 @@ std::tuple<Tensor, Tensor> neighbor_reduce(const Tensor& any_input, const Tensor
   return {output, arg};
 }
 
-Tensor neighbor_reduce_backward(const Tensor& any_grad, const Tensor& any_index, const Tensor& any_arg, int64_t rows,
-                                std::string reduce, bool relative) {
-  const NeighborReduceProblem problem =
-      neighbor_reduce_backward_problem(any_grad, any_index, any_arg, rows, reduce, relative);
-  const int32_t device = any_grad.get_device_index();
+Tensor neighbor_reduce_backward(Tensor grad, Tensor index, Tensor arg, int64_t rows, std::string reduce,
+                                bool relative) {
+  const NeighborReduceProblem problem = neighbor_reduce_backward_problem(grad, index, arg, rows, reduce, relative);
+  const int32_t device = grad.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor grad = torch::stable::contiguous(any_grad), index = torch::stable::contiguous(any_index),
-               arg = torch::stable::contiguous(any_arg);
-  const std::vector<int64_t> shape = {rows, problem.channels}, nodes = {problem.nodes};
-  const Tensor grad_input = torch::stable::new_empty(grad, shape);
+  make_contiguous(grad, index, arg);
+  const Tensor grad_input = new_empty(grad, {rows, problem.channels});
   if (grad_input.numel() == 0 || grad.numel() == 0) return torch::stable::fill_(grad_input, 0);
   const RowOfEdge row_of{index.const_data_ptr<int64_t>()};
   const ReverseTable reverse = reverse_table(grad, index.numel(), rows, row_of);
   const bool counted = problem.reduce == Reduce::mean || (relative && !problem.has_arg());
-  const Tensor counts = torch::stable::new_empty(grad, nodes, accumulation_dtype(grad.scalar_type()));
-  with_dtype(grad.scalar_type(), [&](auto element) {
+  const Tensor counts = new_empty(grad, {problem.nodes}, accumulation_dtype(grad.scalar_type()));
+  dispatch(grad.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     A* count = counted ? counts.mutable_data_ptr<A>() : nullptr;
-    if (counted) for_each_index<int64_t>(problem.nodes, device, CountNeighbours<A>{row_of.index, problem.k, count});
+    if (counted) for_each_index<int64_t>(problem.nodes, device, CountNeighbors<A>{row_of.index, problem.k, count});
     const int64_t largest = std::max(grad_input.numel(), index.numel());
     with_rows<T>(largest, problem.channels, {grad, arg, grad_input}, [&](auto packed) {
       using R = decltype(packed);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/cuda_neighbours.cuh"
+#include "common/cuda_neighbors.cuh"
 
 namespace paper_layers {
 namespace {
@@ -16,7 +16,7 @@ struct Extreme {
   static constexpr int V = R::V;
 
   R shape;
-  NeighbourRows neighbours;
+  NeighborRows neighbors;
   bool largest, relative;
   const Pack<T, V>* input;
   Pack<T, V>* output;
@@ -27,7 +27,7 @@ struct Extreme {
     A best[V] = {};
     Pack<int32_t, V> column;
     for (int v = 0; v < V; ++v) column[v] = -1;
-    neighbours.each(node, input, shape.packs, index - node * shape.packs, [&](int32_t at, const Pack<T, V>& row) {
+    neighbors.each(node, input, shape.packs, index - node * shape.packs, [&](int32_t at, const Pack<T, V>& row) {
       for (int v = 0; v < V; ++v) {
         const A x = row[v];
         const bool beyond = largest ? x > best[v] : x < best[v];
@@ -54,7 +54,7 @@ struct Total {
   static constexpr int V = R::V;
 
   R shape;
-  NeighbourRows neighbours;
+  NeighborRows neighbors;
   bool mean, relative;
   const Pack<T, V>* input;
   Pack<T, V>* output;
@@ -63,7 +63,7 @@ struct Total {
     const Index node = shape.by_packs(index);
     A sum[V] = {};
     int32_t count = 0;
-    neighbours.each(node, input, shape.packs, index - node * shape.packs, [&](int32_t, const Pack<T, V>& row) {
+    neighbors.each(node, input, shape.packs, index - node * shape.packs, [&](int32_t, const Pack<T, V>& row) {
       for (int v = 0; v < V; ++v) sum[v] += A(row[v]);
       ++count;
     });
@@ -75,9 +75,9 @@ struct Total {
   }
 };
 
-// How many neighbours each node has.
+// The number of neighbours of each node.
 template <typename A>
-struct CountNeighbours {
+struct CountNeighbors {
   const int64_t* index;
   int64_t k;
   A* counts;

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <string>
 
-#include "common/checks.h"
-#include "common/table.h"
+#include "common/neighbor_table.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 
@@ -35,7 +35,13 @@ inline NeighborReduceProblem neighbor_reduce_problem(const char* name, const Ten
           relative};
 }
 
-// That of the gradient of so many rows.
+// The neighbour of each maximum or minimum; empty for sums and means.
+inline Tensor new_arg(const Tensor& input, const NeighborReduceProblem& problem) {
+  if (!problem.has_arg()) return new_empty(input, {0}, ScalarType::Int);
+  return new_empty(input, {problem.nodes, problem.channels}, ScalarType::Int);
+}
+
+// The problem of the gradient of so many rows.
 inline NeighborReduceProblem neighbor_reduce_backward_problem(const Tensor& grad, const Tensor& index,
                                                               const Tensor& arg, int64_t rows,
                                                               const std::string& reduce, bool relative) {

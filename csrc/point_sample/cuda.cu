@@ -4,15 +4,12 @@
 // each pixel gathers from its own, in order: no atomics, so results do not vary from run to run. Backward of the
 // points: a thread a point.
 
-#include "common/cuda_reverse.cuh"
+#include "common/reverse_table.cuh"
 
-#include <optional>
 #include <string>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/MemoryFormat.h>
 
 #include "point_sample/cuda_kernel.cuh"
 #include "point_sample/problem.h"
@@ -20,41 +17,25 @@
 namespace paper_layers {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using MaybeTensor = std::optional<Tensor>;
-using MaybeNumbers = std::optional<std::vector<double>>;
+struct Arguments : PointSampleArguments {
+  int32_t device = points.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard{device};
 
-// The arguments as the kernels take them.
-struct Arguments {
-  PointSampleProblem problem;
-  int32_t device;
-  torch::stable::accelerator::DeviceGuard guard;
-  Tensor points;
-  MaybeTensor image;
-
-  Arguments(const Tensor& points, const MaybeTensor& image, const std::vector<Tensor>& maps,
-            const MaybeNumbers& spatial_scale, const std::string& mode, const std::string& padding)
-      : problem(point_sample_problem(points, image, maps, spatial_scale, mode, padding)),
-        device(points.get_device_index()),
-        guard(device),
-        points(torch::stable::contiguous(points)) {
-    if (image) this->image = torch::stable::contiguous(*image);
-  }
+  using PointSampleArguments::PointSampleArguments;
 
   int64_t count() const { return problem.rows * problem.points; }
-  MemoryFormat format() const { return problem.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
   Strides map_strides(const Level& level) const { return {level.channels, level.pixels(), problem.channels_last}; }
   Strides output_strides() const { return {problem.channels, problem.points, problem.channels_last}; }
 
   // Calls function(element of the maps, the points as a level sees them).
   template <typename Function>
   void dispatch(const Level& level, ScalarType dtype, Function function) const {
-    with_dtype(dtype, [&](auto element) {
+    paper_layers::dispatch(dtype, [&](auto element) {
       Coordinates(points).visit([&](const auto* data) {
         using C = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
         function(element, LevelPoints<C>{level.height, level.width, static_cast<C>(level.scale_x),
                                          static_cast<C>(level.scale_y), problem.how, problem.images, problem.points,
-                                         data, image ? image->const_data_ptr<int64_t>() : nullptr});
+                                         data, image_data()});
       });
     });
   }
@@ -67,7 +48,7 @@ Tensor point_sample(const Tensor& points, const MaybeTensor& image, const std::v
   const Tensor output = new_output(maps[0], problem);
   for (size_t l = 0; l < maps.size(); ++l) {
     const Level& level = problem.levels[l];
-    const Tensor map = torch::stable::contiguous(maps[l], arguments.format());
+    const Tensor map = to_contiguous(maps[l], problem.format());
     arguments.dispatch(level, map.scalar_type(), [&](auto element, auto seen) {
       using T = decltype(element);
       using C = std::remove_const_t<std::remove_pointer_t<decltype(seen.coordinates)>>;
@@ -84,23 +65,16 @@ Tensor point_sample(const Tensor& points, const MaybeTensor& image, const std::v
   return output;
 }
 
-// As the output is.
-Tensor in_output_layout(const Tensor& grad, const PointSampleProblem& problem) {
-  return torch::stable::contiguous(problem.channels_last ? torch::stable::transpose(grad, 1, 2) : grad);
-}
-
 std::vector<Tensor> point_sample_backward_maps(const Tensor& any_grad, const Tensor& points, const MaybeTensor& image,
                                                const std::vector<Tensor>& maps, const MaybeNumbers& spatial_scale,
                                                std::string mode, std::string padding) {
   const Arguments arguments(points, image, maps, spatial_scale, mode, padding);
   const PointSampleProblem& problem = arguments.problem;
-  check_grad(any_grad, problem, maps[0]);
-  const Tensor grad = in_output_layout(any_grad, problem);
+  const Tensor grad = arguments.output_grad(any_grad, maps[0]);
   std::vector<Tensor> grad_maps;
   for (size_t l = 0; l < maps.size(); ++l) {
     const Level& level = problem.levels[l];
-    const Tensor grad_map = torch::stable::empty(maps[l].sizes(), maps[l].scalar_type(), std::nullopt,
-                                                 maps[l].device(), std::nullopt, arguments.format());
+    const Tensor grad_map = new_grad_map(maps[l], problem);
     grad_maps.push_back(grad_map);
     if (grad_map.numel() == 0) continue;
     const int64_t pixels = problem.images * level.pixels();
@@ -128,13 +102,12 @@ Tensor point_sample_backward_points(const Tensor& any_grad, const Tensor& points
                                     std::string mode, std::string padding) {
   const Arguments arguments(points, image, maps, spatial_scale, mode, padding);
   const PointSampleProblem& problem = arguments.problem;
-  check_grad(any_grad, problem, maps[0]);
-  const Tensor grad = in_output_layout(any_grad, problem);
-  Tensor grad_points = torch::stable::new_empty(arguments.points, points.sizes());
-  torch::stable::zero_(grad_points);
+  const Tensor grad = arguments.output_grad(any_grad, maps[0]);
+  Tensor grad_points = empty_like(arguments.points);
+  zero_(grad_points);
   for (size_t l = 0; l < maps.size(); ++l) {
     const Level& level = problem.levels[l];
-    const Tensor map = torch::stable::contiguous(maps[l], arguments.format());
+    const Tensor map = to_contiguous(maps[l], problem.format());
     arguments.dispatch(level, grad.scalar_type(), [&](auto element, auto seen) {
       using T = decltype(element);
       using C = std::remove_const_t<std::remove_pointer_t<decltype(seen.coordinates)>>;

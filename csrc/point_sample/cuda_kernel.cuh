@@ -18,7 +18,7 @@ struct Strides {
   C10_DEVICE int64_t operator()(int64_t o, int64_t c, int64_t i) const { return o * outer + c * channel + i * inner; }
 };
 
-// What all of them know of one level and the points.
+// One level and the points, for all kernels.
 template <typename C>
 struct LevelPoints {
   int32_t height, width;
@@ -31,8 +31,8 @@ struct LevelPoints {
   C10_DEVICE AxisTaps<C> x(int64_t n) const { return axis_taps(coordinates[2 * n], scale_x, width, how); }
   C10_DEVICE AxisTaps<C> y(int64_t n) const { return axis_taps(coordinates[2 * n + 1], scale_y, height, how); }
   C10_DEVICE Taps<C> taps(int64_t n) const { return make_taps(x(n), y(n), width); }
-  // Of point n's row. As in torch's own indexing, a number out of range stops the device's work with an assertion: the
-  // host could not know of it without waiting.
+  // The image of point n. As in torch's own indexing, a number out of range stops the device's work with an assertion:
+  // the host could not know of it without waiting.
   C10_DEVICE int64_t image_of(int64_t n) const {
     const int64_t row = n / points;
     if (image == nullptr) return row;
@@ -73,7 +73,7 @@ struct Sample {
   }
 };
 
-// The pixel, among those of all images, that each tap of each point takes: edge 4 n + tap; -1 is none.
+// The pixel, counted over all images, of each tap of each point: edge 4 n + tap; -1 is none.
 template <typename C>
 struct PixelOfTap {
   LevelPoints<C> level;
@@ -109,7 +109,7 @@ struct GatherPixel {
   }
 };
 
-// The gradient of a point from one level, added to that from those before.
+// Adds the gradient of a point from one level.
 template <typename T, typename C>
 struct AddPoint {
   LevelPoints<C> level;

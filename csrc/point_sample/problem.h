@@ -9,14 +9,16 @@
 #include <vector>
 
 #include "common/bilinear.h"
-#include "common/checks.h"
 #include "common/layout.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 
+using MaybeNumbers = std::optional<std::vector<double>>;
+
 struct Level {
   int32_t height, width;
-  int64_t channels, first_channel;  // the first among those of all levels
+  int64_t channels, first_channel;  // the first one among the channels of all levels
   double scale_x, scale_y;          // pixels for each unit of the points
 
   int64_t pixels() const { return int64_t(height) * width; }
@@ -28,7 +30,7 @@ struct PointSampleProblem {
   Sampling how;
   std::vector<Level> levels;
 
-  // Of the point's first channel in an output, the point with this number among those of all rows; and back.
+  // The place in an output of the first channel of a point, which is counted over all rows; and back.
   int64_t place(int64_t point) const {
     return channels_last ? point * channels : point / points * points * channels + point % points;
   }
@@ -36,7 +38,7 @@ struct PointSampleProblem {
     return channels_last ? place / channels : place / (points * channels) * points + place % (points * channels);
   }
   int64_t channel_step() const { return channels_last ? 1 : points; }
-
+  MemoryFormat format() const { return memory_format(channels_last); }
 };
 
 // Adds the gradient of one point from one level. dots: for each tap the sum over channels of gradient times value, 0
@@ -49,7 +51,7 @@ C10_HOST_DEVICE inline void add_point_gradient(AxisTaps<C> x, AxisTaps<C> y, C s
   if (y.moves) grad[1] += scale_y * ((d[2] - d[0]) * (1 - x.fraction) + (d[3] - d[1]) * x.fraction);
 }
 
-// Of the points, (x, y) after (x, y), in one of two precisions.
+// The points' coordinates, (x, y) after (x, y), in float or double.
 class Coordinates {
  public:
   explicit Coordinates(const Tensor& points)
@@ -80,9 +82,9 @@ inline Level make_level(const Tensor& map, int64_t first_channel, std::optional<
           scale.value_or(double(width)), scale.value_or(double(height))};
 }
 
-inline PointSampleProblem point_sample_problem(const Tensor& points, const std::optional<Tensor>& image,
+inline PointSampleProblem point_sample_problem(const Tensor& points, const MaybeTensor& image,
                                                const std::vector<Tensor>& maps,
-                                               const std::optional<std::vector<double>>& spatial_scale,
+                                               const MaybeNumbers& spatial_scale,
                                                const std::string& mode, const std::string& padding) {
   STD_TORCH_CHECK(!maps.empty(), "maps: expected at least one, got none");
   STD_TORCH_CHECK(points.dim() == 3 && points.size(2) == 2, "points: expected shape (R, P, 2), got ",
@@ -119,8 +121,8 @@ inline PointSampleProblem point_sample_problem(const Tensor& points, const std::
   return problem;
 }
 
-// Points or channels are next to one another. No view: those that a custom Function returns must not be changed in
-// place, as an activation does.
+// Points or channels are next to one another. No view: a view that a custom Function returns must not be changed
+// in place, as an activation does.
 inline Tensor new_output(const Tensor& map, const PointSampleProblem& problem) {
   const int64_t channels = std::max<int64_t>(1, problem.channels), points = std::max<int64_t>(1, problem.points);
   const bool last = problem.channels_last;
@@ -134,10 +136,33 @@ inline Tensor new_output(const Tensor& map, const PointSampleProblem& problem) {
   return Tensor(output);
 }
 
-inline void check_grad(const Tensor& grad, const PointSampleProblem& problem, const Tensor& map) {
-  const std::vector<int64_t> shape = {problem.rows, problem.channels, problem.points};
-  check_shape("grad", grad, shape);
-  check_same_dtype_and_device("grad", grad, "maps", map);
+inline Tensor new_grad_map(const Tensor& map, const PointSampleProblem& problem) {
+  return torch::stable::empty(map.sizes(), map.scalar_type(), std::nullopt, map.device(), std::nullopt,
+                              problem.format());
 }
+
+// The arguments that the three ops have in common, checked and contiguous.
+struct PointSampleArguments {
+  PointSampleProblem problem;
+  Tensor points;
+  MaybeTensor image;
+
+  PointSampleArguments(const Tensor& points, const MaybeTensor& image, const std::vector<Tensor>& maps,
+                       const MaybeNumbers& spatial_scale, const std::string& mode, const std::string& padding)
+      : problem(point_sample_problem(points, image, maps, spatial_scale, mode, padding)),
+        points(to_contiguous(points)),
+        image(image) {
+    make_contiguous(this->image);
+  }
+
+  const int64_t* image_data() const { return image ? image->const_data_ptr<int64_t>() : nullptr; }
+
+  // The gradient of the output, checked and in the output's layout.
+  Tensor output_grad(const Tensor& grad, const Tensor& map) const {
+    check_shape("grad", grad, {problem.rows, problem.channels, problem.points});
+    check_same_dtype_and_device("grad", grad, "maps", map);
+    return to_contiguous(problem.channels_last ? torch::stable::transpose(grad, 1, 2) : grad);
+  }
+};
 
 }  // namespace paper_layers

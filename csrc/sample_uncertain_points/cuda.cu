@@ -1,9 +1,8 @@
 // The most uncertain of given points on the GPU: a thread a point samples the classes that count and writes one
 // integer, its margin above its number, and the smallest of these are the result. Nothing is read back to the host.
 
-#include "common/cuda_smallest.cuh"
+#include "common/cuda_uncertainty.cuh"
 
-#include <optional>
 
 #include "common/bilinear.h"
 #include "sample_uncertain_points/problem.h"
@@ -38,17 +37,17 @@ struct SampledMargin {
   }
 };
 
-Tensor sample_uncertain_points(const Tensor& logits, const std::optional<Tensor>& labels, const Tensor& any_points,
+Tensor sample_uncertain_points(const Tensor& logits, const MaybeTensor& labels, const Tensor& any_points,
                                int64_t count) {
   check_sample_uncertain_points(logits, labels, any_points, count);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const Tensor points = torch::stable::contiguous(any_points);
+  const Tensor points = to_contiguous(any_points);
   const LogitMaps maps = sampled_maps(logits);
   const ImageLabels of_image(labels);
   const FirstClass first_class{of_image.data(), logits.size(1)};
   const int64_t candidates = points.size(1);
   Tensor result;
-  with_dtype(logits.scalar_type(), [&](auto element) {
+  dispatch(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     result = with_index(maps.images * candidates, [&](auto index) {
       return smallest_margins<Accumulator<T>>(

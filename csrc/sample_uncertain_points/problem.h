@@ -4,14 +4,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <optional>
 
 #include "common/bilinear.h"
 #include "common/uncertainty.h"
 
 namespace paper_layers {
 
-inline void check_sample_uncertain_points(const Tensor& logits, const std::optional<Tensor>& labels,
+inline void check_sample_uncertain_points(const Tensor& logits, const MaybeTensor& labels,
                                           const Tensor& points, int64_t count) {
   check_logits(logits, labels);
   constexpr int64_t longest = std::numeric_limits<int32_t>::max();

@@ -1,7 +1,5 @@
 // SoftTriple between the matrix products on the CPU.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/Dispatch_v2.h>
 
 #include <numeric>
 #include <tuple>
@@ -9,20 +7,20 @@
 #include "common/matrix_view.h"
 #include "soft_triple/problem.h"
 
-#define PAPER_LAYERS_KERNEL "soft_triple/cpu_kernel.h"
+#define PAPER_LAYERS_KERNEL "soft_triple/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 #include "soft_triple/cpu_loss.h"
 
 namespace paper_layers {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> soft_triple_centers(const Tensor& any_centers, bool distances) {
-  const SoftTripleCenters problem = soft_triple_centers_problem(any_centers, distances);
-  const Tensor centers = dense(any_centers);
+std::tuple<Tensor, Tensor, Tensor> soft_triple_centers(Tensor centers, bool distances) {
+  const SoftTripleCenters problem = soft_triple_centers_problem(centers, distances);
+  make_contiguous(centers);
   const int64_t classes = problem.classes, count = problem.centers;
-  Tensor inverse = empty(centers, {classes, count}), distance = empty(centers, {});
-  Tensor pull = distances ? empty(centers, {classes, count, count}) : empty(centers, {0});
-  with_dtype(centers.scalar_type(), [&](auto element) {
+  Tensor inverse = new_empty(centers, {classes, count}), distance = new_empty(centers, {});
+  Tensor pull = distances ? new_empty(centers, {classes, count, count}) : new_empty(centers, {0});
+  dispatch_accumulator(centers.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_centers(problem, centers.const_data_ptr<A>(), inverse.mutable_data_ptr<A>(),
                                               distance.mutable_data_ptr<A>(), pull.mutable_data_ptr<A>()));
@@ -30,14 +28,13 @@ std::tuple<Tensor, Tensor, Tensor> soft_triple_centers(const Tensor& any_centers
   return {inverse, distance, pull};
 }
 
-void soft_triple_add_centers(Tensor grad, const Tensor& any_centers, const Tensor& any_inverse,
-                             const Tensor& any_projection, const Tensor& any_pull, const Tensor& grad_distance) {
+void soft_triple_add_centers(Tensor grad, Tensor centers, Tensor inverse, Tensor projection, Tensor pull,
+                             const Tensor& grad_distance) {
   const SoftTripleCenters problem =
-      soft_triple_add_centers_problem(grad, any_centers, any_inverse, any_projection, any_pull, grad_distance);
+      soft_triple_add_centers_problem(grad, centers, inverse, projection, pull, grad_distance);
   if (grad.numel() == 0) return;
-  const Tensor centers = dense(any_centers), inverse = dense(any_inverse),
-               projection = dense(any_projection), pull = dense(any_pull);
-  with_dtype(centers.scalar_type(), [&](auto element) {
+  make_contiguous(centers, inverse, projection, pull);
+  dispatch_accumulator(centers.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_add_centers(problem, centers.const_data_ptr<A>(), inverse.const_data_ptr<A>(),
                                                   projection.const_data_ptr<A>(), pull.const_data_ptr<A>(),
@@ -45,15 +42,13 @@ void soft_triple_add_centers(Tensor grad, const Tensor& any_centers, const Tenso
   });
 }
 
-std::tuple<Tensor, Tensor> soft_triple_chunk_forward(const Tensor& scores, const Tensor& any_inverse,
-                                                     const Tensor& any_labels, int64_t first, double la, double gamma,
-                                                     double margin) {
-  const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
-  check_labels(any_labels, chunk, scores);
-  const Tensor inverse = dense(any_inverse), labels = dense(any_labels);
-  Tensor logsumexp = empty(scores, {chunk.rows}), target = empty(scores, {chunk.rows});
-  torch::stable::zero_(target);
-  with_dtype(scores.scalar_type(), [&](auto element) {
+std::tuple<Tensor, Tensor> soft_triple_chunk_forward(const Tensor& scores, Tensor inverse, Tensor labels,
+                                                     int64_t first, double la, double gamma, double margin) {
+  const SoftTripleChunk chunk = soft_triple_chunk(scores, inverse);
+  check_labels(labels, chunk, scores);
+  make_contiguous(inverse, labels);
+  Tensor logsumexp = new_empty(scores, {chunk.rows}), target = new_zeros(scores, {chunk.rows});
+  dispatch_accumulator(scores.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_chunk_forward<A>(
         chunk, SoftTripleFactors<A>(la, gamma, margin), scores.const_data_ptr<A>(), inverse.const_data_ptr<A>(),
@@ -62,15 +57,13 @@ std::tuple<Tensor, Tensor> soft_triple_chunk_forward(const Tensor& scores, const
   return {logsumexp, target};
 }
 
-Tensor soft_triple_chunk_backward(Tensor scores, const Tensor& any_inverse, const Tensor& any_labels, int64_t first,
-                                  const Tensor& any_logsumexp, const Tensor& any_grad_logsumexp,
-                                  const Tensor& any_grad_target, double la, double gamma, double margin) {
-  const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
-  check_chunk_backward(any_labels, any_logsumexp, any_grad_logsumexp, any_grad_target, chunk, scores);
-  const Tensor inverse = dense(any_inverse), labels = dense(any_labels), logsumexp = dense(any_logsumexp),
-               grad_logsumexp = dense(any_grad_logsumexp), grad_target = dense(any_grad_target);
-  Tensor projection = empty(scores, {chunk.classes, chunk.centers});
-  with_dtype(scores.scalar_type(), [&](auto element) {
+Tensor soft_triple_chunk_backward(Tensor scores, Tensor inverse, Tensor labels, int64_t first, Tensor logsumexp,
+                                  Tensor grad_logsumexp, Tensor grad_target, double la, double gamma, double margin) {
+  const SoftTripleChunk chunk = soft_triple_chunk(scores, inverse);
+  check_chunk_backward(labels, logsumexp, grad_logsumexp, grad_target, chunk, scores);
+  make_contiguous(inverse, labels, logsumexp, grad_logsumexp, grad_target);
+  Tensor projection = new_empty(scores, {chunk.classes, chunk.centers});
+  dispatch_accumulator(scores.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_chunk_backward<A>(
         chunk, SoftTripleFactors<A>(la, gamma, margin), scores.mutable_data_ptr<A>(), inverse.const_data_ptr<A>(),
@@ -88,11 +81,11 @@ void cross_entropy(A excess, A* loss, A* slope) {
   *slope = (excess > 0 ? one : small) / (one + small);
 }
 
-std::tuple<Tensor, Tensor> soft_triple_cross_entropy(const Tensor& any_others, const Tensor& any_target) {
-  check_tensor("target", any_target, any_others.sizes(), any_others);
-  const Tensor others = dense(any_others), target = dense(any_target);
-  Tensor loss = torch::stable::empty_like(others), slope = torch::stable::empty_like(others);
-  with_dtype(others.scalar_type(), [&](auto element) {
+std::tuple<Tensor, Tensor> soft_triple_cross_entropy(Tensor others, Tensor target) {
+  check_tensor("target", target, others.sizes(), others);
+  make_contiguous(others, target);
+  Tensor loss = empty_like(others), slope = empty_like(others);
+  dispatch_accumulator(others.scalar_type(), [&](auto element) {
     using A = decltype(element);
     const A *const excess = others.const_data_ptr<A>(), *const than = target.const_data_ptr<A>();
     A *const losses = loss.mutable_data_ptr<A>(), *const slopes = slope.mutable_data_ptr<A>();
@@ -101,11 +94,11 @@ std::tuple<Tensor, Tensor> soft_triple_cross_entropy(const Tensor& any_others, c
   return {loss, slope};
 }
 
-Tensor soft_triple_similarity(const Tensor& scores, const Tensor& any_inverse, double gamma) {
-  const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
-  const Tensor inverse = dense(any_inverse);
-  Tensor similarity = empty(scores, {chunk.classes, chunk.rows});
-  with_dtype(scores.scalar_type(), [&](auto element) {
+Tensor soft_triple_similarity(const Tensor& scores, Tensor inverse, double gamma) {
+  const SoftTripleChunk chunk = soft_triple_chunk(scores, inverse);
+  make_contiguous(inverse);
+  Tensor similarity = new_empty(scores, {chunk.classes, chunk.rows});
+  dispatch_accumulator(scores.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_similarity<A>(chunk, static_cast<A>(1 / gamma), scores.const_data_ptr<A>(),
                                                     inverse.const_data_ptr<A>(), similarity.mutable_data_ptr<A>()));
@@ -113,14 +106,12 @@ Tensor soft_triple_similarity(const Tensor& scores, const Tensor& any_inverse, d
   return similarity;
 }
 
-Tensor soft_triple_similarity_backward(Tensor scores, const Tensor& any_inverse, const Tensor& any_grad,
-                                       double gamma) {
-  const SoftTripleChunk chunk = soft_triple_chunk(scores, any_inverse);
-  const std::vector<int64_t> shape = {chunk.classes, chunk.rows};
-  check_tensor("grad", any_grad, shape, scores);
-  const Tensor inverse = dense(any_inverse), grad = dense(any_grad);
-  Tensor projection = empty(scores, {chunk.classes, chunk.centers});
-  with_dtype(scores.scalar_type(), [&](auto element) {
+Tensor soft_triple_similarity_backward(Tensor scores, Tensor inverse, Tensor grad, double gamma) {
+  const SoftTripleChunk chunk = soft_triple_chunk(scores, inverse);
+  check_tensor("grad", grad, {chunk.classes, chunk.rows}, scores);
+  make_contiguous(inverse, grad);
+  Tensor projection = new_empty(scores, {chunk.classes, chunk.centers});
+  dispatch_accumulator(scores.scalar_type(), [&](auto element) {
     using A = decltype(element);
     PAPER_LAYERS_DISPATCH(soft_triple_similarity_backward<A>(
         chunk, static_cast<A>(1 / gamma), scores.mutable_data_ptr<A>(), inverse.const_data_ptr<A>(),

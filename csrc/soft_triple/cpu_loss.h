@@ -11,15 +11,6 @@
 namespace paper_layers {
 namespace {
 
-// Calls function with an element of the dtype.
-template <typename Function>
-void with_dtype(ScalarType dtype, Function function) {
-  THO_DISPATCH_V2(dtype, "soft_triple", AT_WRAP([&] { function(scalar_t{}); }), ScalarType::Float, ScalarType::Double);
-}
-
-Tensor empty(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape); }
-Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
-
 // The classes at a time: enough rows of centers to be worth packing what they are multiplied by, few enough to stay in
 // a core's own cache, and work for several threads.
 int64_t classes_at_a_time(const SoftTripleLoss& loss) {
@@ -34,17 +25,17 @@ int64_t classes_at_a_time(const SoftTripleLoss& loss) {
 template <typename A>
 Tensor matrix(const A* data, int64_t rows, int64_t columns, bool transposed = false) {
   constexpr ScalarType dtype = std::is_same_v<A, float> ? ScalarType::Float : ScalarType::Double;
-  const std::vector<int64_t> shape = {rows, columns}, strides = {transposed ? 1 : columns, transposed ? rows : 1};
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(const_cast<A*>(data), shape, strides, cpu, dtype);
+  return torch::stable::from_blob(const_cast<A*>(data), {rows, columns},
+                                  {transposed ? 1 : columns, transposed ? rows : 1}, cpu, dtype);
 }
 
 // Elements in whole cache lines: memory of all workers is aligned alike, as products may depend on it.
 int64_t in_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
 
 // Memory of ours, allocated where torch's profiler sees it: not by threads of the pool.
-Tensor memory(const SoftTripleLoss& loss, const Tensor& like, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, loss.dtype);
+Tensor memory(const SoftTripleLoss& loss, const Tensor& like, IntHeaderOnlyArrayRef shape) {
+  return new_empty(like, shape, loss.dtype);
 }
 
 // Parts of the classes. Groups of them, in order, have a sum of the embeddings' gradients each.
@@ -80,7 +71,7 @@ struct Unit {
         rows(memory(loss, embeddings, {loss.rows, loss.channels})),
         inverse(lengths.mutable_data_ptr<A>()),
         data(rows.mutable_data_ptr<A>()) {
-    const Tensor wide = dense(torch::stable::to(embeddings, loss.dtype));
+    const Tensor wide = to_contiguous(to_dtype(embeddings, loss.dtype));
     PAPER_LAYERS_DISPATCH(unit_vectors(loss.rows, loss.channels, wide.const_data_ptr<A>(), inverse, data));
   }
 };
@@ -93,7 +84,7 @@ struct Part {
   A* scores;
 };
 
-// Calls body(part) for all parts, those of a group in turn. Workers are below parts.threads.
+// Calls body(part) for all parts, for the parts of a group in turn. Workers are below parts.threads.
 template <typename A, typename Body>
 void for_each_part(const SoftTripleLoss& loss, const Parts& parts, const Tensor& centers, const Unit<A>& unit,
                    const Body& body) {
@@ -109,7 +100,7 @@ void for_each_part(const SoftTripleLoss& loss, const Parts& parts, const Tensor&
     for (int64_t group = begin; group < end; ++group) {
       for (int64_t p = parts.first_of(group); p < parts.first_of(group + 1); ++p) {
         const int64_t first = p * size, count = std::min(size, loss.classes - first), rows = count * loss.centers;
-        const Tensor wide = dense(torch::stable::to(narrow(centers, 0, first, count), loss.dtype));
+        const Tensor wide = to_contiguous(to_dtype(narrow(centers, 0, first, count), loss.dtype));
         const A* const part = wide.const_data_ptr<A>();
         parts.multiply(matrix(part, rows, loss.channels), columns, matrix(scores, rows, loss.rows));
         body(Part<A>{worker, group, first, count, part, scores});
@@ -121,20 +112,20 @@ void for_each_part(const SoftTripleLoss& loss, const Parts& parts, const Tensor&
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_triple(const Tensor& embeddings, const Tensor& centers,
-                                                               const Tensor& any_labels, double la, double gamma,
-                                                               double margin, bool distances, int64_t chunk_size) {
-  const SoftTripleLoss loss = soft_triple_loss_problem(embeddings, centers, any_labels, chunk_size);
-  const auto make = [&](std::vector<int64_t> shape) { return memory(loss, embeddings, shape); };
+                                                               Tensor labels, double la, double gamma, double margin,
+                                                               bool distances, int64_t chunk_size) {
+  const SoftTripleLoss loss = soft_triple_loss_problem(embeddings, centers, labels, chunk_size);
+  make_contiguous(labels);
+  const auto make = [&](IntHeaderOnlyArrayRef shape) { return memory(loss, embeddings, shape); };
   const Parts parts(loss);
   const int64_t K = loss.centers, width = (loss.rows + 15) / 16 * 16;  // whole vectors
-  const Tensor labels = dense(any_labels);
   Tensor logsumexp = make({loss.rows}), target = make({loss.rows}), distance = make({});
   Tensor inverse = make({loss.classes, K}), pull = distances ? make({loss.classes, K, K}) : make({0});
-  with_dtype(loss.dtype, [&](auto element) {
+  dispatch_accumulator(loss.dtype, [&](auto element) {
     using A = decltype(element);
     const Unit<A> unit(loss, embeddings);
     const SoftTripleFactors<A> factors(la, gamma, margin);
-    const Tensor logsumexps = torch::stable::new_zeros(logsumexp, {parts.count, width});
+    const Tensor logsumexps = new_zeros(logsumexp, {parts.count, width});
     A* const of_parts = logsumexps.mutable_data_ptr<A>();
     std::vector<A> sums(parts.count);
     A *const own = target.mutable_data_ptr<A>(), *const lengths = inverse.mutable_data_ptr<A>();
@@ -164,9 +155,9 @@ std::tuple<Tensor, Tensor> pull_back(const SoftTripleLoss& loss, const Tensor& e
   const Parts parts(loss);
   const int64_t K = loss.centers, B = loss.rows, d = loss.channels;
   const bool distances = pull.numel() > 0;
-  Tensor grad_embeddings = torch::stable::new_zeros(embeddings, embeddings.sizes(), loss.dtype);
-  Tensor grad_centers = empty(centers, {loss.classes, K, d});
-  if (parts.count == 0) return {torch::stable::to(grad_embeddings, embeddings.scalar_type()), grad_centers};
+  Tensor grad_embeddings = new_zeros(embeddings, embeddings.sizes(), loss.dtype);
+  Tensor grad_centers = new_empty(centers, {loss.classes, K, d});
+  if (parts.count == 0) return {to_dtype(grad_embeddings, embeddings.scalar_type()), grad_centers};
   use_huge_pages(grad_centers);
   const Unit<A> unit(loss, embeddings);
   const bool direct = grad_centers.scalar_type() == loss.dtype;
@@ -190,9 +181,8 @@ std::tuple<Tensor, Tensor> pull_back(const SoftTripleLoss& loss, const Tensor& e
     PAPER_LAYERS_DISPATCH(soft_triple_add_centers<A>({part.count, K, d, distances}, part.centers, inverses, projected,
                                                      pulls, grad_distance, grad));
     if (direct) return;
-    const std::vector<int64_t> shape = {part.count, K, d};
     Tensor to = narrow(grad_centers, 0, first, part.count);
-    torch::stable::copy_(to, torch::stable::from_blob(grad, shape, to.strides(), to.device(), loss.dtype));
+    torch::stable::copy_(to, torch::stable::from_blob(grad, to.sizes(), to.strides(), to.device(), loss.dtype));
   });
   A* const grad = grad_embeddings.mutable_data_ptr<A>();
   parallel_for(0, B, 1 + 32768 / (1 + parts.groups * d), [&](int64_t begin, int64_t end) {
@@ -201,22 +191,18 @@ std::tuple<Tensor, Tensor> pull_back(const SoftTripleLoss& loss, const Tensor& e
     }
   });
   PAPER_LAYERS_DISPATCH(unit_vectors_backward(B, d, unit.data, unit.inverse, grad));
-  return {torch::stable::to(grad_embeddings, embeddings.scalar_type()), grad_centers};
+  return {to_dtype(grad_embeddings, embeddings.scalar_type()), grad_centers};
 }
 
-std::tuple<Tensor, Tensor> soft_triple_backward(const Tensor& any_grad_logsumexp, const Tensor& any_grad_target,
-                                                const Tensor& grad_distance, const Tensor& embeddings,
-                                                const Tensor& centers, const Tensor& any_labels,
-                                                const Tensor& any_logsumexp, const Tensor& any_inverse,
-                                                const Tensor& any_pull, double la, double gamma, double margin,
-                                                int64_t chunk_size) {
-  const SoftTripleLoss loss = soft_triple_loss_problem(embeddings, centers, any_labels, chunk_size);
-  check_loss_backward(loss, any_grad_logsumexp, any_grad_target, grad_distance, any_logsumexp, any_inverse, any_pull);
-  const Tensor grad_logsumexp = dense(any_grad_logsumexp), grad_target = dense(any_grad_target),
-               labels = dense(any_labels), logsumexp = dense(any_logsumexp), inverse = dense(any_inverse),
-               pull = dense(any_pull);
+std::tuple<Tensor, Tensor> soft_triple_backward(Tensor grad_logsumexp, Tensor grad_target, const Tensor& grad_distance,
+                                                const Tensor& embeddings, const Tensor& centers, Tensor labels,
+                                                Tensor logsumexp, Tensor inverse, Tensor pull, double la, double gamma,
+                                                double margin, int64_t chunk_size) {
+  const SoftTripleLoss loss = soft_triple_loss_problem(embeddings, centers, labels, chunk_size);
+  check_loss_backward(loss, grad_logsumexp, grad_target, grad_distance, logsumexp, inverse, pull);
+  make_contiguous(grad_logsumexp, grad_target, labels, logsumexp, inverse, pull);
   std::tuple<Tensor, Tensor> result;
-  with_dtype(loss.dtype, [&](auto element) {
+  dispatch_accumulator(loss.dtype, [&](auto element) {
     using A = decltype(element);
     const SoftTripleFactors<A> factors(la, gamma, margin);
     const auto weigh = [&](const Part<A>& part, const A* inverses, A* projected) {
@@ -237,7 +223,7 @@ std::tuple<Tensor, Tensor> soft_triple_logits(const Tensor& embeddings, const Te
   const Parts parts(loss);
   const int64_t K = loss.centers, B = loss.rows;
   Tensor logits = memory(loss, embeddings, {B, loss.classes}), inverse = memory(loss, embeddings, {loss.classes, K});
-  with_dtype(loss.dtype, [&](auto element) {
+  dispatch_accumulator(loss.dtype, [&](auto element) {
     using A = decltype(element);
     const Unit<A> unit(loss, embeddings);
     const Tensor buffer = memory(loss, embeddings, {parts.threads, parts.size * B});
@@ -258,16 +244,16 @@ std::tuple<Tensor, Tensor> soft_triple_logits(const Tensor& embeddings, const Te
   return {logits, inverse};
 }
 
-std::tuple<Tensor, Tensor> soft_triple_logits_backward(const Tensor& any_grad, const Tensor& embeddings,
-                                                       const Tensor& centers, const Tensor& any_inverse, double la,
-                                                       double gamma, int64_t chunk_size) {
+std::tuple<Tensor, Tensor> soft_triple_logits_backward(Tensor grad, const Tensor& embeddings, const Tensor& centers,
+                                                       Tensor inverse, double la, double gamma, int64_t chunk_size) {
   const SoftTripleLoss loss = soft_triple_problem(embeddings, centers, chunk_size);
-  check_logits_backward(loss, any_grad, any_inverse);
-  const Tensor grad = dense(any_grad), inverse = dense(any_inverse), no_pull = memory(loss, embeddings, {0});
+  check_logits_backward(loss, grad, inverse);
+  make_contiguous(grad, inverse);
+  const Tensor no_pull = memory(loss, embeddings, {0});
   const Parts parts(loss);
   const int64_t B = loss.rows;
   std::tuple<Tensor, Tensor> result;
-  with_dtype(loss.dtype, [&](auto element) {
+  dispatch_accumulator(loss.dtype, [&](auto element) {
     using A = decltype(element);
     const Tensor buffer = memory(loss, embeddings, {parts.threads, parts.size * B});
     const auto weigh = [&](const Part<A>& part, const A* inverses, A* projected) {

@@ -18,7 +18,7 @@ C10_DEVICE A sum_of_warp(A value) {
   return value;
 }
 
-// As in torch's own indexing, a label that is none stops the device's work with an assertion: the host could not know
+// As in torch's own indexing, a label out of range stops the device's work with an assertion: the host could not know
 // of it without waiting.
 struct KnownLabel {
   const int64_t* labels;
@@ -118,7 +118,7 @@ struct Relaxed {
   }
 
   C10_DEVICE A cosine(int64_t k) const { return scores[k * rows] * inverse[k]; }
-  // That of a center's cosine, from that of the similarity.
+  // The gradient of a center's cosine, given the similarity's.
   C10_DEVICE A gradient(A s, A grad) const {
     return grad * std::exp((s - largest) * per_gamma) / sum * (1 + (s - similarity) * per_gamma);
   }

@@ -7,11 +7,11 @@
 
 #include <torch/headeronly/macros/Macros.h>
 
-#include "common/checks.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 
-// A vector that is shorter counts as zero, and what stands under the root of a distance: as in the reference.
+// Vectors of a lower squared length count as zero; kRoot is added under the root of a distance: as in the reference.
 constexpr double kShortestSquared = 1e-24, kRoot = 1e-5;
 
 inline void check_tensor(const char* name, const Tensor& tensor, IntHeaderOnlyArrayRef shape, const Tensor& scores) {
@@ -45,10 +45,9 @@ inline void check_labels(const Tensor& labels, const SoftTripleChunk& chunk, con
 inline void check_chunk_backward(const Tensor& labels, const Tensor& logsumexp, const Tensor& grad_logsumexp,
                                  const Tensor& grad_target, const SoftTripleChunk& chunk, const Tensor& scores) {
   check_labels(labels, chunk, scores);
-  const std::vector<int64_t> batch = {chunk.rows};
-  check_tensor("logsumexp", logsumexp, batch, scores);
-  check_tensor("grad_logsumexp", grad_logsumexp, batch, scores);
-  check_tensor("grad_target", grad_target, batch, scores);
+  check_tensor("logsumexp", logsumexp, {chunk.rows}, scores);
+  check_tensor("grad_logsumexp", grad_logsumexp, {chunk.rows}, scores);
+  check_tensor("grad_target", grad_target, {chunk.rows}, scores);
 }
 
 // A label's class within a chunk that starts at class `first`, -1 where it is none of its. Unsigned numbers do not
@@ -67,7 +66,7 @@ struct SoftTripleFactors {
       : la(static_cast<A>(la)), per_gamma(static_cast<A>(1 / gamma)), la_margin(static_cast<A>(la * margin)) {}
 };
 
-// Centers of classes; `distances` says whether those between the centers of a class are wanted.
+// Centers of classes; `distances`: the distances between the centers of a class are wanted.
 struct SoftTripleCenters {
   int64_t classes, centers, channels;
   bool distances;
@@ -116,16 +115,14 @@ inline SoftTripleCenters soft_triple_add_centers_problem(const Tensor& grad, con
   const SoftTripleCenters problem = soft_triple_centers_problem(centers, pull.numel() > 0);
   check_tensor("grad", grad, centers.sizes(), centers);
   STD_TORCH_CHECK(grad.is_contiguous(), "grad: expected it contiguous");
-  const std::vector<int64_t> lengths = {problem.classes, problem.centers}, scalar = {};
-  const std::vector<int64_t> pulls = {problem.classes, problem.centers, problem.centers};
-  check_tensor("inverse", inverse, lengths, centers);
-  check_tensor("projection", projection, lengths, centers);
-  check_tensor("grad_distance", grad_distance, scalar, centers);
-  if (problem.distances) check_tensor("pull", pull, pulls, centers);
+  check_tensor("inverse", inverse, {problem.classes, problem.centers}, centers);
+  check_tensor("projection", projection, {problem.classes, problem.centers}, centers);
+  check_tensor("grad_distance", grad_distance, {}, centers);
+  if (problem.distances) check_tensor("pull", pull, {problem.classes, problem.centers, problem.centers}, centers);
   return problem;
 }
 
-// The whole: embeddings (rows, channels) and centers (classes, centers, channels), in the dtype that is computed in.
+// The whole loss: embeddings (rows, channels), centers (classes, centers, channels), and the accumulation dtype.
 struct SoftTripleLoss {
   int64_t rows, channels, classes, centers, chunk_size;
   ScalarType dtype;
@@ -152,25 +149,22 @@ inline SoftTripleLoss soft_triple_loss_problem(const Tensor& embeddings, const T
 }
 
 inline void check_logits_backward(const SoftTripleLoss& loss, const Tensor& grad, const Tensor& inverse) {
-  const std::vector<int64_t> logits = {loss.rows, loss.classes}, lengths = {loss.classes, loss.centers};
   STD_TORCH_CHECK(grad.scalar_type() == loss.dtype, "grad: expected ", loss.dtype, ", got ", grad.scalar_type());
-  check_tensor("grad", grad, logits, grad);
-  check_tensor("inverse", inverse, lengths, grad);
+  check_tensor("grad", grad, {loss.rows, loss.classes}, grad);
+  check_tensor("inverse", inverse, {loss.classes, loss.centers}, grad);
 }
 
 inline void check_loss_backward(const SoftTripleLoss& loss, const Tensor& grad_logsumexp, const Tensor& grad_target,
                                 const Tensor& grad_distance, const Tensor& logsumexp, const Tensor& inverse,
                                 const Tensor& pull) {
-  const std::vector<int64_t> batch = {loss.rows}, scalar = {}, lengths = {loss.classes, loss.centers};
-  const std::vector<int64_t> pulls = {loss.classes, loss.centers, loss.centers};
   STD_TORCH_CHECK(logsumexp.scalar_type() == loss.dtype, "logsumexp: expected ", loss.dtype, ", got ",
                   logsumexp.scalar_type());
-  check_tensor("logsumexp", logsumexp, batch, logsumexp);
-  check_tensor("grad_logsumexp", grad_logsumexp, batch, logsumexp);
-  check_tensor("grad_target", grad_target, batch, logsumexp);
-  check_tensor("grad_distance", grad_distance, scalar, logsumexp);
-  check_tensor("inverse", inverse, lengths, logsumexp);
-  if (pull.numel() > 0) check_tensor("pull", pull, pulls, logsumexp);
+  check_tensor("logsumexp", logsumexp, {loss.rows}, logsumexp);
+  check_tensor("grad_logsumexp", grad_logsumexp, {loss.rows}, logsumexp);
+  check_tensor("grad_target", grad_target, {loss.rows}, logsumexp);
+  check_tensor("grad_distance", grad_distance, {}, logsumexp);
+  check_tensor("inverse", inverse, {loss.classes, loss.centers}, logsumexp);
+  if (pull.numel() > 0) check_tensor("pull", pull, {loss.classes, loss.centers, loss.centers}, logsumexp);
 }
 
 }  // namespace paper_layers

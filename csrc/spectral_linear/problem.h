@@ -2,10 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "common/accumulator.h"
-#include "common/checks.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
 
@@ -19,14 +17,14 @@ inline Matrix matrix(const char* name, const Tensor& tensor) {
   return {tensor.size(0), tensor.size(1)};
 }
 
-inline void check_beside(const char* name, const Tensor& tensor, std::vector<int64_t> shape, const Tensor& weight) {
+inline void check_beside(const char* name, const Tensor& tensor, IntHeaderOnlyArrayRef shape, const Tensor& weight) {
   check_floating(name, tensor);
   check_shape(name, tensor, shape);
   check_same_device(name, tensor, "weight", weight);
 }
 
-// As above, in the weight's dtype.
-inline void check_like(const char* name, const Tensor& tensor, std::vector<int64_t> shape, const Tensor& weight) {
+// The same, in the weight's dtype.
+inline void check_like(const char* name, const Tensor& tensor, IntHeaderOnlyArrayRef shape, const Tensor& weight) {
   check_shape(name, tensor, shape);
   check_same_dtype_and_device(name, tensor, "weight", weight);
 }

@@ -1,11 +1,39 @@
 // Batch normalisation of the parts of a batch on the CPU.
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/Dispatch_v2.h>
-
 #include "common/range.h"
-#include "split_batch_norm/arguments.h"
+#include "split_batch_norm/problem.h"
 
-#define PAPER_LAYERS_KERNEL "split_batch_norm/cpu_kernel.h"
+namespace paper_layers {
+
+// The arguments of the kernels. Parameters and statistics have shape (splits, channels).
+template <typename T>
+struct SplitForward {
+  using A = Accumulator<T>;
+
+  const SplitBatchNormProblem& problem;
+  const T* input;
+  const A *weight, *bias;  // or null
+  A *mean, *var;
+  T* output;           // null: statistics only
+  bool has_statistics;  // mean and var are given
+  A eps;
+};
+
+template <typename T>
+struct SplitBackward {
+  using A = Accumulator<T>;
+
+  const SplitBatchNormProblem& problem;
+  const T *grad, *input;
+  const A *weight, *mean, *var;  // weight: or null
+  A *products, *sums;  // of grad times the normalised input, and of grad; where given, their means
+  T* grad_input;       // null: sums only
+  bool has_means;
+  A eps;
+};
+
+}  // namespace paper_layers
+
+#define PAPER_LAYERS_KERNEL "split_batch_norm/cpu_kernel.isa.h"
 #include "common/for_each_isa.h"
 
 namespace paper_layers {
@@ -25,15 +53,9 @@ Tensor new_output(const Tensor& input, const SplitBatchNormProblem& given, const
 }
 Tensor in_given_layout(const Tensor& output, const Tensor& input, const SplitBatchNormProblem& given) {
   if (!given.transposed || is_transposed(output)) return output;
-  Tensor result = torch::stable::empty_like(input);
+  Tensor result = empty_like(input);
   torch::stable::copy_(result, output);
   return result;
-}
-
-template <typename Call>
-void dispatch(const Tensor& input, Call call) {
-  THO_DISPATCH_V2(input.scalar_type(), "split_batch_norm", AT_WRAP([&] { call(scalar_t{}); }), ScalarType::Float,
-                  ScalarType::Double, ScalarType::BFloat16, ScalarType::Half);
 }
 
 // Statistics are computed, or given; without `output`, nothing more than them.
@@ -44,7 +66,7 @@ void run_forward(const Tensor& input, const SplitBatchNormProblem& problem, cons
   check_values("bias", bias, input, problem);
   if (mean.numel() == 0) return;
   const Tensor x = in_order(input, problem.transposed);
-  dispatch(x, [&](auto element) {
+  dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     const Values<A> w(weight), b(bias);
@@ -71,7 +93,7 @@ void run_backward(const Tensor& grad, const Tensor& input, const SplitBatchNormP
   check_values("var", var, input, problem);
   if (mean.numel() == 0) return;
   const Tensor g = in_order(grad, problem.transposed), x = in_order(input, problem.transposed);
-  dispatch(x, [&](auto element) {
+  dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     const Values<A> w(weight), m(mean), v(var);

@@ -39,8 +39,8 @@ void with_elements(const SplitBatchNormProblem& problem, std::initializer_list<T
 
 // Calls function(element, elements) with the input's dtype.
 template <typename Function>
-void dispatch(const SplitBatchNormProblem& problem, std::initializer_list<Tensor> tensors, Function function) {
-  with_dtype(tensors.begin()->scalar_type(), [&](auto element) {
+void dispatch_elements(const SplitBatchNormProblem& problem, std::initializer_list<Tensor> tensors, Function function) {
+  dispatch(tensors.begin()->scalar_type(), [&](auto element) {
     using T = decltype(element);
     const auto call = [&](auto elements) { function(T{}, elements); };
     if (problem.transposed) {
@@ -51,7 +51,7 @@ void dispatch(const SplitBatchNormProblem& problem, std::initializer_list<Tensor
   });
 }
 
-// How a block's threads divide some splits, which depends on nothing but sizes, so that results do not either.
+// Divides some splits among a block's threads, by sizes alone, so that results depend on nothing else.
 template <typename E>
 Grid divide(const SplitBatchNormProblem& problem, const E& elements, Splits& splits) {
   constexpr int64_t kBlocks = 2048, kParts = 256, kUnitsPerThread = 4;
@@ -87,14 +87,13 @@ void each_splits(const SplitBatchNormProblem& problem, Function function) {
   }
 }
 
-// Sums of the splits, each of which is given to finish(value, total).
+// Sums each split and calls finish(value, total).
 template <typename Thread, typename E, typename Finish>
 void reduce(const Splits& splits, const Grid& grid, const E& elements, const Tensor& like,
             const typename Thread::Source& source, const Finish& finish) {
   using Total = typename Thread::Total;
   const int64_t parts = splits.parts[splits.count], channels = elements.channels;
-  const Tensor memory = torch::stable::new_empty(like, std::array{parts * channels * int64_t(sizeof(Total))},
-                                                 ScalarType::Byte);
+  const Tensor memory = new_empty(like, {parts * channels * int64_t(sizeof(Total))}, ScalarType::Byte);
   Total* totals = static_cast<Total*>(memory.mutable_data_ptr());
   const int32_t device = like.get_device_index();
   launch(totals_of_parts<Thread, E>, parts * grid.column_blocks, kThreads, device, splits, elements, grid, source,
@@ -133,9 +132,9 @@ void run_forward(const Tensor& any_input, const SplitBatchNormProblem& problem, 
   if (values == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const Tensor input = in_order(any_input, problem.transposed);
-  const Tensor table = torch::stable::new_empty(mean, std::array{int64_t(2), values});
+  const Tensor table = new_empty(mean, {2, values});
   const int32_t device = input.get_device_index();
-  dispatch(problem, {input, mean, table, output ? *output : input}, [&](auto element, auto elements) {
+  dispatch_elements(problem, {input, mean, table, output ? *output : input}, [&](auto element, auto elements) {
     using T = decltype(element);
     using E = decltype(elements);
     using A = Accumulator<T>;
@@ -179,10 +178,10 @@ void run_backward(const Tensor& any_grad, const Tensor& any_input, const SplitBa
   if (values == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const Tensor grad = in_order(any_grad, problem.transposed), input = in_order(any_input, problem.transposed);
-  const Tensor mean = torch::stable::contiguous(any_mean), var = torch::stable::contiguous(any_var);
-  const Tensor table = torch::stable::new_empty(mean, std::array{int64_t(3), values});
+  const Tensor mean = to_contiguous(any_mean), var = to_contiguous(any_var);
+  const Tensor table = new_empty(mean, {3, values});
   const int32_t device = input.get_device_index();
-  dispatch(problem, {input, grad, mean, table, grad_input ? *grad_input : input}, [&](auto element, auto elements) {
+  dispatch_elements(problem, {input, grad, mean, table, grad_input ? *grad_input : input}, [&](auto element, auto elements) {
     using T = decltype(element);
     using E = decltype(elements);
     using A = Accumulator<T>;

@@ -1,4 +1,4 @@
-// What each value of split_batch_norm becomes on the GPU, and what that takes of its split and channel.
+// The elementwise steps of split_batch_norm on the GPU, and their factors for each split and channel.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 namespace paper_layers {
 namespace {
 
-// Of each split and channel: y = (x - center) scale + shift.
+// For each split and channel: y = (x - center) scale + shift.
 template <typename A>
 struct Normalization {
   const A *weight, *bias;  // or null
@@ -67,7 +67,7 @@ struct Normalize {
   }
 };
 
-// Of each split and channel: the input's gradient is of_grad grad + of_input (x - center) + shift.
+// For each split and channel: the input's gradient is of_grad grad + of_input (x - center) + shift.
 template <typename A>
 struct Pullback {
   const A *weight, *var;  // weight: or null

@@ -44,7 +44,7 @@ struct Elements {
         by_run(std::max<int64_t>(run, 1)),
         by_runs(std::max<int64_t>(runs, 1)) {}
 
-  // Where a pack's values are among those of splits and channels.
+  // The place of a pack's values among the values of splits and channels.
   C10_DEVICE Index values_at(const Splits& splits, Index pack) const {
     const Index of_run = by_run(pack), image = by_runs(of_run);
     const Index channel = rows ? (pack - of_run * run) * V : of_run - image * channels;
@@ -80,7 +80,7 @@ struct Moments {
   }
 };
 
-// Of grad times the input's deviation, and of grad.
+// Sums of grad times the input's deviation, and of grad.
 template <typename A>
 struct Sums {
   A product = 0, grad = 0;
@@ -172,7 +172,7 @@ struct ThreadSums {
   C10_DEVICE Total total(int m) const { return {product[m], sum[m]}; }
 };
 
-// The total of each column, a power of two of them, of a block's threads; that of column t is in shared[t].
+// Sums each column of a block's threads, a power of two of columns; the total of column t is in shared[t].
 template <typename Total>
 C10_DEVICE void merge_columns(Total* shared, const Total& mine, int columns) {
   __syncthreads();  // All have read what was there.

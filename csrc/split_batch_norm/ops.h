@@ -1,5 +1,5 @@
-// The six ops, for the CPU and for CUDA. The file that includes this has defined before what they call: run_forward and
-// run_backward, in_kernels_layout, new_output and in_given_layout.
+// The six ops, for the CPU and for CUDA. Include this after the functions that they call: run_forward, run_backward,
+// in_kernels_layout, new_output and in_given_layout, which cpu.cpp and cuda.cu define.
 #pragma once
 
 #include <optional>
@@ -7,7 +7,6 @@
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "split_batch_norm/problem.h"
 
@@ -38,7 +37,7 @@ Tensor split_batch_norm_normalize(const Tensor& input, const MaybeTensor& weight
   check_values("mean", mean, input, problem);
   check_values("var", var, input, problem);
   const Tensor output = new_output(input, given, problem);
-  run_forward(input, problem, weight, bias, torch::stable::contiguous(mean), torch::stable::contiguous(var), output,
+  run_forward(input, problem, weight, bias, to_contiguous(mean), to_contiguous(var), output,
               true, eps);
   return in_given_layout(output, input, given);
 }
@@ -68,8 +67,8 @@ Tensor split_batch_norm_backward_input(const Tensor& grad, const Tensor& input, 
   check_values("mean_product", mean_product, input, problem);
   check_values("mean_grad", mean_grad, input, problem);
   const Tensor grad_input = new_output(input, given, problem);
-  run_backward(grad, input, problem, weight, mean, var, torch::stable::contiguous(mean_product),
-               torch::stable::contiguous(mean_grad), grad_input, true, eps);
+  run_backward(grad, input, problem, weight, mean, var, to_contiguous(mean_product),
+               to_contiguous(mean_grad), grad_input, true, eps);
   return in_given_layout(grad_input, input, given);
 }
 

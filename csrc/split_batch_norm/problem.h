@@ -7,14 +7,9 @@
 #include <utility>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
-#include "common/accumulator.h"
-#include "common/checks.h"
+#include "common/tensors.h"
 
 namespace paper_layers {
-
-using MaybeTensor = std::optional<Tensor>;
 
 struct SplitBatchNormProblem {
   int64_t channels, pixels;
@@ -66,30 +61,26 @@ inline void check_grad(const Tensor& grad, const Tensor& input) {
   check_same_dtype_and_device("grad", grad, "input", input);
 }
 
-// The tensor's elements in the problem's order, whatever its strides then say.
+// The tensor's elements in the problem's order; the strides of the result don't tell it.
 inline Tensor in_order(const Tensor& tensor, bool transposed) {
-  return torch::stable::contiguous(transposed ? torch::stable::transpose(tensor, 1, 2) : tensor);
+  return to_contiguous(transposed ? torch::stable::transpose(tensor, 1, 2) : tensor);
 }
 
-// A tensor like the input, in the problem's order, which is the input's where it is transposed. No view: those that a
-// custom Function returns must not be changed in place, as an activation does.
+// A tensor like the input, in the problem's order, which is the input's where it is transposed. No view: a view
+// that a custom Function returns must not be changed in place, as an activation does.
 inline Tensor new_like(const Tensor& input, const SplitBatchNormProblem& problem) {
-  if (problem.transposed) return torch::stable::empty_like(input);
-  return torch::stable::new_empty(input, std::array{input.size(0), input.size(1), input.size(2)});
+  return problem.transposed ? empty_like(input) : new_empty(input, input.sizes());
 }
 
 inline Tensor new_values(const Tensor& input, const SplitBatchNormProblem& problem) {
-  return torch::stable::new_empty(input, std::array{problem.splits(), problem.channels},
-                                  accumulation_dtype(input.scalar_type()));
+  return new_empty(input, {problem.splits(), problem.channels}, accumulation_dtype(input.scalar_type()));
 }
 
 // Parameters or statistics as the kernels read them.
 template <typename A>
 struct Values {
   MaybeTensor values;
-  explicit Values(const MaybeTensor& any) {
-    if (any) values = torch::stable::contiguous(*any);
-  }
+  explicit Values(const MaybeTensor& any) : values(any) { make_contiguous(values); }
   const A* data() const { return values ? values->template const_data_ptr<A>() : nullptr; }
 };
 

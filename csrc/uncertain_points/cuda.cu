@@ -1,10 +1,9 @@
 // The most uncertain pixels on the GPU: a thread a pixel reads its classes and writes one integer, its margin above its
 // place, and the smallest of these are the result. Nothing is read back to the host.
 
-#include "common/cuda_smallest.cuh"
+#include "common/cuda_uncertainty.cuh"
 
 #include <algorithm>
-#include <optional>
 
 #include "uncertain_points/problem.h"
 
@@ -30,7 +29,7 @@ struct PixelMargin {
   }
 };
 
-Tensor uncertain_points(const Tensor& any_logits, const std::optional<Tensor>& labels, int64_t num_points) {
+Tensor uncertain_points(const Tensor& any_logits, const MaybeTensor& labels, int64_t num_points) {
   check_uncertain_points(any_logits, labels, num_points);
   const torch::stable::accelerator::DeviceGuard guard(any_logits.get_device_index());
   const Tensor logits = with_flat_pixels(any_logits);
@@ -39,7 +38,7 @@ Tensor uncertain_points(const Tensor& any_logits, const std::optional<Tensor>& l
   const FirstClass first_class{of_image.data(), maps.classes};
   const int64_t wanted = std::min(num_points, maps.pixels());
   Tensor result;
-  with_dtype(logits.scalar_type(), [&](auto element) {
+  dispatch(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     result = with_index(maps.images * maps.pixels(), [&](auto index) {
       return smallest_margins<Accumulator<T>>(
