@@ -3,7 +3,7 @@
 from paper_layers import adv_prop, big_bigan, deep_gcn, lip, point_rend, soft_triple, swap
 from paper_layers._core.library import show_config
 from paper_layers._core.version import __version__
-from paper_layers.adv_prop import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
+from paper_layers.adv_prop import SplitBatchNorm, SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
 from paper_layers.lip import LazyLIPPool2d, LIPPool2d
 from paper_layers.ops import (
     edge_conv,
@@ -22,6 +22,7 @@ __all__ = [
     "LIPPool2d",
     "LazyLIPPool2d",
     "SoftTripleLoss",
+    "SplitBatchNorm",
     "SplitBatchNorm1d",
     "SplitBatchNorm2d",
     "SplitBatchNorm3d",

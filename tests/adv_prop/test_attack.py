@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_formula(scale: str, targeted: bool) -> None:
         grad = ((p - F.one_hot(target, 2)) @ weight).view_as(x)  # Of the scaled image; scales are positive.
         moved = moved + (-1.5 if targeted else 1.5) * grad.sign()
         moved = moved.clamp(pixels - 4, pixels + 4).clamp(0, 255)
-    found = pgd(model, x, y, 4, 1.5, 4, targeted=targeted, random_start=0, **SCALES[scale])
+    found = pgd(model, x, y, radius=4, step_size=1.5, steps=4, targeted=targeted, random_start=0, **SCALES[scale])
     torch.testing.assert_close(unscaled(found, scale), moved)
     assert (moved - pixels).abs().max() > 3.99
 
@@ -91,7 +92,7 @@ def test_stays_in_the_ball_and_the_valid_range(scale: str, dtype: torch.dtype) -
     if dtype == torch.bfloat16 and scale == "0 to 255":
         x = x.round()
     for steps in (0, 3):
-        found = pgd(linear(dtype=dtype), x, y, 8, 4, steps, **SCALES[scale])
+        found = pgd(linear(dtype=dtype), x, y, radius=8, step_size=4, steps=steps, **SCALES[scale])
         assert found.dtype == dtype
         assert not found.requires_grad
         coarse = torch.finfo(dtype).eps * scaled(torch.full((1, 3, 1, 1), 255.0), scale).abs().double().max()
@@ -108,7 +109,8 @@ def test_start_is_uniform_in_the_ball_and_drawn_for_each_image() -> None:
     x = torch.full((4000, 3, 2, 2), 0.5, dtype=torch.float64)
     y = torch.zeros(4000, dtype=torch.int64)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, dtype=torch.float64))
-    noise = 255 * (pgd(model, x, y, 10, 1, 0, random_start=0.25, bounds=(0, 1)) - x)
+    start = functools.partial(pgd, model, x, y, radius=10, steps=0, bounds=(0, 1))
+    noise = 255 * (start(random_start=0.25) - x)
     moved = (noise != 0).flatten(1)
     assert (moved.all(1) == moved.any(1)).all()  # All of an image or nothing of it.
     assert abs(moved.any(1).double().mean() - 0.25) < 0.03
@@ -119,12 +121,12 @@ def test_start_is_uniform_in_the_ball_and_drawn_for_each_image() -> None:
     spread = noise[moved.any(1)].flatten(1)
     assert (spread[:, 0] - spread[:, 1]).abs().min() > 0  # Every pixel its own.
     for share in (1, True, 1.0):
-        assert ((pgd(model, x, y, 10, 1, 0, random_start=share, bounds=(0, 1)) != x).flatten(1).any(1)).all()
+        assert ((start(random_start=share) != x).flatten(1).any(1)).all()
 
 
 def test_start_is_clipped_to_the_valid_range() -> None:
     x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
-    found = pgd(linear(), x, torch.zeros(2, dtype=torch.int64), 20, 1, 0, bounds=(0, 1))
+    found = pgd(linear(), x, torch.zeros(2, dtype=torch.int64), radius=20, steps=0, bounds=(0, 1))
     assert found.min() == 0
     assert found.max() == 1
     assert ((found - x).abs() > 0).float().mean() > 0.4
@@ -145,7 +147,7 @@ def test_targets_are_all_wrong_classes_equally_often() -> None:
     n, classes = 6000, 6
     y = torch.arange(n) % classes
     x = torch.full((n, classes, 1, 1), 0.5)
-    found = pgd(Spy(classes), x, y, 1, 1, 1, random_start=False, bounds=(0, 1))
+    found = pgd(Spy(classes), x, y, radius=1, steps=1, random_start=False, bounds=(0, 1))
     raised = (found > x).flatten(1)  # Towards the target, by its own channel alone.
     assert (raised.sum(1) == 1).all()
     target = raised.int().argmax(1)
@@ -179,7 +181,7 @@ def test_leaves_the_model_alone(fails: bool) -> None:
     x, y = batch()
     x.requires_grad_()
     if fails:
-        with pytest.raises(ValueError, match="y: expected labels"):
+        with pytest.raises(ValueError, match="labels: expected classes"):
             pgd(model, x, y + 3, bounds=(0, 1))
     else:
         pgd(model, x, y, bounds=(0, 1))
@@ -246,7 +248,8 @@ def test_float16_does_not_underflow() -> None:
     model, (x, y) = linear(2, dtype=torch.float16), batch(dtype=torch.float16)
     with torch.no_grad():
         model[1].weight.copy_(torch.linspace(-4e-7, 4e-7, 96).view(2, 48))  # Gradients of 1e-7, half of them lost.
-    found = pgd(model, x * 0 + 0.5, y % 2, 8, 8, 1, targeted=False, random_start=False, bounds=(0, 1))
+    options: dict[str, Any] = {"radius": 8, "step_size": 8, "steps": 1, "bounds": (0, 1)}
+    found = pgd(model, x * 0 + 0.5, y % 2, targeted=False, random_start=False, **options)
     assert (found != 0.5).all()
 
 
@@ -269,10 +272,10 @@ def test_layout_and_other_ranks() -> None:
     assert pgd(convolutional(), x[:0], y[:0], bounds=(0, 1)).shape == (0, 3, 4, 4)
 
 
-def test_eps_zero_is_the_image_itself() -> None:
+def test_radius_zero_is_the_image_itself() -> None:
     x, y = batch()
     x[0, 0, 0, 0] = 1 + 1e-6  # As bicubic resizing leaves it.
-    assert torch.equal(pgd(convolutional(), x, y, 0, bounds=(0, 1)), x)
+    assert torch.equal(pgd(convolutional(), x, y, radius=0, bounds=(0, 1)), x)
 
 
 def test_it_fools() -> None:
@@ -280,8 +283,8 @@ def test_it_fools() -> None:
     model, (x, y) = linear(), batch(32)
     with torch.no_grad():
         clean = F.cross_entropy(model(x), y)
-        away = pgd(model, x, y, 32, 8, 10, targeted=False, bounds=(0, 1))
-        towards = pgd(model, x, y, 32, 8, 10, bounds=(0, 1))
+        attack = functools.partial(pgd, model, x, y, radius=32, step_size=8, steps=10, bounds=(0, 1))
+        away, towards = attack(targeted=False), attack()
         assert F.cross_entropy(model(away), y) > F.cross_entropy(model(towards), y) > clean
 
 
@@ -291,9 +294,9 @@ class Mapping(nn.Module):
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"eps": -1}, ValueError, "eps: expected at least 0 grey levels, got -1"),
-    ({"eps": float("nan")}, ValueError, "eps: .* got nan"),
-    ({"eps": "4"}, TypeError, "eps: expected a number, got '4'"),
+    ({"radius": -1}, ValueError, "radius: expected at least 0 grey levels, got -1"),
+    ({"radius": float("nan")}, ValueError, "radius: .* got nan"),
+    ({"radius": "4"}, TypeError, "radius: expected a number, got '4'"),
     ({"step_size": -0.5}, ValueError, "step_size: expected at least 0 grey levels, got -0.5"),
     ({"steps": -1}, ValueError, "steps: expected at least 0, got -1"),
     ({"steps": 2.0}, TypeError, "steps: expected an int, got 2.0"),
@@ -304,19 +307,27 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bounds": 1}, TypeError, "bounds: expected a pair"),
     ({"bounds": (0, (1, 1))}, ValueError, "bounds: expected a number, or one for each of 3 channels, got 2"),
     ({"bounds": (0, float("inf"))}, ValueError, "bounds: expected finite numbers"),
-    ({"bounds": ("black", "white")}, TypeError, "bounds: expected a number, or one for each channel, got 'black'"),
+    ({"bounds": ("black", "white")}, TypeError, "bounds: expected a number, or one per channel, got 'black'"),
     ({"bounds": None}, ValueError, "bounds, mean, std: .* got none of them"),
     ({"bounds": None, "mean": 0.5}, ValueError, "bounds, mean, std: .* got mean"),
     ({"mean": 0.5, "std": 0.5}, ValueError, "bounds, mean, std: .* got bounds, mean, std"),
     ({"bounds": None, "mean": MEAN, "std": (0.2, 0.2, 0)}, ValueError, "std: expected values above 0"),
-    ({"x": torch.full((6, 3, 4, 4), 200.0)}, ValueError, "x: expected values within the valid range, 0 to 1 .* 200"),
-    ({"x": -torch.rand(6, 3, 4, 4)}, ValueError, "x: expected values within the valid range"),
-    ({"x": torch.zeros(6, 3, 4, 4, dtype=torch.uint8)}, TypeError, "x: expected one of float32.* got torch.uint8"),
-    ({"x": torch.rand(6)}, ValueError, r"x: expected shape \(N, C, ...\), got \(6,\)"),
-    ({"y": torch.arange(6)}, ValueError, "y: expected labels from 0 to 4, got 0 to 5"),
-    ({"y": torch.arange(6) - 1}, ValueError, "y: expected labels from 0 to 4, got -1 to 4"),
-    ({"y": torch.rand(6)}, TypeError, "y: expected an int64 Tensor"),
-    ({"y": torch.arange(5)}, ValueError, r"y: expected shape \(6,\), got \(5,\)"),
+    (
+        {"images": torch.full((6, 3, 4, 4), 200.0)},
+        ValueError,
+        "images: expected values within .* range, 0 to 1 .* 200",
+    ),
+    ({"images": -torch.rand(6, 3, 4, 4)}, ValueError, "images: expected values within the valid range"),
+    (
+        {"images": torch.zeros(6, 3, 4, 4, dtype=torch.uint8)},
+        TypeError,
+        "images: expected one of .* got torch.uint8",
+    ),
+    ({"images": torch.rand(6)}, ValueError, r"images: expected shape \(N, C, ...\), got \(6,\)"),
+    ({"labels": torch.arange(6)}, ValueError, "labels: expected classes from 0 to 4, got 0 to 5"),
+    ({"labels": torch.arange(6) - 1}, ValueError, "labels: expected classes from 0 to 4, got -1 to 4"),
+    ({"labels": torch.rand(6)}, TypeError, "labels: expected an int64 Tensor"),
+    ({"labels": torch.arange(5)}, ValueError, r"labels: expected shape \(6,\), got \(5,\)"),
     ({"model": Mapping()}, TypeError, "model: expected logits as a Tensor, got dict"),
     ({"model": nn.Identity()}, ValueError, r"model: expected logits of shape \(6, classes\), .* got \(6, 3, 4, 4\)"),
     ({"model": linear(1)}, ValueError, r"model: .* at least 2 classes, got \(6, 1\)"),
@@ -327,4 +338,4 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
     x, y = batch()
     with pytest.raises(error, match=message):
-        pgd(**{"model": linear(), "x": x, "y": y, "bounds": (0, 1), **change})
+        pgd(**{"model": linear(), "images": x, "labels": y, "bounds": (0, 1), **change})

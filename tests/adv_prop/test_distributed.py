@@ -20,11 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from paper_layers import swap
-from paper_layers.adv_prop import SplitSyncBatchNorm, adv_prop_loss, branch, fast_adv_prop_backward, pgd
+from paper_layers.adv_prop import SplitSyncBatchNorm, adv_prop_loss, fast_adv_prop_backward, pgd, use_split
 
 EVEN, UNEVEN, SINGLE = (4, 4), (2, 5), (1, 1)  # Images of each rank.
 SIZES = (EVEN, UNEVEN, SINGLE)
-attack = functools.partial(pgd, eps=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
+attack = functools.partial(pgd, radius=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
 Record = dict[str, Any]
 
 
@@ -71,7 +71,7 @@ def run_norm(model: Any, halves: list[tuple[Tensor, Tensor]]) -> Record:
     output = model(x)
     weights = torch.linspace(-1, 1, 3).view(3, 1, 1).double()
     (output.square() * weights).sum().backward()
-    with branch(model, 1):
+    with use_split(model, 1):
         one = model(parts[0])
     rows = [len(part) for part in parts]
     return record(model, output=output.split(rows), grad=x.grad.split(rows), one=one)
@@ -79,7 +79,7 @@ def run_norm(model: Any, halves: list[tuple[Tensor, Tensor]]) -> Record:
 
 def sizes_of(rank: int) -> dict[str, list[int]]:
     """Images of each branch: a rank without images, a branch without, a branch that only one rank has."""
-    return {"rank": [[3, 2], [0, 0]][rank], "branch": [[3, 0], [4, 0]][rank], "one": [[3, 2], [4, 0]][rank]}
+    return {"rank": [[3, 2], [0, 0]][rank], "split": [[3, 0], [4, 0]][rank], "one": [[3, 2], [4, 0]][rank]}
 
 
 def run_empty(model: Any, halves: list[Tensor]) -> Record:
@@ -117,7 +117,8 @@ def run_fast(model: Any, batches: list[tuple[Tensor, Tensor]]) -> Record:
     """Twice, so that none may be left waiting."""
     model.zero_grad()
     for x, y in [*batches, *batches]:
-        fast_adv_prop_backward(model, x, y, 8, 8, bounds=(0, 1), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        fast_adv_prop_backward(model, x, y, radius=8, step_size=8, bounds=(0, 1), generator=generator)
     return record(getattr(model, "module", model))
 
 
@@ -129,7 +130,7 @@ def run_sharded(model: Any, shard: Any = None) -> Record:
         shard(model)
     x, _ = data((4,))[0]
     outputs = [model(x)]
-    with branch(model, 1):
+    with use_split(model, 1):
         outputs += [model(x), model.eval()(x)]
     torch.stack(outputs).square().sum().backward()
     grads = [p.grad for p in model.parameters()]
@@ -158,7 +159,7 @@ def worker(rank: int, folder: str) -> None:
         x = torch.randn(batch, 3, 1, 1).double()
         found["error", name] = error(functools.partial(norm(), x))
     apart = norm()
-    with branch(apart, 1) if rank else contextlib.nullcontext():
+    with use_split(apart, 1) if rank else contextlib.nullcontext():
         found["error", "branches"] = error(lambda: apart(torch.randn(4, 3, 1, 1).double()))
     mesh = init_device_mesh("cpu", (2,))
     found["sharded"] = run_sharded(swap.split_batch_norm(network()), functools.partial(fully_shard, mesh=mesh))
@@ -237,7 +238,7 @@ def test_parts_without_images(ranks: list[dict[Any, Record]], name: str) -> None
     [
         ("odd", ["norms of every process can split, got 3 on rank 1", "num_splits=2 divides, got 3"]),
         ("empty and odd", ["norms of every process can split, got 1 on rank 1", "num_splits=2 divides, got 1"]),
-        ("branches", ["expected the same branches in every process, got [[0, 1], [1]] by rank"] * 2),
+        ("branches", ["expected the same splits in every process, got [[0, 1], [1]] by rank"] * 2),
         ("one value", ["at least 2 values per channel in each split over all processes, got [1, 1]"] * 2),
     ],
 )

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from paper_layers import swap
 from paper_layers.adv_prop import fast_adv_prop_backward
-from tests.adv_prop.test_step import batch, plain
+from tests.adv_prop.test_loss import batch, plain
 
 N, ATTACKED = 10, 4
 
@@ -32,7 +32,8 @@ def test_gradients_are_those_of_three_forwards() -> None:
     for p in (*main.parameters(), *auxiliary.parameters()):
         p.grad = None
     clean, attacked = N - ATTACKED, ATTACKED
-    loss = fast_adv_prop_backward(model, x, y, 8, 6, bounds=(0, 1), generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"radius": 8, "step_size": 6, "bounds": (0, 1)}
+    loss = fast_adv_prop_backward(model, x, y, **options, generator=torch.Generator().manual_seed(1))
 
     generator = torch.Generator().manual_seed(1)
     torch.rand(attacked, generator=generator)
@@ -54,12 +55,12 @@ def test_gradients_are_those_of_three_forwards() -> None:
             torch.testing.assert_close(p.grad, 1 + both)
     for i in (1, 4):
         for index, (alone, count) in enumerate(((main, clean), (auxiliary, attacked))):
-            torch.testing.assert_close(model[i].branches[index].weight.grad, 1 + alone[i].weight.grad / count)
-            torch.testing.assert_close(model[i].branches[index].bias.grad, 1 + alone[i].bias.grad / count)
-            torch.testing.assert_close(model[i].branches[index].running_mean, alone[i].running_mean)
-            assert model[i].branches[index].num_batches_tracked == alone[i].num_batches_tracked == 1 + index
+            torch.testing.assert_close(model[i].split_norms[index].weight.grad, 1 + alone[i].weight.grad / count)
+            torch.testing.assert_close(model[i].split_norms[index].bias.grad, 1 + alone[i].bias.grad / count)
+            torch.testing.assert_close(model[i].split_norms[index].running_mean, alone[i].running_mean)
+            assert model[i].split_norms[index].num_batches_tracked == alone[i].num_batches_tracked == 1 + index
     assert not any(p._backward_hooks for p in model.parameters())
-    assert model[1]._branch is None
+    assert model[1]._split is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -138,7 +139,7 @@ def test_bad_input() -> None:
         fast_adv_prop_backward(plain(), x, y, bounds=(0, 1))
     for model in (swap.split_batch_norm(plain(), 3, split_sizes=(6, 2, 2)), swap.split_batch_norm(plain())):
         model[1].split_sizes = (0.8, 0.2) if model[1].num_splits == 2 else (6, 2, 2)
-        with pytest.raises(ValueError, match="expected norms that split a batch in the same two parts"):
+        with pytest.raises(ValueError, match="expected norms that split a batch in the same two,"):
             fast_adv_prop_backward(model, x, y, bounds=(0, 1))
     with pytest.raises(ValueError, match="bounds, mean, std"):
         fast_adv_prop_backward(model_and_batch()[0], x, y)

@@ -18,7 +18,7 @@ from timm.layers import SplitBatchNorm2d as TimmNorm
 # isort: on
 
 from paper_layers import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
-from paper_layers.adv_prop import branch
+from paper_layers.adv_prop import use_split
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_equals_timm(splits: int, momentum: float) -> None:
 def test_formula(kind: Any, shape: tuple[int, ...]) -> None:
     norm, x = trained(kind(3, dtype=torch.float64)), torch.randn(shape, dtype=torch.float64)
     before = state(norm)
-    want = torch.cat([by_batch(part, one) for part, one in zip(x.split(3), norm.branches, strict=True)])
+    want = torch.cat([by_batch(part, one) for part, one in zip(x.split(3), norm.split_norms, strict=True)])
     torch.testing.assert_close(norm(x), want)
     dims = [d for d in range(x.dim()) if d != 1]
     for prefix, part in (("", x[:3]), ("aux_bn.0.", x[3:])):
@@ -116,7 +116,7 @@ def test_sizes(split_sizes: Any, batch: int, want: list[int]) -> None:
     """Equal parts, given ones, and shares of any batch, whose ends are rounded."""
     norm = trained(SplitBatchNorm2d(3, num_splits=3, split_sizes=split_sizes, dtype=torch.float64))
     x = torch.randn(batch, 3, 2, 2, dtype=torch.float64)
-    parts = zip(x.split(want), norm.branches, strict=True)
+    parts = zip(x.split(want), norm.split_norms, strict=True)
     torch.testing.assert_close(norm(x), torch.cat([by_batch(part, one) for part, one in parts]))
     assert norm.split_sizes is None or {*map(type, norm.split_sizes)} <= {int, float}
 
@@ -128,7 +128,7 @@ def test_plain_checkpoint_fills_every_branch() -> None:
         checkpoint = state(plain)
         norm.load_state_dict(checkpoint, assign=assign)
         assert list(checkpoint) == list(plain.state_dict())
-        for one in norm.branches:
+        for one in norm.split_norms:
             for name, value in plain.state_dict().items():
                 assert torch.equal(getattr(one, name), value)
         assert len({t.data_ptr() for t in norm.state_dict().values()}) == 15
@@ -139,8 +139,8 @@ def test_plain_checkpoint_fills_every_branch() -> None:
 def test_branch_in_eval_uses_its_running_statistics() -> None:
     norm, x = trained(SplitBatchNorm2d(3, num_splits=3)).eval(), torch.randn(5, 3, 4, 4)
     before = state(norm)
-    for index, one in enumerate(norm.branches):
-        with branch(norm, index):
+    for index, one in enumerate(norm.split_norms):
+        with use_split(norm, index):
             torch.testing.assert_close(norm(x), by_hand(x, one, one.running_mean, one.running_var))
     torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
 
@@ -149,7 +149,7 @@ def test_branch_in_eval_uses_its_running_statistics() -> None:
 def test_branch_in_training_has_the_whole_batch(update: bool) -> None:
     norm, x = trained(SplitBatchNorm2d(3)), torch.randn(5, 3, 4, 4)
     before = state(norm)
-    with branch(norm, 1, update_statistics=update):
+    with use_split(norm, 1, update_statistics=update):
         torch.testing.assert_close(norm(x), by_batch(x, norm.aux_bn[0]))
     after = norm.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -166,16 +166,16 @@ def test_branches_nest_and_end() -> None:
     x = torch.randn(5, 3, 4, 4)
     alone = [copy.deepcopy(model)(x)]
     for index in (1, 2):
-        with branch(model, index):
+        with use_split(model, index):
             alone.append(model(x))
-    with branch(model, 1, update_statistics=False):
-        with branch(model, 2):
+    with use_split(model, 1, update_statistics=False):
+        with use_split(model, 2):
             assert torch.equal(model(x), alone[2])
         assert torch.equal(model(x), alone[1])
-        with pytest.raises(ValueError, match="3 channels"), branch(model, 2):
+        with pytest.raises(ValueError, match="3 channels"), use_split(model, 2):
             model(x[:, :2])
         assert torch.equal(model(x), alone[1])
-        with pytest.raises(ValueError, match="at most 2"), branch(model, 3):
+        with pytest.raises(ValueError, match="at most 2"), use_split(model, 3):
             pass
         before = state(model)
         model.train()(x)
@@ -203,7 +203,7 @@ def test_compile(options: dict[str, Any]) -> None:
     torch.testing.assert_close(*grads)
     twin.eval()
     norm.eval()
-    with branch(norm, 1), branch(twin, 1):
+    with use_split(norm, 1), use_split(twin, 1):
         torch.testing.assert_close(compiled(x), twin(x))
     torch.testing.assert_close(compiled(x), twin(x))
 
@@ -236,7 +236,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     x = torch.randn(6, 3, 4, 4).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype):
         output = norm(x)
-    parts = zip(x.detach().float().split(3), norm.branches, strict=True)
+    parts = zip(x.detach().float().split(3), norm.split_norms, strict=True)
     want = torch.cat([by_batch(part, one) for part, one in parts])
     torch.testing.assert_close(output, want.to(dtype))
     output.float().square().sum().backward()
@@ -275,11 +275,11 @@ X = torch.ones(4, 3, 2, 2)
         (lambda: SplitBatchNorm2d(3)(X[0]), ValueError, r"expected shape \(N, C, H, W\), got \(3, 2, 2\)"),
         (lambda: SplitBatchNorm3d(3)(X), ValueError, r"expected shape \(N, C, D, H, W\), got"),
         (lambda: SplitBatchNorm2d(4)(X), ValueError, "input: expected 4 channels, got shape"),
-        (lambda: SplitBatchNorm2d(3).aux_bn[0](X), RuntimeError, r"with branch\(model, 1\)"),
-        (lambda: branch(SplitBatchNorm2d(3), 2).__enter__(), ValueError, "index: expected at most 1, .* got 2"),
-        (lambda: branch(SplitBatchNorm2d(3), -1).__enter__(), ValueError, "index: expected at least 0"),
-        (lambda: branch(SplitBatchNorm2d(3), True).__enter__(), TypeError, "index: expected an int"),
-        (lambda: branch(nn.ReLU(), 0).__enter__(), ValueError, "at least one split batch norm, got none in ReLU"),
+        (lambda: SplitBatchNorm2d(3).aux_bn[0](X), RuntimeError, r"with use_split\(model, 1\)"),
+        (lambda: use_split(SplitBatchNorm2d(3), 2).__enter__(), ValueError, "split: expected at most 1, .* got 2"),
+        (lambda: use_split(SplitBatchNorm2d(3), -1).__enter__(), ValueError, "split: expected at least 0"),
+        (lambda: use_split(SplitBatchNorm2d(3), True).__enter__(), TypeError, "split: expected an int"),
+        (lambda: use_split(nn.ReLU(), 0).__enter__(), ValueError, "at least one split batch norm, got none in ReLU"),
     ],
 )
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:

@@ -22,7 +22,7 @@ from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 # isort: on
 
 from paper_layers import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d, swap
-from paper_layers.adv_prop import branch
+from paper_layers.adv_prop import use_split
 from tests.adv_prop.test_norm import by_hand, state, trained
 
 
@@ -41,9 +41,9 @@ KINDS = [(SplitBatchNorm1d, nn.BatchNorm1d), (SplitBatchNorm2d, nn.BatchNorm2d),
 @pytest.mark.parametrize(("split", "plain"), KINDS)
 def test_all_branches_are_norms_of_torchs_class(split: Any, plain: Any) -> None:
     """A rule by class sees the parameters of every branch."""
-    assert all(isinstance(norm, plain) for norm in split(3, num_splits=3).branches)
+    assert all(isinstance(norm, plain) for norm in split(3, num_splits=3).split_norms)
     swapped = swap.split_batch_norm(plain(3), 3)
-    assert all(isinstance(norm, plain) for norm in swapped.branches)
+    assert all(isinstance(norm, plain) for norm in swapped.split_norms)
     ruled = [p for m in swapped.modules() if isinstance(m, plain) for p in m.parameters(recurse=False)]
     assert len(ruled) == len(list(swapped.parameters())) == 6
 
@@ -88,7 +88,7 @@ def test_folding_is_of_the_evaluated_norm() -> None:
     with pytest.raises(AssertionError, match="did not find fuser method"):
         fuse_modules(model, ["0", "1"])
     for index in (0, 1):
-        with branch(model, index):
+        with use_split(model, index):
             fused = fuse_conv_bn_eval(model[0], model[1])
             torch.testing.assert_close(fused(x), model[1](model[0](x)), rtol=1e-4, atol=1e-4)
 
@@ -108,7 +108,7 @@ def test_update_bn(momentum: float | None, index: int | None, averaged: bool) ->
     if index is None:
         update_bn(batches, model)
     else:
-        with branch(model, index):
+        with use_split(model, index):
             update_bn(batches, model)
     after = (model.module if isinstance(model, AveragedModel) else model).state_dict()
     prefix = "1.aux_bn.0." if index == 1 else "1."
@@ -155,16 +155,16 @@ def test_recomputation_runs_the_branch_of_its_forward(reentrant: bool, update: b
     model.reentrant = inner.reentrant = reentrant
     for one in (model, twin):
         x.grad = None
-        with branch(one, 1, update_statistics=update):
+        with use_split(one, 1, update_statistics=update):
             first = one(x)
         second = one(x)
-        with branch(one, 0):  # The innermost counts, also in a backward within another one.
-            with branch(one, 1):
+        with use_split(one, 0):  # The innermost counts, also in a backward within another one.
+            with use_split(one, 1):
                 third = one(x)
             fourth = one(x)
             (first.square().sum() + third.exp().sum() + fourth.sin().sum()).backward()
         second.cos().sum().backward()
-        assert not any(module._branch for module in one.modules() if isinstance(module, SplitBatchNorm2d))
+        assert not any(module._split for module in one.modules() if isinstance(module, SplitBatchNorm2d))
         if one is model:
             grad = x.grad
     torch.testing.assert_close(grad, x.grad)
@@ -178,7 +178,7 @@ def test_checkpointed_timm_network_in_a_branch() -> None:
     twin, x, y = copy.deepcopy(model), torch.rand(4, 3, 32, 32), torch.randint(10, (4,))
     model.set_grad_checkpointing(True)
     for one in (model, twin):
-        with branch(one, 1):
+        with use_split(one, 1):
             loss = F.cross_entropy(one(x), y)
         loss.backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -211,7 +211,7 @@ def test_branch_without_images() -> None:
     output = norm(x)
     parts = [
         F.batch_norm(part, None, None, one.weight, one.bias, training=True)
-        for part, one in zip(x.split(sizes), norm.branches, strict=True)
+        for part, one in zip(x.split(sizes), norm.split_norms, strict=True)
         if len(part)
     ]
     torch.testing.assert_close(output, torch.cat(parts))
@@ -253,12 +253,12 @@ def test_pruned_norms(place: int) -> None:
     prune.remove(model[0], "weight")
     split, x = swap.split_batch_norm(model), torch.randn(4, 4, 9, 9)
     assert torch.equal(split[0].aux_bn[0].weight, split[0].weight)
-    prune.l1_unstructured(split[0].branches[place], "weight", 0.75)
+    prune.l1_unstructured(split[0].split_norms[place], "weight", 0.75)
     split(x).sum().backward()
     with pytest.raises(ValueError, match=r"model\.0: expected weight to be a parameter"):
         swap.plain_batch_norm(split, 1)
     split(x)
-    prune.remove(split[0].branches[place], "weight")
+    prune.remove(split[0].split_norms[place], "weight")
     assert (swap.plain_batch_norm(split, place)[0].weight == 0).sum() == 3
     split(x)
 

@@ -22,7 +22,7 @@ from timm.layers.norm_act import SyncBatchNormAct, convert_sync_batchnorm
 # isort: on
 
 from paper_layers import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d, swap
-from paper_layers.adv_prop import SplitSyncBatchNorm, branch, pgd
+from paper_layers.adv_prop import SplitSyncBatchNorm, pgd, use_split
 from paper_layers.adv_prop._timm import SplitBatchNormAct2d, SplitSyncBatchNormAct
 from paper_layers.adv_prop.norm import SplitBatchNorm
 
@@ -96,7 +96,7 @@ def test_each_branch_is_the_norm_that_was_split(kind: str, options: dict[str, An
         if number is None:
             torch.testing.assert_close(one(x), plain.eval()(x))
         else:
-            with branch(one, number):
+            with use_split(one, number):
                 torch.testing.assert_close(one(x), plain.eval()(x))
             back = swap.plain_batch_norm(copy.deepcopy(norm), number)
             assert type(back) is type(plain)
@@ -159,7 +159,7 @@ def test_plain_checkpoint_fills_every_branch() -> None:
     model, other = swap.split_batch_norm(network()), network()
     trained(other[1])
     model.load_state_dict(other.state_dict())
-    for norm in model[1].branches:
+    for norm in model[1].split_norms:
         assert torch.equal(norm.running_mean, other[1].running_mean)
         assert torch.equal(norm.weight, other[1].weight)
 
@@ -181,7 +181,7 @@ def test_eps_and_momentum_of_later_reach_every_branch(fused: bool) -> None:
     torch.testing.assert_close(output[4:], nn.functional.silu(normalised) if fused else normalised)
     torch.testing.assert_close(norm.aux_bn[0].running_mean, 0.25 * mean.flatten())
     torch.testing.assert_close(norm.aux_bn[0].running_var, 0.75 + 0.25 * part.var((0, 2, 3)))
-    with branch(norm.eval(), 1):
+    with use_split(norm.eval(), 1):
         normalised = (x - 0.25 * mean) / (norm.aux_bn[0].running_var.view(3, 1, 1) + 0.5).sqrt()
         torch.testing.assert_close(norm(x), nn.functional.silu(normalised) if fused else normalised)
 
@@ -226,7 +226,7 @@ def test_hosts(host: str) -> None:
     model.eval()
     with torch.no_grad():
         for number, plain in enumerate((main, auxiliary)):
-            with branch(model, number):
+            with use_split(model, number):
                 torch.testing.assert_close(model(x), plain.eval()(x))
         torch.testing.assert_close(model(x[:1]), main(x[:1]))
         swap.plain_batch_norm(model, 1)
@@ -354,7 +354,7 @@ def test_shared_modules_and_tied_parameters() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_copies(fused: bool) -> None:
     model = swap.split_batch_norm(nn.Sequential(act_norm(3) if fused else nn.BatchNorm2d(3)), 3).eval()
-    for norm in model[0].branches:
+    for norm in model[0].split_norms:
         trained(norm)
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -365,7 +365,7 @@ def test_copies(fused: bool) -> None:
         pickle.loads(pickle.dumps(model)),
         torch.load(buffer, weights_only=False),
     ):
-        with branch(model, 2), branch(twin, 2):
+        with use_split(model, 2), use_split(twin, 2):
             assert torch.equal(twin(x), model(x))
         assert type(swap.plain_batch_norm(twin)[0]) is (BatchNormAct2d if fused else nn.BatchNorm2d)
 
@@ -392,9 +392,9 @@ def test_bad_input() -> None:
         swap.split_batch_norm(network(), 3, split_sizes=(4, 4))
     with pytest.raises(ValueError, match="expected at least one split batch norm to swap, got none in Linear"):
         swap.plain_batch_norm(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"branch: expected at most 1, the last of model\.1, got 2"):
+    with pytest.raises(ValueError, match=r"split: expected at most 1, the last of model\.1, got 2"):
         swap.plain_batch_norm(swap.split_batch_norm(network()), 2)
-    with pytest.raises(ValueError, match="branch: expected at least 0, got -1"):
+    with pytest.raises(ValueError, match="split: expected at least 0, got -1"):
         swap.plain_batch_norm(network(), -1)
 
     class Ours(SplitBatchNorm2d):

@@ -89,7 +89,7 @@ def test_hosts(host: str, surgery: Surgery) -> None:
     old = {name: (p, p.clone()) for name, p in model.named_parameters()}
     by_hand = (averaging if surgery is swap.pooling else striding)(copy.deepcopy(model))
 
-    assert surgery(model, bottleneck_width=16) is model
+    assert surgery(model, hidden_channels=16) is model
     if surgery is swap.pooling:
         assert count(model, LIPPool2d) == pools
         assert count(model, nn.MaxPool2d, nn.AvgPool2d) == 0
@@ -354,7 +354,7 @@ def test_idempotent(surgery: Surgery) -> None:
 def test_both_surgeries() -> None:
     model = swap.pooling(swap.strided_conv(sequential()))
     assert [type(m) for m in model] == [LIPConv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout, LIPPool2d]
-    assert "LIPConv2d(\n    3, 8, kernel_size=(3, 3), stride=(1, 1)" in repr(model)
+    assert "LIPConv2d(\n    3, 8, kernel_size=(3, 3), stride=(2, 2)" in repr(model)
     assert "stride=(2, 2), padding=(1, 1), logit='bottleneck'" in repr(model)
     assert model(images()).shape == (2, 8, 4, 4)
 
@@ -526,8 +526,8 @@ def test_bad_arguments_change_nothing(surgery: Surgery) -> None:
     model = sequential()
     with pytest.raises(ValueError, match="logit: expected one of"):
         surgery(model, "softmax")
-    with pytest.raises(ValueError, match="bottleneck_width"):
-        surgery(model, bottleneck_width=0)
+    with pytest.raises(ValueError, match="hidden_channels"):
+        surgery(model, hidden_channels=0)
     target = model[4] if surgery is swap.pooling else model[0]
     target.forward = lambda x: x
     with pytest.raises(ValueError, match=r"model\.[04]: expected the forward of its class"):

@@ -17,7 +17,7 @@ import torchvision
 # isort: on
 
 from paper_layers import swap
-from paper_layers.adv_prop import adv_prop_loss, branch, fast_adv_prop_backward, pgd
+from paper_layers.adv_prop import adv_prop_loss, fast_adv_prop_backward, pgd, use_split
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def batch(n: int = 8, **factory: Any) -> tuple[Tensor, Tensor]:
     return torch.rand(n, 3, 7, 7, **factory), torch.arange(n) % 5
 
 
-attack = functools.partial(pgd, eps=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
+attack = functools.partial(pgd, radius=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
 
 
 def test_attack_runs_through_the_last_branch_with_running_statistics() -> None:
@@ -55,18 +55,18 @@ def test_attack_runs_through_the_last_branch_with_running_statistics() -> None:
     for index, same in ((1, True), (0, False)):
         alone = swap.plain_batch_norm(copy.deepcopy(model), index).eval()
         assert torch.equal(attack(alone, x, y), found) is same
-        assert torch.equal(attack(model, x, y, branch=index), attack(alone, x, y))
-    with branch(model, 0):  # The attack's own choice holds.
+        assert torch.equal(attack(model, x, y, split=index), attack(alone, x, y))
+    with use_split(model, 0):  # The attack's own choice holds.
         assert torch.equal(attack(model, x, y), found)
-        assert model[1]._branch == 0
+        assert model[1]._split == 0
     three = swap.split_batch_norm(plain(), 3)
-    with branch(three.eval(), 2):
+    with use_split(three.eval(), 2):
         expected = attack(swap.plain_batch_norm(copy.deepcopy(three), 2), x, y)
     assert torch.equal(attack(three, x, y), expected)
-    with pytest.raises(ValueError, match="index: expected at most 1"):
-        attack(model, x, y, branch=2)
+    with pytest.raises(ValueError, match="split: expected at most 1"):
+        attack(model, x, y, split=2)
     with pytest.raises(ValueError, match="expected at least one split batch norm"):
-        attack(plain(), x, y, branch=1)
+        attack(plain(), x, y, split=1)
 
 
 def test_attack_of_a_frozen_or_compiled_model() -> None:
@@ -90,9 +90,9 @@ def test_loss_and_gradients_are_those_of_two_forwards() -> None:
     expected.backward()
     for index, plain_model in ((0, main), (1, auxiliary)):
         for norm, other in ((model[1], plain_model[1]), (model[4], plain_model[4])):
-            torch.testing.assert_close(norm.branches[index].weight.grad, other.weight.grad)
-            torch.testing.assert_close(norm.branches[index].running_var, other.running_var)
-            assert norm.branches[index].num_batches_tracked == 1
+            torch.testing.assert_close(norm.split_norms[index].weight.grad, other.weight.grad)
+            torch.testing.assert_close(norm.split_norms[index].running_var, other.running_var)
+            assert norm.split_norms[index].num_batches_tracked == 1
     for i in (0, 3, 7):
         torch.testing.assert_close(model[i].weight.grad, main[i].weight.grad + auxiliary[i].weight.grad)
 
@@ -138,7 +138,7 @@ def test_it_learns_both() -> None:
         optimizer.step()
     assert loss < 1
     model.eval()
-    with branch(model, 1):
+    with use_split(model, 1):
         assert (model(attack(model, x, y)).argmax(1) == y).float().mean() > 0.8
     assert (swap.plain_batch_norm(model)(x).argmax(1) == y).float().mean() > 0.8
 
@@ -153,7 +153,7 @@ def test_bad_input() -> None:
         adv_prop_loss(swap.split_batch_norm(plain(), split_sizes=(0.75, 0.25)), x, y, attack)
     model = swap.split_batch_norm(plain())
     for wrong in (x[:4], x.double()):
-        with pytest.raises(ValueError, match=r"attack: expected images like x, torch\.float32 of shape"):
+        with pytest.raises(ValueError, match=r"attack: expected images like the clean ones, torch\.float32 of shape"):
             adv_prop_loss(model, x, y, lambda *_, images=wrong: images)
     with pytest.raises(ValueError, match=r"num_splits=3"):
         adv_prop_loss(swap.split_batch_norm(plain(), 3), x, y, attack)
