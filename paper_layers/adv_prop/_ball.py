@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paper_layers._core.checks import floating, number
+from paper_layers._core import checks
 
 LEVELS = 255  # From black to white.
 
@@ -27,11 +27,10 @@ class Ball:
         mean: Values | None,
         std: Values | None,
     ):
-        floating("images", images)
-        if images.dim() < 2:
-            raise ValueError(f"images: expected shape (N, C, ...), got {tuple(images.shape)}")
+        checks.floating("images", images)
+        checks.shape("images", images, ("N", "C", "..."))
         for name, value in (("radius", radius), ("step_size", step_size)):
-            number(name, value)
+            checks.number(name, value)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected at least 0 grey levels, got {value}")
         # Half precision resolves only about one grey level, so compute in float32.

@@ -89,9 +89,7 @@ def pgd(
     labels = values.integers("labels", labels, len(images))
     checks.same_device("labels", labels, "images", images)
     if not isinstance(random_start, bool):
-        checks.number("random_start", random_start)
-    if not 0 <= random_start <= 1:
-        raise ValueError(f"random_start: expected a probability from 0 to 1, got {random_start}")
+        checks.probability("random_start", random_start)
     if isinstance(model, DistributedDataParallel):  # It takes every forward for a training step.
         model = model.module
     target = None
@@ -131,9 +129,9 @@ def _through(model: nn.Module, split: int | None) -> contextlib.AbstractContextM
 def _check_classes(logits: Any, labels: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"model: expected logits as a Tensor, got {type(logits).__name__}; wrap it in a module")
-    if logits.dim() != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
-        expected = f"({len(labels)}, classes), with at least 2 classes"
-        raise ValueError(f"model: expected logits of shape {expected}, got {tuple(logits.shape)}")
+    checks.shape("model's logits", logits, (len(labels), "classes"))
+    if logits.shape[1] < 2:
+        raise ValueError(f"model: expected at least 2 classes, got logits of shape {tuple(logits.shape)}")
     if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
         got = f"{int(labels.min())} to {int(labels.max())}"
         raise ValueError(f"labels: expected classes from 0 to {logits.shape[1] - 1}, got {got}")

@@ -16,22 +16,15 @@ from paper_layers._core._torch_private import BatchNorm
 from paper_layers._core.fusing import readable
 from paper_layers._core.recompute import recomputing
 from paper_layers._core.tracing import Leaf
-from paper_layers.adv_prop._auxiliary import (
-    TENSORS,
-    AuxiliaryNorm,
-    AuxiliaryNorm1d,
-    AuxiliaryNorm2d,
-    AuxiliaryNorm3d,
-    AuxiliaryNorms,
-)
+from paper_layers.adv_prop import _auxiliary
 from paper_layers.ops.split_batch_norm.op import check_split_sizes, normalize_splits, update_statistics
 
 
 class SplitBatchNorm(Leaf, BatchNorm):
     """Base of the 1d, 2d and 3d norms. Has torch's attributes plus `num_splits` and `split_sizes`."""
 
-    aux_bn: AuxiliaryNorms
-    auxiliary_class: type[AuxiliaryNorm] = AuxiliaryNorm
+    aux_bn: _auxiliary.AuxiliaryNorms
+    auxiliary_class: type[_auxiliary.AuxiliaryNorm] = _auxiliary.AuxiliaryNorm
     _split: int | None = None  # Set by `use_split`, as is `_update_statistics`.
     _update_statistics = True
     _name_in_model = ""  # Set by a swap, for error messages.
@@ -58,7 +51,7 @@ class SplitBatchNorm(Leaf, BatchNorm):
         self.aux_bn = self.new_auxiliaries(self, num_splits, **settings)
 
     @classmethod
-    def new_auxiliaries(cls, main: Any, num_splits: int, **factory: Any) -> AuxiliaryNorms:
+    def new_auxiliaries(cls, main: Any, num_splits: int, **factory: Any) -> _auxiliary.AuxiliaryNorms:
         """Return new auxiliary norms for a main norm.
 
         Their own momentum is unused, except that `update_bn` of torch sets it to None: see `_is_recalibrated`.
@@ -66,7 +59,7 @@ class SplitBatchNorm(Leaf, BatchNorm):
         options = {"affine": main.affine, "track_running_stats": main.track_running_stats, **factory}
         if main.affine and main.bias is None:
             options["bias"] = False
-        return AuxiliaryNorms(
+        return _auxiliary.AuxiliaryNorms(
             cls.auxiliary_class(main.num_features, main.eps, **options) for _ in range(num_splits - 1)
         )
 
@@ -77,7 +70,7 @@ class SplitBatchNorm(Leaf, BatchNorm):
 
     def __getattr__(self, name: str) -> Any:
         """Return the tensors of the split that `use_split` has set, for tools that fold the norm."""
-        if self._split and name in TENSORS:
+        if self._split and name in _auxiliary.TENSORS:
             return getattr(self.aux_bn[self._split - 1], name)
         return super().__getattr__(name)
 
@@ -120,8 +113,6 @@ class SplitBatchNorm(Leaf, BatchNorm):
         set a split, its norm gets the whole batch. A split without values keeps its statistics.
         """
         self._check_input_dim(input)
-        if input.shape[1] != self.num_features:
-            raise ValueError(f"input: expected {self.num_features} channels, got shape {tuple(input.shape)}")
         norms = self.split_norms
         if self._split is not None:
             norms = norms[self._split : self._split + 1]
@@ -218,7 +209,7 @@ class SplitBatchNorm(Leaf, BatchNorm):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(f"{prefix}aux_bn.") for key in state_dict):
             # A plain batch norm's checkpoint fills every split; loading may assign, so each gets its own copy.
-            for i, name in itertools.product(range(len(self.aux_bn)), TENSORS):
+            for i, name in itertools.product(range(len(self.aux_bn)), _auxiliary.TENSORS):
                 if prefix + name in state_dict:
                     state_dict[f"{prefix}aux_bn.{i}.{name}"] = state_dict[prefix + name].clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -255,10 +246,10 @@ def _plain_sizes(split_sizes: Sequence[int] | Sequence[float], num_splits: int) 
 class SplitBatchNorm1d(SplitBatchNorm, nn.BatchNorm1d):
     """Split batch norm of (N, C) or (N, C, L): see `SplitBatchNorm2d`."""
 
-    auxiliary_class = AuxiliaryNorm1d
+    auxiliary_class = _auxiliary.AuxiliaryNorm1d
 
     def _check_input_dim(self, input: Tensor) -> None:
-        checks.shape("input", input, ("N", "C"), ("N", "C", "L"))
+        checks.shape("input", input, ("N", self.num_features), ("N", self.num_features, "L"))
 
 
 class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
@@ -305,17 +296,16 @@ class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
         torch.Size([1, 16, 32, 32])
     """
 
-    auxiliary_class = AuxiliaryNorm2d
+    auxiliary_class = _auxiliary.AuxiliaryNorm2d
 
     def _check_input_dim(self, input: Tensor) -> None:
-        checks.shape("input", input, ("N", "C", "H", "W"))
+        checks.shape("input", input, ("N", self.num_features, "H", "W"))
 
 
 class SplitBatchNorm3d(SplitBatchNorm, nn.BatchNorm3d):
     """Split batch norm of (N, C, D, H, W): see `SplitBatchNorm2d`."""
 
-    auxiliary_class = AuxiliaryNorm3d
+    auxiliary_class = _auxiliary.AuxiliaryNorm3d
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 5:
-            raise ValueError(f"input: expected shape (N, C, D, H, W), got {tuple(input.shape)}")
+        checks.shape("input", input, ("N", self.num_features, "D", "H", "W"))

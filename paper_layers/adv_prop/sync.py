@@ -54,7 +54,7 @@ class SplitSyncBatchNorm(SplitBatchNorm, nn.BatchNorm2d):
         self.process_group = process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
-        checks.shape("input", input, ("N", "C", "..."))
+        checks.shape("input", input, ("N", self.num_features, "..."))
 
     def _is_synchronized(self) -> bool:
         group = self.process_group

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from paper_layers.lip._init import init_host
 from paper_layers.lip._norm import relu_of
+from paper_layers.lip._options import NetworkOptions
 from paper_layers.lip.pool import LIPPool2d
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from paper_layers.lip._options import NetworkOptions
 
 _BOTTLENECK = 4  # The 1x1 convolution of a dense layer has this many times the growth rate's channels.
 

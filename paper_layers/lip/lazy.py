@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from paper_layers._core import checks
-from paper_layers.lip.pool import LIPPool2d, Logit
+from paper_layers.lip._options import PoolOptions
+from paper_layers.lip.pool import LIPPool2d
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LazyLIPPool2d(LazyModuleMixin, LIPPool2d):
@@ -21,6 +24,7 @@ class LazyLIPPool2d(LazyModuleMixin, LIPPool2d):
     first input.
 
     Example:
+        >>> import torch
         >>> pool = LazyLIPPool2d(kernel_size=2, stride=2, padding=0)
         >>> pool(torch.randn(2, 48, 8, 8)).shape
         torch.Size([2, 48, 4, 4])
@@ -35,32 +39,16 @@ class LazyLIPPool2d(LazyModuleMixin, LIPPool2d):
         kernel_size: int | tuple[int, int] = 3,
         stride: int | tuple[int, int] = 2,
         padding: int | tuple[int, int] = 1,
-        *,
-        logit: Logit = "bottleneck",
-        hidden_channels: int = 128,
-        ceil_mode: bool = False,
-        zero_init: str | None = "norm",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[PoolOptions],
     ):
-        super().__init__(
-            1,
-            kernel_size,
-            stride,
-            padding,
-            logit=logit,
-            hidden_channels=hidden_channels,
-            ceil_mode=ceil_mode,
-            zero_init=zero_init,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(1, kernel_size, stride, padding, **options)
         self.channels = 0
         if self.form == "custom":
             return
+        factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         for module in self.logit.modules():
             for name, _ in list(module.named_parameters(recurse=False)):
-                unknown: Any = UninitializedParameter(device=device, dtype=dtype)  # type: ignore[call-arg]
+                unknown: Any = UninitializedParameter(**factory)
                 module.register_parameter(name, unknown)
 
     def has_uninitialized_params(self) -> bool:

@@ -300,7 +300,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"step_size": -0.5}, ValueError, "step_size: expected at least 0 grey levels, got -0.5"),
     ({"steps": -1}, ValueError, "steps: expected at least 0, got -1"),
     ({"steps": 2.0}, TypeError, "steps: expected an int, got 2.0"),
-    ({"random_start": 1.5}, ValueError, "random_start: expected a probability from 0 to 1, got 1.5"),
+    ({"random_start": 1.5}, ValueError, "random_start: expected from 0 to 1, got 1.5"),
     ({"random_start": "yes"}, TypeError, "random_start: expected a number"),
     ({"bounds": (1, 0)}, ValueError, r"bounds: expected the value of black below that of white, got \(1, 0\)"),
     ({"bounds": (0, 0)}, ValueError, "bounds: expected the value of black below"),
@@ -329,8 +329,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"labels": torch.rand(6)}, TypeError, "labels: expected an int64 Tensor"),
     ({"labels": torch.arange(5)}, ValueError, r"labels: expected shape \(6,\), got \(5,\)"),
     ({"model": Mapping()}, TypeError, "model: expected logits as a Tensor, got dict"),
-    ({"model": nn.Identity()}, ValueError, r"model: expected logits of shape \(6, classes\), .* got \(6, 3, 4, 4\)"),
-    ({"model": linear(1)}, ValueError, r"model: .* at least 2 classes, got \(6, 1\)"),
+    ({"model": nn.Identity()}, ValueError, r"model's logits: expected shape \(6, classes\), got \(6, 3, 4, 4\)"),
+    ({"model": linear(1)}, ValueError, r"model: .* at least 2 classes, got .* \(6, 1\)"),
 ]
 
 
