@@ -19,10 +19,10 @@ Criterion = Callable[[Any, Tensor], Tensor]
 def split_output(output: Any, sizes: list[int]) -> list[Any]:
     """Split every tensor of an output along the batch; return one output per split."""
 
-    def part(number: int) -> Any:
-        return tree_map_only(Tensor, lambda tensor: tensor.split(sizes)[number], output)
+    def one(split: int) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor.split(sizes)[split], output)
 
-    return [part(number) for number in range(len(sizes))]
+    return [one(split) for split in range(len(sizes))]
 
 
 def output_loss(output: Any, labels: Tensor, criterion: Criterion) -> Tensor:

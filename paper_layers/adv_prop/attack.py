@@ -71,8 +71,9 @@ def pgd(
 
     Raises:
         TypeError: An argument has a wrong type or dtype, or the model does not return a tensor.
-        ValueError: A number is negative; `bounds` is reversed or missing; `images` outside the bounds (they are
-            probably not those of its normalization); a label out of range; fewer than two classes; no such split.
+        ValueError: A number is negative; `bounds` is reversed or missing; `images` are outside the bounds (which
+            are probably not the bounds of their normalization); a label is out of range; the model has fewer than two
+            classes, or too few splits.
 
     Example:
         >>> import torch

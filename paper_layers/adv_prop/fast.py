@@ -69,7 +69,7 @@ def fast_adv_prop_backward(
     Raises:
         TypeError: An argument has a wrong type or dtype.
         ValueError: The model is in evaluation mode, or its norms do not all split a batch in the same two; a number is
-            negative; `bounds` is reversed, missing, or not that of `images`.
+            negative; `bounds` is reversed or missing, or `images` are outside.
 
     Example:
         >>> import torch

@@ -20,13 +20,5 @@ def stride_pool(conv: nn.Conv2d, logit: Logit, hidden_channels: int, factory: di
     rows, columns = conv.stride
     kernel_size = (rows | 1, columns | 1)
     padding = (rows // 2, columns // 2)  # Half the kernel, as rows | 1 is 2 * (rows // 2) + 1.
-    pool = LIPPool2d(
-        conv.out_channels,
-        kernel_size,
-        (rows, columns),
-        padding,
-        logit=own_logit(logit, factory),
-        hidden_channels=hidden_channels,
-        **factory,
-    )
-    return pool.train(conv.training)
+    options = {"logit": own_logit(logit, factory), "hidden_channels": hidden_channels, **factory}
+    return LIPPool2d(conv.out_channels, kernel_size, (rows, columns), padding, **options).train(conv.training)

@@ -92,7 +92,7 @@ class LazyLIPPool2d(LazyModuleMixin, LIPPool2d):
                 if hasattr(theirs, name):
                     setattr(mine, name, getattr(theirs, name))
 
-    # Torch's mixin handles only a module's own parameters. These two methods handle those of its submodules.
+    # Torch's mixin handles only a module's own parameters. These methods handle its submodules' parameters too.
 
     def state_dict(self, *args: Any, keep_vars: bool = False, **kwargs: Any) -> Any:
         """Return the state dict; parameters without a shape are saved as uninitialized."""

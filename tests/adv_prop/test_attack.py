@@ -1,4 +1,4 @@
-"""PGD against a formula in float64, and what it must leave alone."""
+"""PGD against a formula in float64; it must leave the model alone."""
 
 from __future__ import annotations
 
@@ -28,13 +28,8 @@ SCALES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def scaled(pixels: Tensor, scale: str) -> Tensor:
-    """Pixels of 0 to 255, as the network of that scale takes them."""
+    """Scale pixels of 0 to 255 for a network."""
     if "bounds" in SCALES[scale]:
         low, high = SCALES[scale]["bounds"]
         return low + pixels / 255 * (high - low)
@@ -43,7 +38,7 @@ def scaled(pixels: Tensor, scale: str) -> Tensor:
 
 
 def unscaled(x: Tensor, scale: str) -> Tensor:
-    """And back, by the spec's words."""
+    """Scale back to 0 to 255."""
     if "bounds" in SCALES[scale]:
         low, high = SCALES[scale]["bounds"]
         return (x - low) / (high - low) * 255
@@ -67,8 +62,8 @@ def batch(n: int = 6, scale: str = "0 to 1", **factory: Any) -> tuple[Tensor, Te
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("targeted", [False, True])
 def test_formula(scale: str, targeted: bool) -> None:
-    """Steps on 0 to 255 with the gradient of a linear softmax, written out: W^T (p - target)."""
-    model = linear(2, dtype=torch.float64)  # Two classes: the wrong one is no matter of chance.
+    """Compute the steps on 0 to 255 with the gradient of a linear softmax, W^T (p - target)."""
+    model = linear(2, dtype=torch.float64)  # With two classes the wrong one isn't random.
     x, y = batch(6, scale, dtype=torch.float64)
     y = y % 2
     weight, bias = (p.detach() for p in model[1].parameters())
@@ -76,7 +71,7 @@ def test_formula(scale: str, targeted: bool) -> None:
     moved, target = pixels, 1 - y if targeted else y
     for _ in range(4):
         p = (scaled(moved, scale).flatten(1) @ weight.T + bias).softmax(1)
-        grad = ((p - F.one_hot(target, 2)) @ weight).view_as(x)  # Of the scaled image; scales are positive.
+        grad = ((p - F.one_hot(target, 2)) @ weight).view_as(x)  # To the scaled image: same sign.
         moved = moved + (-1.5 if targeted else 1.5) * grad.sign()
         moved = moved.clamp(pixels - 4, pixels + 4).clamp(0, 255)
     found = pgd(model, x, y, radius=4, step_size=1.5, steps=4, targeted=targeted, random_start=0, **SCALES[scale])
@@ -112,14 +107,14 @@ def test_start_is_uniform_in_the_ball_and_drawn_for_each_image() -> None:
     start = functools.partial(pgd, model, x, y, radius=10, steps=0, bounds=(0, 1))
     noise = 255 * (start(random_start=0.25) - x)
     moved = (noise != 0).flatten(1)
-    assert (moved.all(1) == moved.any(1)).all()  # All of an image or nothing of it.
+    assert (moved.all(1) == moved.any(1)).all()  # Either the whole image moved, or nothing.
     assert abs(moved.any(1).double().mean() - 0.25) < 0.03
     values = noise[moved.any(1)].flatten()
     assert values.abs().max() <= 10
     shares = torch.histc(values, 10, -10, 10) / len(values)
     assert (shares - 0.1).abs().max() < 0.012
     spread = noise[moved.any(1)].flatten(1)
-    assert (spread[:, 0] - spread[:, 1]).abs().min() > 0  # Every pixel its own.
+    assert (spread[:, 0] - spread[:, 1]).abs().min() > 0  # Each pixel has its own noise.
     for share in (1, True, 1.0):
         assert ((start(random_start=share) != x).flatten(1).any(1)).all()
 
@@ -133,7 +128,7 @@ def test_start_is_clipped_to_the_valid_range() -> None:
 
 
 class Spy(nn.Module):
-    """Two logits a class, of which the gradient tells the target: -1 where it is the target, else 1 / (C - 1)."""
+    """Return channels as logits, so that the gradient to a pixel is negative only for the target class."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -148,7 +143,7 @@ def test_targets_are_all_wrong_classes_equally_often() -> None:
     y = torch.arange(n) % classes
     x = torch.full((n, classes, 1, 1), 0.5)
     found = pgd(Spy(classes), x, y, radius=1, steps=1, random_start=False, bounds=(0, 1))
-    raised = (found > x).flatten(1)  # Towards the target, by its own channel alone.
+    raised = (found > x).flatten(1)  # Only the target's channel rises.
     assert (raised.sum(1) == 1).all()
     target = raised.int().argmax(1)
     counts = torch.zeros(classes, classes).index_put_((y, target), torch.ones(n), accumulate=True)
@@ -173,7 +168,7 @@ def test_same_generator_same_images() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_leaves_the_model_alone(fails: bool) -> None:
     model = convolutional().train()
-    model[1].eval()  # Frozen by hand.
+    model[1].eval()  # Frozen.
     model[0].weight.requires_grad_(False)
     model[6].weight.grad = torch.ones_like(model[6].weight)
     state = copy.deepcopy(model.state_dict())
@@ -195,7 +190,7 @@ def test_leaves_the_model_alone(fails: bool) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """How often operators are called, and which gradients of convolutions were asked for."""
+    """Count the calls of operators, and record the output masks of convolution backwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +227,7 @@ def test_callers_without_gradients(around: Callable[[], Any], targeted: bool) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """Mixed precision takes mostly the same steps, and training within the same context still gets its gradients."""
+    """Mixed precision takes mostly the same steps, and training in the same context still gets gradients."""
     model, (x, y) = convolutional().eval(), batch()
     kwargs: dict[str, Any] = {"targeted": False, "random_start": False, "bounds": (0, 1)}
     expected = pgd(model, x, y, **kwargs)
@@ -247,7 +242,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 def test_float16_does_not_underflow() -> None:
     model, (x, y) = linear(2, dtype=torch.float16), batch(dtype=torch.float16)
     with torch.no_grad():
-        model[1].weight.copy_(torch.linspace(-4e-7, 4e-7, 96).view(2, 48))  # Gradients of 1e-7, half of them lost.
+        model[1].weight.copy_(torch.linspace(-4e-7, 4e-7, 96).view(2, 48))  # Gradients of 1e-7: half would underflow.
     options: dict[str, Any] = {"radius": 8, "step_size": 8, "steps": 1, "bounds": (0, 1)}
     found = pgd(model, x * 0 + 0.5, y % 2, targeted=False, random_start=False, **options)
     assert (found != 0.5).all()
@@ -274,12 +269,12 @@ def test_layout_and_other_ranks() -> None:
 
 def test_radius_zero_is_the_image_itself() -> None:
     x, y = batch()
-    x[0, 0, 0, 0] = 1 + 1e-6  # As bicubic resizing leaves it.
+    x[0, 0, 0, 0] = 1 + 1e-6  # Bicubic resizing can leave such a value.
     assert torch.equal(pgd(convolutional(), x, y, radius=0, bounds=(0, 1)), x)
 
 
 def test_it_fools() -> None:
-    """Towards the target its logit rises, away from y that one falls."""
+    """The loss rises in both directions, more when the attack moves away from the label."""
     model, (x, y) = linear(), batch(32)
     with torch.no_grad():
         clean = F.cross_entropy(model(x), y)

@@ -24,11 +24,11 @@ def model_and_batch(**factory: Any) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 
 def test_gradients_are_those_of_three_forwards() -> None:
-    """Plain networks, one a branch, and means over the images of each kind, as the authors' code takes them."""
+    """One plain network per split; means over the images of each kind, as in the authors' code."""
     model, x, y = model_and_batch(dtype=torch.float64)
     for p in model.parameters():
-        p.grad = torch.ones_like(p)  # It adds to what there is.
-    main, auxiliary = (swap.plain_batch_norm(copy.deepcopy(model), index) for index in (0, 1))
+        p.grad = torch.ones_like(p)  # The step adds to existing gradients.
+    main, auxiliary = (swap.plain_batch_norm(copy.deepcopy(model), split) for split in (0, 1))
     for p in (*main.parameters(), *auxiliary.parameters()):
         p.grad = None
     clean, attacked = N - ATTACKED, ATTACKED
@@ -54,11 +54,11 @@ def test_gradients_are_those_of_three_forwards() -> None:
             both = (main[i].get_parameter(name).grad + auxiliary[i].get_parameter(name).grad) / N
             torch.testing.assert_close(p.grad, 1 + both)
     for i in (1, 4):
-        for index, (alone, count) in enumerate(((main, clean), (auxiliary, attacked))):
-            torch.testing.assert_close(model[i].split_norms[index].weight.grad, 1 + alone[i].weight.grad / count)
-            torch.testing.assert_close(model[i].split_norms[index].bias.grad, 1 + alone[i].bias.grad / count)
-            torch.testing.assert_close(model[i].split_norms[index].running_mean, alone[i].running_mean)
-            assert model[i].split_norms[index].num_batches_tracked == alone[i].num_batches_tracked == 1 + index
+        for split, (alone, count) in enumerate(((main, clean), (auxiliary, attacked))):
+            torch.testing.assert_close(model[i].split_norms[split].weight.grad, 1 + alone[i].weight.grad / count)
+            torch.testing.assert_close(model[i].split_norms[split].bias.grad, 1 + alone[i].bias.grad / count)
+            torch.testing.assert_close(model[i].split_norms[split].running_mean, alone[i].running_mean)
+            assert model[i].split_norms[split].num_batches_tracked == alone[i].num_batches_tracked == 1 + split
     assert not any(p._backward_hooks for p in model.parameters())
     assert model[1]._split is None
 

@@ -1,4 +1,4 @@
-"""Split batch norms as layers, and the context that runs one of their branches."""
+"""Split batch norms as layers, and the context that runs one of their splits."""
 
 from __future__ import annotations
 
@@ -21,15 +21,10 @@ from paper_layers import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
 from paper_layers.adv_prop import use_split
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def trained(norm: Any) -> Any:
-    """With parameters and statistics that are not those of its start, and differ from branch to branch."""
+    """Draw parameters and statistics that differ from their initial values and between splits."""
     for tensor in itertools.chain(norm.parameters(), norm.buffers()):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not tensor.is_meta:
             tensor.data.uniform_(0.5, 2)
     return norm
 
@@ -39,7 +34,7 @@ def state(norm: nn.Module) -> dict[str, Tensor]:
 
 
 def by_hand(x: Tensor, norm: Any, mean: Tensor, var: Tensor) -> Tensor:
-    """A branch's output from the statistics."""
+    """Return a split's output for given statistics."""
     shape = (-1, *[1] * (x.dim() - 2))
     mean, var, weight, bias = (t.detach().view(shape) for t in (mean, var, norm.weight, norm.bias))
     return (x - mean) / (var + 1e-5).sqrt() * weight + bias
@@ -53,7 +48,7 @@ def by_batch(x: Tensor, norm: Any) -> Tensor:
 @pytest.mark.parametrize("splits", [2, 3])
 @pytest.mark.parametrize("momentum", [0.1, 0.4])
 def test_equals_timm(splits: int, momentum: float) -> None:
-    """The same keys both ways, and in training the same outputs, gradients and statistics."""
+    """Keys load both ways, and training gives the same outputs, gradients and statistics."""
     ours = trained(SplitBatchNorm2d(4, eps=1e-3, momentum=momentum, num_splits=splits, dtype=torch.float64))
     theirs = TimmNorm(4, eps=1e-3, momentum=momentum, num_splits=splits).double()
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -113,7 +108,7 @@ def test_formula(kind: Any, shape: tuple[int, ...]) -> None:
     ],
 )
 def test_sizes(split_sizes: Any, batch: int, want: list[int]) -> None:
-    """Equal parts, given ones, and shares of any batch, whose ends are rounded."""
+    """Equal sizes, given sizes, and proportions of any batch, with rounded ends."""
     norm = trained(SplitBatchNorm2d(3, num_splits=3, split_sizes=split_sizes, dtype=torch.float64))
     x = torch.randn(batch, 3, 2, 2, dtype=torch.float64)
     parts = zip(x.split(want), norm.split_norms, strict=True)
@@ -121,7 +116,7 @@ def test_sizes(split_sizes: Any, batch: int, want: list[int]) -> None:
     assert norm.split_sizes is None or {*map(type, norm.split_sizes)} <= {int, float}
 
 
-def test_plain_checkpoint_fills_every_branch() -> None:
+def test_plain_checkpoint_fills_every_split() -> None:
     plain = trained(nn.BatchNorm2d(3))
     for assign in (False, True):
         norm = SplitBatchNorm2d(3, num_splits=3)
@@ -136,17 +131,17 @@ def test_plain_checkpoint_fills_every_branch() -> None:
         nn.BatchNorm2d(3).load_state_dict(kept)
 
 
-def test_branch_in_eval_uses_its_running_statistics() -> None:
+def test_split_in_eval_uses_its_running_statistics() -> None:
     norm, x = trained(SplitBatchNorm2d(3, num_splits=3)).eval(), torch.randn(5, 3, 4, 4)
     before = state(norm)
-    for index, one in enumerate(norm.split_norms):
-        with use_split(norm, index):
+    for split, one in enumerate(norm.split_norms):
+        with use_split(norm, split):
             torch.testing.assert_close(norm(x), by_hand(x, one, one.running_mean, one.running_var))
     torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("update", [True, False])
-def test_branch_in_training_has_the_whole_batch(update: bool) -> None:
+def test_split_in_training_has_the_whole_batch(update: bool) -> None:
     norm, x = trained(SplitBatchNorm2d(3)), torch.randn(5, 3, 4, 4)
     before = state(norm)
     with use_split(norm, 1, update_statistics=update):
@@ -160,13 +155,13 @@ def test_branch_in_training_has_the_whole_batch(update: bool) -> None:
         torch.testing.assert_close(after["aux_bn.0.running_mean"], want)
 
 
-def test_branches_nest_and_end() -> None:
-    """The inner one wins, and each leaves what it found, whatever happens inside."""
+def test_splits_nest_and_end() -> None:
+    """The inner context wins, and each restores what it found, also after an error."""
     model = nn.Sequential(trained(SplitBatchNorm2d(3, num_splits=3)), nn.ReLU()).eval()
     x = torch.randn(5, 3, 4, 4)
     alone = [copy.deepcopy(model)(x)]
-    for index in (1, 2):
-        with use_split(model, index):
+    for split in (1, 2):
+        with use_split(model, split):
             alone.append(model(x))
     with use_split(model, 1, update_statistics=False):
         with use_split(model, 2):
@@ -186,7 +181,7 @@ def test_branches_nest_and_end() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}], ids=str)
 def test_compile(options: dict[str, Any]) -> None:
-    """Without a graph break, in training, in eval and in a branch; statistics move as they do without."""
+    """Compile without a graph break in training, eval and one split; statistics move as in eager mode."""
     norm = trained(SplitBatchNorm2d(3, **options))
     twin = copy.deepcopy(norm)
     torch._dynamo.reset()
@@ -231,7 +226,7 @@ def test_export() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """Half features beside float32 parameters and statistics, as convolutions under autocast give them."""
+    """Under autocast, convolutions return half features for float32 parameters and statistics."""
     norm = trained(SplitBatchNorm2d(3))
     x = torch.randn(6, 3, 4, 4).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype):
@@ -287,8 +282,8 @@ def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
         call()
 
 
-def test_auxiliary_branches_with_hooks() -> None:
-    """They are called then, compiled too; what is no such branch is refused in its place."""
+def test_auxiliary_norms_with_hooks() -> None:
+    """An auxiliary norm with hooks is called, compiled too; another module in its place is refused."""
     norm, x = SplitBatchNorm2d(3), torch.randn(4, 3, 2, 2)
     twin = copy.deepcopy(norm)
     norm.aux_bn[0].register_forward_hook(lambda module, inputs, output: 2 * output)

@@ -26,7 +26,7 @@ def test_becomes_the_pool_of_its_first_input(form: str) -> None:
     eager = LIPPool2d(6, 2, 2, 0, logit=form, hidden_channels=8, ceil_mode=True, zero_init="conv")
     assert repr(lazy) == repr(eager)
     torch.testing.assert_close(y, eager(x))
-    # An optimizer made before the first input holds the right parameters.
+    # An optimizer that was made before the first input still holds the parameters.
     assert all(a is b for a, b in zip(before, lazy.parameters(), strict=True))
     assert not any(map(is_lazy, before))
     assert [p.shape for p in before] == [p.shape for p in eager.parameters()]
@@ -49,7 +49,7 @@ def test_state_dicts(form: str) -> None:
     eager = nn.Sequential(LIPPool2d(6, logit=form, hidden_channels=8, zero_init=None))
     x = torch.randn(2, 6, 9, 9)
     lazy = nn.Sequential(LazyLIPPool2d(logit=form, hidden_channels=8))
-    # Saved before it is known, loaded into another unknown one: still unknown.
+    # A lazy pool's state dict, loaded into another lazy pool, leaves it lazy.
     other = nn.Sequential(LazyLIPPool2d(logit=form, hidden_channels=8))
     other.load_state_dict(lazy.state_dict())
     assert other[0].channels == 0
@@ -102,7 +102,7 @@ def test_parts_of_a_state_dict(missing: str) -> None:
 
 
 def test_meta_device_before_the_first_input() -> None:
-    """Torch itself makes parameters without numbers of lazy ones there."""
+    """Torch turns lazy parameters into empty ones there."""
     lazy = LazyLIPPool2d().to("meta")
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"without a shape before the first input, got one of shape \(0,\)"):

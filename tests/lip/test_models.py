@@ -1,4 +1,4 @@
-"""The published networks and checkpoints against the official wiring, written with functions and official keys."""
+"""The published networks and checkpoints against functional copies of the official code, with its keys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from paper_layers.lip import (
 
 
 class Official:
-    """The official networks as functions of an official state dict; the first run makes the parameters it asks for."""
+    """The official networks as functions of a state dict; the first run creates its entries."""
 
     def __init__(self, device: str = "cpu"):
         self.state: dict[str, Tensor] = {}
@@ -180,7 +180,7 @@ def test_single_pools_equal_the_official_ones(name: str, lazy: bool) -> None:
 
 
 def _published(name: str, width: int = 128) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A published network and its official state dict, as shapes."""
+    """Return a published network and its official state dict, both on the meta device."""
     official, x = Official("meta"), torch.empty(1, 3, 64, 64, dtype=_F64, device="meta")
     if name == "densenet121":
         official.densenet(x, (6, 12, 24, 16), 32, 64, 1000, width)

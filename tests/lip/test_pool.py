@@ -1,4 +1,4 @@
-"""LIPPool2d and its logit modules against the formula, and in all of torch's machinery."""
+"""LIPPool2d and its logit modules against the formula, and under torch's transforms."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def official_logit(x: Tensor, p: dict[str, Tensor], form: str) -> Tensor:
 
 
 def trained(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module as if trained: no parameter is left at zero or one."""
+    """Draw all parameters at random, so that none stays at zero or one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -60,7 +60,7 @@ def test_equals_the_official_formula_forward_and_backward(form: str, geometry: t
     logit = official_logit(x, dict(pool.logit.named_parameters()), form)
     expected = official_pool(x, logit, *geometry)
     torch.testing.assert_close(actual, expected)
-    assert logit.std() > 0.5  # The logits differ, so that this is more than an average.
+    assert logit.std() > 0.5  # The logits differ, so this is not just an average.
     grad = torch.randn_like(actual)
     torch.testing.assert_close(torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(expected, inputs, grad))
 
@@ -88,7 +88,7 @@ def test_without_zero_init_is_not_average_pooling() -> None:
 
 
 def test_each_module_resets_to_average_pooling_in_any_order() -> None:
-    # FSDP and timm call reset_parameters of every submodule, parents first or children first.
+    # FSDP and timm call every submodule's reset_parameters, parents first or children first.
     x = torch.randn(2, 6, 11, 10)
     for reverse in (False, True):
         pool = trained(LIPPool2d(6))
@@ -118,7 +118,7 @@ def test_output_has_the_inputs_dtype_whatever_the_logits() -> None:
         assert pool(x.to(dtype)).dtype == dtype
 
 
-def test_source_is_what_the_logit_module_sees() -> None:
+def test_logit_input_goes_to_the_logit_module() -> None:
     stem, head = BottleneckStem(6, 8), LogitHead(8, 4)
     trained(stem), trained(head, seed=1)
     x, y = torch.randn(2, 6, 9, 9), torch.randn(2, 4, 9, 9)
@@ -159,7 +159,7 @@ def test_small_empty_and_unbatched_images(form: str, shape: tuple[int, ...]) -> 
 def test_instance_norm_is_torchs(layout: torch.memory_format) -> None:
     ours, theirs = InstanceNorm2d(5), nn.InstanceNorm2d(5, affine=True)
     theirs.load_state_dict(trained(ours).state_dict())
-    # A mean far above the deviation: a variance of E[x^2] - E[x]^2 would be lost here.
+    # The mean is far above the deviation, so E[x^2] - E[x]^2 would be inaccurate.
     x = (torch.randn(3, 5, 40, 40) + 300).contiguous(memory_format=layout).requires_grad_()
     actual, expected = ours(x), theirs(x)
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
@@ -191,7 +191,7 @@ def test_half_types_and_autocast(dtype: torch.dtype, layout: torch.memory_format
 
 
 def test_half_logits_at_the_gates_bound_stay_finite() -> None:
-    # exp(12) is beyond float16.
+    # exp(12) overflows float16.
     pool = LIPPool2d(6, logit="projection").half()
     nn.init.constant_(pool.logit.norm.bias, 20.0)
     x = torch.randn(2, 6, 12, 12).half()
