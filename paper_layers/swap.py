@@ -11,7 +11,7 @@ compiled again. When an error is raised, nothing has been changed.
 from paper_layers.adv_prop.swap import plain_batch_norm, split_batch_norm
 from paper_layers.big_bigan.swap import big_bigan
 from paper_layers.deep_gcn.swap import graph_conv
-from paper_layers.lip.conv import LIPConv2d
+from paper_layers.lip import LIPConv2d
 from paper_layers.lip.swap import pooling, strided_conv
 from paper_layers.point_rend.swap import point_rend
 

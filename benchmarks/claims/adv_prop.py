@@ -108,7 +108,7 @@ def trained(way: str, attack: Attack, seed: int, steps: int, data: Data, progres
     model = network(data[0].shape[1], 1 + int(data[1].max())).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     eps, step_size, count = attack
     generator = torch.Generator().manual_seed(seed)
-    images = functools.partial(pgd, eps=eps, step_size=step_size, steps=count, bounds=BOUNDS, generator=generator)
+    images = functools.partial(pgd, radius=eps, step_size=step_size, steps=count, bounds=BOUNDS, generator=generator)
 
     def shared(x: Tensor, y: Tensor) -> Tensor:
         clean, adversarial = model(torch.cat([x, images(model, x, y)])).chunk(2)
@@ -125,7 +125,8 @@ def trained(way: str, attack: Attack, seed: int, steps: int, data: Data, progres
 
 def attacked_images(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return pgd(model, x, y, eps, eps / 4, 10, targeted=False, bounds=BOUNDS, generator=generator)
+    attack = functools.partial(pgd, radius=eps, step_size=eps / 4, steps=10, targeted=False, bounds=BOUNDS)
+    return attack(model, x, y, generator=generator)
 
 
 def measured(model: nn.Module, data: Data) -> Measured:

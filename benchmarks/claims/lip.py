@@ -62,7 +62,7 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "strided convolution": lambda: network(lambda channels: nn.Identity(), stride=2),
     "SoftPool": lambda: swap.pooling(network(max_pool), logit="identity"),
     "max + same modules": lambda: network(same_modules_then_max),
-    "LIP": lambda: swap.pooling(network(max_pool), bottleneck_width=WIDTH),
+    "LIP": lambda: swap.pooling(network(max_pool), hidden_channels=WIDTH),
 }
 
 

@@ -10,13 +10,13 @@ from paper_layers.adv_prop.sync import SplitSyncBatchNorm
 
 
 class _Activated(SplitBatchNorm):
-    """The steps of timm's fused norms after the norm."""
+    """Apply the dropout and the activation of timm's fused norms after the norm."""
 
     drop: nn.Module
     act: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        """The norm, then dropout and activation."""
+        """Apply the norm, dropout and activation."""
         return self.act(self.drop(super().forward(input)))
 
 

@@ -1,4 +1,4 @@
-"""Batch norms that keep statistics and parameters of their own for each part of the batch."""
+"""Batch norms that keep separate statistics and parameters for each split of the batch."""
 
 from __future__ import annotations
 
@@ -13,91 +13,21 @@ from torch import Tensor, nn
 
 from paper_layers._core import checks, dtypes
 from paper_layers._core._torch_private import BatchNorm
-from paper_layers._core.fusing import known, readable
+from paper_layers._core.fusing import readable
 from paper_layers._core.recompute import recomputing
 from paper_layers._core.tracing import Leaf
+from paper_layers.adv_prop import _auxiliary
 from paper_layers.ops.split_batch_norm.op import check_split_sizes, normalize_splits, update_statistics
-
-TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-class AuxiliaryNorm(BatchNorm):
-    """Parameters and statistics of an auxiliary branch: the norm that it belongs to computes with them.
-
-    Its classes for 1, 2 and 3 dimensions are batch norms of torch's classes, which loops over modules find.
-    """
-
-    _owner: tuple[SplitBatchNorm, ...] = ()  # While it runs; in a tuple, so that it is no submodule.
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise for the norm that it belongs to, whose eps, momentum and mode count; refuse all others."""
-        for owner in self._owner:
-            return owner.normalize(input, [self])
-        raise RuntimeError("aux_bn: expected to be run by its SplitBatchNorm, as in `with branch(model, 1)`")
-
-    def reset_running_stats(self) -> None:
-        """Do nothing: its SplitBatchNorm knows whether the images that follow a reset come to this branch."""
-
-    def forget(self) -> None:
-        """Reset the running statistics."""
-        super().reset_running_stats()
-
-    def reset_parameters(self) -> None:
-        """Initialize afresh."""
-        super().reset_parameters()
-        self.forget()
-
-    def extra_repr(self) -> str:
-        """Return what is its own."""
-        return str(self.num_features)
-
-
-class AuxiliaryNorm1d(AuxiliaryNorm, nn.BatchNorm1d):
-    """An auxiliary branch of a `SplitBatchNorm1d`."""
-
-
-class AuxiliaryNorm2d(AuxiliaryNorm, nn.BatchNorm2d):
-    """An auxiliary branch of a `SplitBatchNorm2d`."""
-
-
-class AuxiliaryNorm3d(AuxiliaryNorm, nn.BatchNorm3d):
-    """An auxiliary branch of a `SplitBatchNorm3d`."""
-
-
-known(AuxiliaryNorm, AuxiliaryNorm1d, AuxiliaryNorm2d, AuxiliaryNorm3d)
-
-
-class AuxiliaryNorms(nn.ModuleList):
-    """The auxiliary branches of one norm."""
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Refuse what conversions of models would put in a branch's place: it would not be run."""
-        self._check(name, module)
-        super().add_module(name, module)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse the same."""
-        if isinstance(value, nn.Module):
-            self._check(name, value)
-        super().__setattr__(name, value)
-
-    def _check(self, name: str, module: nn.Module | None) -> None:
-        if not isinstance(module, AuxiliaryNorm):
-            raise TypeError(
-                f"aux_bn.{name}: expected an AuxiliaryNorm, got {type(module).__name__}. A conversion of batch norms, "
-                "such as nn.SyncBatchNorm.convert_sync_batchnorm, would lose the split: convert the model first, "
-                "and then split its norms"
-            )
 
 
 class SplitBatchNorm(Leaf, BatchNorm):
-    """What the norms of all dimensions share. Attributes are those of torch's, and `num_splits`, `split_sizes`."""
+    """Base of the 1d, 2d and 3d norms. Has torch's attributes plus `num_splits` and `split_sizes`."""
 
-    aux_bn: AuxiliaryNorms
-    auxiliary_class: type[AuxiliaryNorm] = AuxiliaryNorm
-    _branch: int | None = None  # Set by `branch`, as is the next.
+    aux_bn: _auxiliary.AuxiliaryNorms
+    auxiliary_class: type[_auxiliary.AuxiliaryNorm] = _auxiliary.AuxiliaryNorm
+    _split: int | None = None  # Set by `use_split`, as is `_update_statistics`.
     _update_statistics = True
-    _name_in_model = ""  # Set by a swap, for errors.
+    _name_in_model = ""  # Set by a swap, for error messages.
 
     def __init__(
         self,
@@ -106,6 +36,7 @@ class SplitBatchNorm(Leaf, BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        *,
         num_splits: int = 2,
         split_sizes: Sequence[int] | Sequence[float] | None = None,
         device: torch.device | str | None = None,
@@ -120,53 +51,53 @@ class SplitBatchNorm(Leaf, BatchNorm):
         self.aux_bn = self.new_auxiliaries(self, num_splits, **settings)
 
     @classmethod
-    def new_auxiliaries(cls, main: Any, num_splits: int, **factory: Any) -> AuxiliaryNorms:
-        """Return the auxiliary branches of a norm, initialized afresh.
+    def new_auxiliaries(cls, main: Any, num_splits: int, **factory: Any) -> _auxiliary.AuxiliaryNorms:
+        """Return new auxiliary norms for a main norm.
 
-        Their own momentum counts for nothing, unless `torch.optim.swa_utils.update_bn` takes it away: see `forward`.
+        Their own momentum is unused, except that `update_bn` of torch sets it to None: see `_is_recalibrated`.
         """
         options = {"affine": main.affine, "track_running_stats": main.track_running_stats, **factory}
         if main.affine and main.bias is None:
             options["bias"] = False
-        return AuxiliaryNorms(
+        return _auxiliary.AuxiliaryNorms(
             cls.auxiliary_class(main.num_features, main.eps, **options) for _ in range(num_splits - 1)
         )
 
     @property
-    def branches(self) -> list[BatchNorm]:
-        """The main norm, which is this module itself, and the auxiliary ones."""
+    def split_norms(self) -> list[BatchNorm]:
+        """The norm of each split: the main norm, which is this module itself, and the auxiliary norms."""
         return [self, *self.aux_bn]
 
     def __getattr__(self, name: str) -> Any:
-        """Hand out the tensors of the branch that `branch` has set: tools that fold the norm read them here."""
-        if self._branch and name in TENSORS:
-            return getattr(self.aux_bn[self._branch - 1], name)
+        """Return the tensors of the split that `use_split` has set, for tools that fold the norm."""
+        if self._split and name in _auxiliary.TENSORS:
+            return getattr(self.aux_bn[self._split - 1], name)
         return super().__getattr__(name)
 
     def reset_running_stats(self) -> None:
-        """Forget the statistics of one branch: the one that `branch` has set, else the main one.
+        """Reset the running statistics of the split that `use_split` has set, else of the main norm.
 
-        So `torch.optim.swa_utils.update_bn` forgets what it then computes, and no more.
+        `torch.optim.swa_utils.update_bn` then computes the same ones afresh.
         """
-        if self._branch:
-            self.aux_bn[self._branch - 1].forget()  # type: ignore[operator]
+        if self._split:
+            self.aux_bn[self._split - 1].forget()  # type: ignore[operator]
         else:
             super().reset_running_stats()
 
     def reset_parameters(self) -> None:
-        """Initialize all branches afresh."""
+        """Initialize all splits afresh."""
         super().reset_parameters()
         super().reset_running_stats()
-        for norm in getattr(self, "aux_bn", ()):  # torch's constructor calls this before there are any.
+        for norm in getattr(self, "aux_bn", ()):  # torch's constructor calls this before they exist.
             norm.reset_parameters()
 
     def sizes(self, batch_size: int) -> list[int]:
-        """How many samples of a batch each branch gets in training."""
+        """Return how many samples of a batch each split gets in training."""
         if self.split_sizes is None:
             if batch_size % self.num_splits:
                 raise ValueError(
                     f"input: expected a batch that num_splits={self.num_splits} divides, got {batch_size}"
-                    f"{self._name_in_model and f' in {self._name_in_model}'}; set split_sizes for uneven parts"
+                    f"{self._name_in_model and f' in {self._name_in_model}'}; set split_sizes for uneven splits"
                 )
             return [batch_size // self.num_splits] * self.num_splits
         if not isinstance(self.split_sizes[0], float):
@@ -176,26 +107,24 @@ class SplitBatchNorm(Leaf, BatchNorm):
         return [end - start for start, end in itertools.pairwise([0, *ends])]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise a batch: in training its parts, in eval all of it by the main norm, unless a branch is set.
+        """Normalize a batch: in training split by split, in eval all of it by the main norm.
 
-        While `torch.optim.swa_utils.update_bn` runs, the main norm has all of a batch in training as well. Parts
-        without values leave the statistics of their branch alone.
+        The main norm also gets all of a training batch while `torch.optim.swa_utils.update_bn` runs. If `use_split` has
+        set a split, its norm gets the whole batch. A split without values keeps its statistics.
         """
         self._check_input_dim(input)
-        if input.shape[1] != self.num_features:
-            raise ValueError(f"input: expected {self.num_features} channels, got shape {tuple(input.shape)}")
-        norms = self.branches
-        if self._branch is not None:
-            norms = norms[self._branch : self._branch + 1]
+        norms = self.split_norms
+        if self._split is not None:
+            norms = norms[self._split : self._split + 1]
         elif not self.training or self._is_recalibrated():
             norms = norms[:1]
         if all(norm is self or readable(norm, self.auxiliary_class) for norm in norms):
             return self.normalize(input, norms)
-        parts = input.split(self._parts(input, norms))
-        return torch.cat([self._call(norm, part) for norm, part in zip(norms, parts, strict=True)])
+        inputs = input.split(self._sizes_for(input, norms))
+        return torch.cat([self._call(norm, one) for norm, one in zip(norms, inputs, strict=True)])
 
     def _call(self, norm: Any, input: Tensor) -> Tensor:
-        """Run one branch by a call, for which hooks may wait, and FSDP2 to gather it."""
+        """Run one split's norm by a call, since it may have hooks, or FSDP2 must gather it."""
         if norm is self:
             return self.normalize(input, [norm])
         norm._owner = (self,)
@@ -206,11 +135,11 @@ class SplitBatchNorm(Leaf, BatchNorm):
         return output
 
     def normalize(self, input: Tensor, norms: list[BatchNorm]) -> Tensor:
-        """Normalise a batch by these branches, its parts where there are several."""
+        """Normalize a batch by one norm, or each split of it by its own norm."""
         if not self.training and norms[0].running_mean is not None:
             norm = norms[0]
             return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=self.eps)
-        output, mean, var, counts = self._normalize(input, norms, self._parts(input, norms))
+        output, mean, var, counts = self._normalize(input, norms, self._sizes_for(input, norms))
         if (
             self.training
             and self.track_running_stats
@@ -229,11 +158,11 @@ class SplitBatchNorm(Leaf, BatchNorm):
         return output
 
     def _is_recalibrated(self) -> bool:
-        """Return True while `update_bn` runs: it sets the momentum of every norm to None, and wants no gradients."""
+        """Return True while `update_bn` runs: it sets every norm's momentum to None and turns gradients off."""
         return not torch.is_grad_enabled() and any(norm.momentum is None for norm in self.aux_bn)
 
-    def _parts(self, input: Tensor, norms: Sequence[BatchNorm]) -> list[int]:
-        """How many samples each of these branches gets."""
+    def _sizes_for(self, input: Tensor, norms: Sequence[BatchNorm]) -> list[int]:
+        """Return how many samples each of these norms gets."""
         sizes = [input.shape[0]] if len(norms) == 1 else self.sizes(input.shape[0])
         if sum(sizes) != input.shape[0]:
             raise ValueError(f"split_sizes: expected sizes that sum to the batch, {input.shape[0]}, got {sizes}")
@@ -242,7 +171,7 @@ class SplitBatchNorm(Leaf, BatchNorm):
     def _normalize(
         self, input: Tensor, norms: Sequence[BatchNorm], sizes: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
-        """Output, means, biased variances and numbers of values of the splits: synchronised norms override it."""
+        """Return the output and each split's mean, biased variance and count. Synchronized norms override it."""
         counts = [size * input.shape[2:].numel() for size in sizes]
         if 0 in counts:
             return self._normalize_some(input, norms, sizes, counts)
@@ -253,13 +182,13 @@ class SplitBatchNorm(Leaf, BatchNorm):
     def _normalize_some(
         self, input: Tensor, norms: Sequence[BatchNorm], sizes: list[int], counts: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
-        """Where some parts, or all, have no values; their parameters have gradients of zero, as torch's have."""
+        """Normalize a batch with empty splits. Their parameters get gradients of zero, as torch's do."""
         filled = [i for i, count in enumerate(counts) if count]
         mean = input.new_zeros(len(norms), input.shape[1], dtype=dtypes.accumulation(input))
         var = mean.clone()
         outputs = [
-            F.batch_norm(part, None, None, norm.weight, norm.bias, training=True)
-            for part, norm, count in zip(input.split(sizes), norms, counts, strict=True)
+            F.batch_norm(one, None, None, norm.weight, norm.bias, training=True)
+            for one, norm, count in zip(input.split(sizes), norms, counts, strict=True)
             if not count
         ]
         if filled:
@@ -270,7 +199,7 @@ class SplitBatchNorm(Leaf, BatchNorm):
         return torch.cat(outputs), mean, var, counts
 
     def _count_batch(self, norm: BatchNorm) -> float | Tensor:
-        """Count one more batch; returns its share in the running statistics."""
+        """Count one more batch, and return its share in the running statistics."""
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
             if self.momentum is None:
@@ -279,26 +208,26 @@ class SplitBatchNorm(Leaf, BatchNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(f"{prefix}aux_bn.") for key in state_dict):
-            # A plain batch norm's checkpoint fills every branch; loading may assign, so each gets its own copy.
-            for i, name in itertools.product(range(len(self.aux_bn)), TENSORS):
+            # A plain batch norm's checkpoint fills every split; loading may assign, so each gets its own copy.
+            for i, name in itertools.product(range(len(self.aux_bn)), _auxiliary.TENSORS):
                 if prefix + name in state_dict:
                     state_dict[f"{prefix}aux_bn.{i}.{name}"] = state_dict[prefix + name].clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """All arguments, for the repr."""
+        """Return all arguments, for the repr."""
         sizes = "" if self.split_sizes is None else f", split_sizes={self.split_sizes}"
         return f"{super().extra_repr()}, num_splits={self.num_splits}{sizes}"
 
 
 def affine_of(norms: Sequence[BatchNorm]) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """Weights and biases, each None where the norms have none."""
+    """Return the weights and the biases, each None if the norms do not have them."""
     weight, bias = ([getattr(norm, name) for norm in norms] for name in ("weight", "bias"))
     return None if weight[0] is None else weight, None if bias[0] is None else bias
 
 
 def _plain_sizes(split_sizes: Sequence[int] | Sequence[float], num_splits: int) -> tuple[Any, ...]:
-    """Return sizes as ints, or proportions as floats, also where they are of NumPy."""
+    """Return sizes as ints, or proportions as floats, also from NumPy numbers."""
     sizes = [checks.number("split_sizes", size) for size in split_sizes]
     whole = [checks.is_integer(size) for size in sizes]
     if len(set(whole)) > 1:
@@ -309,7 +238,7 @@ def _plain_sizes(split_sizes: Sequence[int] | Sequence[float], num_splits: int) 
         raise ValueError(f"split_sizes: expected sizes above 0, got {split_sizes!r}")
     if all(whole):
         return tuple(int(size) for size in sizes)
-    if not math.isclose(sum(sizes), 1, rel_tol=1e-6):  # That of float32.
+    if not math.isclose(sum(sizes), 1, rel_tol=1e-6):  # The precision of float32.
         raise ValueError(f"split_sizes: expected proportions that sum to 1, got {split_sizes!r}")
     return tuple(float(size) for size in sizes)
 
@@ -317,10 +246,10 @@ def _plain_sizes(split_sizes: Sequence[int] | Sequence[float], num_splits: int) 
 class SplitBatchNorm1d(SplitBatchNorm, nn.BatchNorm1d):
     """Split batch norm of (N, C) or (N, C, L): see `SplitBatchNorm2d`."""
 
-    auxiliary_class = AuxiliaryNorm1d
+    auxiliary_class = _auxiliary.AuxiliaryNorm1d
 
     def _check_input_dim(self, input: Tensor) -> None:
-        checks.shape("input", input, ("N", "C"), ("N", "C", "L"))
+        checks.shape("input", input, ("N", self.num_features), ("N", self.num_features, "L"))
 
 
 class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
@@ -329,34 +258,32 @@ class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
     .. math:: y_s = \frac{x_s - \mathrm{E}[x_s]}{\sqrt{\mathrm{Var}[x_s] + \epsilon}} \gamma_s + \beta_s
 
     Section 4.2 of Xie et al., "Adversarial Examples Improve Image Recognition", CVPR 2020. In training, the batch is
-    split in order: the first part goes through the main norm, the next through ``aux_bn[0]``, and so on, all in one
-    pass. In eval, the main norm has the whole batch; `paper_layers.adv_prop.branch` runs another one. Keys are those of
-    `nn.BatchNorm2d`, and the same under ``aux_bn.0.`` and so on, as in timm. A plain checkpoint fills every branch.
-    `momentum` and `eps` of this module hold for all branches.
+    split in order: the first split goes through the main norm, the next through ``aux_bn[0]``, and so on, all in one
+    pass. In eval, the main norm gets the whole batch; `paper_layers.adv_prop.use_split` runs another split. The keys
+    are those of `nn.BatchNorm2d`, and the same under ``aux_bn.0.`` and so on, as in timm. A plain checkpoint fills
+    every split. `momentum` and `eps` of this module hold for all splits.
 
-    All branches are batch norms of torch's class, so that loops that freeze norms or exempt them from weight decay find
-    them. `torch.optim.swa_utils.update_bn` renews the main branch's statistics from whole batches and leaves the other
-    branches alone; inside `paper_layers.adv_prop.branch` it renews that branch's. A batch that `torch.utils.checkpoint`
-    computes again counts once. A part without images leaves its branch's statistics alone.
+    Every split's norm is one of torch's batch norms, so that loops that freeze norms or exempt them from weight decay
+    find it. `torch.optim.swa_utils.update_bn` renews the main norm's statistics from whole batches and leaves the other
+    splits alone; inside `use_split` it renews that split's. A batch that `torch.utils.checkpoint` recomputes counts
+    once. A split without images keeps its statistics.
 
     Args:
         num_features: Channels of the input.
         eps: Added to the variance.
         momentum: Share of a batch in the running statistics; None for their average over all batches.
-        affine: Learn a weight and a bias for each branch.
+        affine: Learn a weight and a bias for each split.
         track_running_stats: Keep running statistics, which eval uses.
-        num_splits: Number of branches, at least 2.
-        split_sizes: How a training batch is split. None: in equal parts. Ints: samples of each branch, which must
-            sum to the batch. Floats: proportions, which sum to 1, of any batch, rounded.
-        device: Device of parameters and statistics.
-        dtype: Their dtype.
+        num_splits: Number of splits, at least 2.
+        split_sizes: Sizes of a training batch's splits. None: equal. Ints: numbers of samples, which must sum to the
+            batch. Floats: proportions of any batch, rounded, which must sum to 1.
 
-    Shapes:
+    Shape:
         Input and output (N, C, H, W), of one memory format.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument has a wrong value; the batch cannot be split so; a part has one value per channel.
+        ValueError: An argument has a wrong value; the sizes do not match the batch; a split has one value per channel.
 
     Example:
         >>> import torch
@@ -369,17 +296,16 @@ class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
         torch.Size([1, 16, 32, 32])
     """
 
-    auxiliary_class = AuxiliaryNorm2d
+    auxiliary_class = _auxiliary.AuxiliaryNorm2d
 
     def _check_input_dim(self, input: Tensor) -> None:
-        checks.shape("input", input, ("N", "C", "H", "W"))
+        checks.shape("input", input, ("N", self.num_features, "H", "W"))
 
 
 class SplitBatchNorm3d(SplitBatchNorm, nn.BatchNorm3d):
     """Split batch norm of (N, C, D, H, W): see `SplitBatchNorm2d`."""
 
-    auxiliary_class = AuxiliaryNorm3d
+    auxiliary_class = _auxiliary.AuxiliaryNorm3d
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 5:
-            raise ValueError(f"input: expected shape (N, C, D, H, W), got {tuple(input.shape)}")
+        checks.shape("input", input, ("N", self.num_features, "D", "H", "W"))

@@ -1,24 +1,20 @@
-"""Batch norms become split ones, as AdvProp trains with, and plain ones again."""
+"""Turn batch norms into split ones, for training with AdvProp, and back into plain ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from paper_layers._core._torch_private import BatchNorm
 from paper_layers._core.checks import integer
 from paper_layers._core.surgery import Filter, check_names, format_path, matching_modules
-from paper_layers.adv_prop.norm import (
-    TENSORS,
-    AuxiliaryNorm,
-    SplitBatchNorm,
-    SplitBatchNorm1d,
-    SplitBatchNorm2d,
-    SplitBatchNorm3d,
-)
+from paper_layers.adv_prop._auxiliary import TENSORS, AuxiliaryNorm
+from paper_layers.adv_prop.norm import SplitBatchNorm, SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
 from paper_layers.adv_prop.sync import SplitSyncBatchNorm
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 _SPLIT: dict[type[nn.Module], type[SplitBatchNorm]] = {
     nn.BatchNorm1d: SplitBatchNorm1d,
@@ -30,37 +26,37 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {split: plain for plain, split 
 
 
 def split_batch_norm(
-    model: nn.Module,
+    model: _Model,
     num_splits: int = 2,
     *,
     split_sizes: Sequence[int] | Sequence[float] | None = None,
     filter_fn: Filter | None = None,
-) -> nn.Module:
+) -> _Model:
     """Turn every batch norm of a finished model into a split one, for training with AdvProp.
 
     The auxiliary batch norm of Xie, Tan, Gong, Wang, Yuille, Le, "Adversarial Examples Improve Image Recognition",
-    CVPR 2020, section 4.2; see `paper_layers.SplitBatchNorm2d`. The norm becomes the main branch: its parameters and
-    statistics stay the same objects under the same keys. Each auxiliary branch starts as a copy, under ``aux_bn.0.``
-    and so on, of the same device and dtype, and frozen where the main one is: give it to the optimizer.
+    CVPR 2020, section 4.2; see `paper_layers.SplitBatchNorm2d`. Each norm becomes the main norm: its parameters and
+    statistics stay the same objects under the same keys. Each auxiliary norm starts as a copy, under ``aux_bn.0.`` and
+    so on, with the same device, dtype and `requires_grad`: give its parameters to the optimizer.
 
-    Known are `nn.BatchNorm1d`, `2d`, `3d`, `nn.SyncBatchNorm`, whose parts are then synchronised each by itself, and
-    timm's `BatchNormAct2d` and `SyncBatchNormAct`, which keep their dropout and activation. What is no batch norm
-    (`FrozenBatchNorm2d`, `nn.GroupNorm`) is left alone. To split and to synchronise, convert to SyncBatchNorm first:
-    converting split norms is an error.
+    Splits `nn.BatchNorm1d`, `2d`, `3d`, `nn.SyncBatchNorm` (each split is then synchronized by itself), and timm's
+    `BatchNormAct2d` and `SyncBatchNormAct`, which keep their dropout and activation. Other norms (`FrozenBatchNorm2d`,
+    `nn.GroupNorm`) are left alone. To split and synchronize, convert to SyncBatchNorm first: converting split norms is
+    an error.
 
     Args:
         model: Any module; changed in place.
-        num_splits: Number of branches, at least 2.
-        split_sizes: How a training batch is split, as in `SplitBatchNorm2d`; default in equal parts.
+        num_splits: Number of splits, at least 2.
+        split_sizes: Sizes of a training batch's splits, see `SplitBatchNorm2d`; default equal.
         filter_fn: ``filter_fn(module, name) -> bool``, which norms to split; default all.
 
     Returns:
-        `model`; unchanged if its norms are split so already and `filter_fn` accepts no further one.
+        `model`; unchanged if its norms are already split this way and `filter_fn` accepts no further norm.
 
     Raises:
         TypeError: `model` is not a module, or an argument has the wrong type.
-        ValueError: Nothing to split; a batch norm of an unknown class, which may compute something else; one that is
-            split in another way already; a pruned one; arguments that do not fit.
+        ValueError: Nothing to split; a batch norm of an unknown class, which may compute something else; a norm that is
+            split in another way already; a pruned norm; `num_splits` and `split_sizes` do not match.
 
     Example:
         >>> import torch
@@ -78,7 +74,9 @@ def split_batch_norm(
         >>> model[1].weight is weight
         True
     """
-    setting = SplitBatchNorm1d(1, num_splits=num_splits, split_sizes=split_sizes, device="meta")  # Checks them.
+    setting = SplitBatchNorm1d(
+        1, num_splits=num_splits, split_sizes=split_sizes, device="meta"
+    )  # Checks the arguments.
     wanted = (setting.num_splits, setting.split_sizes)
 
     def fits(module: nn.Module) -> bool:
@@ -91,7 +89,7 @@ def split_batch_norm(
             if found != wanted:
                 raise ValueError(
                     f"{format_path(name)}: expected num_splits={found[0]} and split_sizes={found[1]}, "
-                    f"as it is split already, got {wanted[0]} and {wanted[1]}"
+                    f"as it is already split, got {wanted[0]} and {wanted[1]}"
                 )
     kinds: list[type[SplitBatchNorm]] = []
     for norm, name in norms.items():
@@ -120,24 +118,24 @@ def split_batch_norm(
     return model
 
 
-def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter_fn: Filter | None = None) -> nn.Module:
-    """Turn every split batch norm into the plain one that one of its branches is: for inference, or an export.
+def plain_batch_norm(model: _Model, split: int = 0, *, filter_fn: Filter | None = None) -> _Model:
+    """Turn every split batch norm into a plain one that keeps one split: for inference, or an export.
 
-    The inverse of `split_batch_norm`, also for norms that were made as split ones. The branch keeps its `Parameter`
-    objects; the keys are those of a plain norm.
+    The inverse of `split_batch_norm`, also for norms that were built as split ones. The `Parameter` objects of the
+    split stay; the keys are those of a plain norm.
 
     Args:
         model: Any module; changed in place.
-        branch: Which branch stays: 0 for the main one, 1 for the first auxiliary one, and so on.
+        split: The split to keep: 0 for the main norm, 1 for the first auxiliary norm, and so on.
         filter_fn: ``filter_fn(module, name) -> bool``, which norms; default all.
 
     Returns:
         `model`; unchanged if its norms are plain.
 
     Raises:
-        TypeError: `model` is not a module, or `branch` not an int.
-        ValueError: The model has no batch norm at all; a branch that a norm lacks; a split norm of an unknown class,
-            or, for an auxiliary branch, a pruned one.
+        TypeError: `model` is not a module, or `split` is not an int.
+        ValueError: The model does not have a batch norm; a norm has too few splits; a split norm of an unknown class;
+            a pruned norm, if `split` is not 0.
 
     Example:
         >>> import torch
@@ -148,7 +146,7 @@ def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter_fn: Filter | N
           (0): BatchNorm2d(16, ...)
         )
     """
-    integer("branch", branch, 0)
+    integer("split", split, 0)
     plain = (*_SPLIT, SplitBatchNorm)
 
     def done(module: nn.Module) -> bool:
@@ -158,25 +156,25 @@ def plain_batch_norm(model: nn.Module, branch: int = 0, *, filter_fn: Filter | N
         model, "split batch norm", lambda module: isinstance(module, SplitBatchNorm), done, filter_fn
     )
     for norm, name in norms.items():
-        if branch >= norm.num_splits:
+        if split >= norm.num_splits:
             raise ValueError(
-                f"branch: expected at most {norm.num_splits - 1}, the last of {format_path(name)}, got {branch}"
+                f"split: expected at most {norm.num_splits - 1}, the last of {format_path(name)}, got {split}"
             )
         if _plain_class(type(norm)) is None:
             raise ValueError(
                 f"{format_path(name)}: expected a split norm of this package's classes, got {type(norm).__name__}; "
                 "filter_fn can leave it out"
             )
-        if branch:
-            for part in (norm, norm.branches[branch]):
-                _check_stored(part, name)
+        if split:
+            for one in (norm, norm.split_norms[split]):
+                _check_stored(one, name)
     for norm in norms:
-        kept = norm.branches[branch]
+        kept = norm.split_norms[split]
         norm._parameters.update(kept._parameters)
         norm._buffers.update(kept._buffers)
         norm.__class__ = _plain_class(type(norm))
         del norm.aux_bn, norm.num_splits, norm.split_sizes
-        for private in ("_name_in_model", "_branch", "_update_statistics"):
+        for private in ("_name_in_model", "_split", "_update_statistics"):
             vars(norm).pop(private, None)
     return model
 
@@ -192,13 +190,13 @@ def _plain_class(kind: Any) -> type[nn.Module] | None:
 
 
 def _split_of_timm() -> dict[type[nn.Module], type[SplitBatchNorm]]:
-    from paper_layers.adv_prop._timm import SPLIT  # Not before there is a module of timm's: timm may not be installed.
+    from paper_layers.adv_prop._timm import SPLIT  # Only for a module of timm's: timm may not be installed.
 
     return SPLIT
 
 
 def _check_stored(norm: nn.Module, name: str) -> None:
-    """Refuse a norm with a tensor that hooks compute before each forward, as those of pruning do."""
+    """Refuse a norm with a tensor that hooks compute before each forward, as pruning does."""
     for tensor in TENSORS:
         if tensor in vars(norm):
             raise ValueError(
@@ -208,7 +206,7 @@ def _check_stored(norm: nn.Module, name: str) -> None:
 
 
 def _copy_tensors(norm: nn.Module, auxiliary: nn.Module) -> None:
-    """Copy the tensors that every batch norm has, and none that a user has added."""
+    """Copy the tensors that every batch norm has, but none that a user has added."""
     for name in auxiliary._parameters:
         parameter = norm._parameters.get(name)
         copied = None if parameter is None else nn.Parameter(parameter.detach().clone(), parameter.requires_grad)

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from paper_layers._core import checks, dtypes
 from paper_layers._core._torch_private import BatchNorm
-from paper_layers.adv_prop.norm import AuxiliaryNorm2d, SplitBatchNorm, affine_of
+from paper_layers.adv_prop._auxiliary import AuxiliaryNorm2d
+from paper_layers.adv_prop.norm import SplitBatchNorm, affine_of
 from paper_layers.ops.split_batch_norm.op import per_split_parameters
 from paper_layers.ops.split_batch_norm.steps import (
     split_backward_input,
@@ -24,25 +25,25 @@ from paper_layers.ops.split_batch_norm.steps import (
 
 
 class SplitSyncBatchNorm(SplitBatchNorm, nn.BatchNorm2d):
-    """Split batch norm whose parts are synchronised, each by itself, over all processes: see `SplitBatchNorm2d`.
+    """Split batch norm with each split's statistics taken over all processes: see `SplitBatchNorm2d`.
 
-    In training a branch has the statistics of its parts in all of them, as `nn.SyncBatchNorm` has of whole batches.
-    Batches may differ in size, be empty, and be on a CPU, where DistributedDataParallel refuses an `nn.SyncBatchNorm`:
-    so this is none, but an `nn.BatchNorm2d` for tools that freeze norms. A batch that one process cannot split, and
-    processes that run different branches, are an error in all of them. As with any collective, all of them must run the
-    norm, in training mode: one that does not lets the others wait.
+    In training, each split is synchronized as `nn.SyncBatchNorm` synchronizes whole batches. The batches of the
+    processes may differ in size, be empty, and be on a CPU. The class is an `nn.BatchNorm2d`, not an
+    `nn.SyncBatchNorm`, which DistributedDataParallel refuses on a CPU; tools that freeze norms find it. If one process
+    can't split its batch, or processes run different splits, all of them raise an error. As with any collective, every
+    process must run the norm in training mode; otherwise the others wait forever.
 
     Args:
-        *args: As in `SplitBatchNorm2d`, and the keyword arguments as well.
-        process_group: Which processes; default all.
+        *args: See `SplitBatchNorm2d`, as for the keyword arguments.
+        process_group: The processes; default all.
 
-    Shapes:
+    Shape:
         Input and output (N, C, ...), of one memory format.
 
     Example:
         >>> import torch
         >>> from paper_layers.adv_prop import SplitSyncBatchNorm
-        >>> SplitSyncBatchNorm(16)(torch.randn(4, 16, 8, 8)).shape  # One process alone has nothing to wait for.
+        >>> SplitSyncBatchNorm(16)(torch.randn(4, 16, 8, 8)).shape  # A single process doesn't wait.
         torch.Size([4, 16, 8, 8])
     """
 
@@ -53,17 +54,17 @@ class SplitSyncBatchNorm(SplitBatchNorm, nn.BatchNorm2d):
         self.process_group = process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
-        checks.shape("input", input, ("N", "C", "..."))
+        checks.shape("input", input, ("N", self.num_features, "..."))
 
-    def _is_synchronised(self) -> bool:
+    def _is_synchronized(self) -> bool:
         group = self.process_group
         return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
-    def _parts(self, input: Tensor, norms: Sequence[BatchNorm]) -> list[int]:
+    def _sizes_for(self, input: Tensor, norms: Sequence[BatchNorm]) -> list[int]:
         try:
-            return super()._parts(input, norms)
+            return super()._sizes_for(input, norms)
         except ValueError:
-            if self._is_synchronised():  # The others wait for this process's values: tell them that none will come.
+            if self._is_synchronized():  # Tell the waiting processes that no values will come.
                 rows = torch.zeros(self.num_splits, 1 + 2 * input.shape[1], dtype=dtypes.accumulation(input))
                 rows[:, 0] = -1 - input.shape[0]
                 _gather(rows.to(input.device), self.process_group)
@@ -72,35 +73,35 @@ class SplitSyncBatchNorm(SplitBatchNorm, nn.BatchNorm2d):
     def _normalize(
         self, input: Tensor, norms: Sequence[BatchNorm], sizes: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
-        if not self._is_synchronised():
+        if not self._is_synchronized():
             return super()._normalize(input, norms, sizes)
         splits, affine = len(sizes), zip(("weight", "bias"), affine_of(norms), strict=True)
         stacked = [per_split_parameters(name, values, splits, input) for name, values in affine]
         flat = input.flatten(2) if input.dim() > 2 else input[..., None]
-        first = 0 if splits > 1 else self._branch or 0
+        first = 0 if splits > 1 else self._split or 0
         options = sizes, slice(first, first + splits), self.num_splits, self.eps, self.process_group
-        output, mean, var, counts = _Synchronised.apply(flat, *stacked, options)
+        output, mean, var, counts = _Synchronized.apply(flat, *stacked, options)
         return output.reshape(input.shape), mean, var, counts
 
 
 def _gather(own: Tensor, group: Any) -> Tensor:
-    """Rows of all processes: how many values each of their splits has, and what goes with it."""
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group)
-    return torch.stack(parts)
+    """Gather one row per split from every process: its number of values, mean and variance."""
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, own, group)
+    return torch.stack(rows)
 
 
 def _totals(counts: list[list[float]], run: slice) -> list[int]:
-    """How many values the splits have in all processes, from the counts of each: the same error in each of them."""
+    """Sum the counts of each split over all processes. Every process raises the same errors."""
     for rank, (first, *_) in enumerate(counts):
         if first < 0:
             raise ValueError(
                 "input: expected a batch that the norms of every process can split, "
                 f"got {int(-1 - first)} on rank {rank}"
             )
-    branches = [[i for i, count in enumerate(row) if count != math.inf] for row in counts]
-    if any(some != branches[0] for some in branches):
-        raise ValueError(f"branch: expected the same branches in every process, got {branches} by rank")
+    splits = [[i for i, count in enumerate(row) if count != math.inf] for row in counts]
+    if any(some != splits[0] for some in splits):
+        raise ValueError(f"split: expected the same splits in every process, got {splits} by rank")
     totals = [int(sum(column)) for column in zip(*(row[run] for row in counts), strict=True)]
     if 1 in totals:
         raise ValueError(
@@ -109,7 +110,7 @@ def _totals(counts: list[list[float]], run: slice) -> list[int]:
     return totals
 
 
-class _Synchronised(torch.autograd.Function):
+class _Synchronized(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, options: tuple[Any, ...]
@@ -117,7 +118,7 @@ class _Synchronised(torch.autograd.Function):
         sizes, run, num_splits, eps, group = options
         ctx.eps, ctx.group = eps, group
         some, own_sizes = ctx.own = _filled(sizes, input.shape[2])
-        # All branches have a row, so that processes that run different ones find out.
+        # Send a row for every split, so that processes that run different splits notice.
         rows = input.new_zeros(num_splits, 1 + 2 * input.shape[1], dtype=dtypes.accumulation(input))
         rows[:, 0] = math.inf
         own = rows[run].zero_()
@@ -126,7 +127,7 @@ class _Synchronised(torch.autograd.Function):
         own[:, 0] = own.new_tensor(sizes) * input.shape[2]
         channels = input.shape[1]
         gathered = _gather(rows, group)
-        totals = _totals(gathered[..., 0].tolist(), run)  # The one wait of the host for the device.
+        totals = _totals(gathered[..., 0].tolist(), run)  # The host waits for the device only here.
         counts, means, variances = gathered[:, run].split([1, channels, channels], 2)
         count = counts.sum(0)
         shares = counts / count.clamp(min=1)
@@ -149,7 +150,7 @@ class _Synchronised(torch.autograd.Function):
         if own_sizes:
             own = split_backward_sums(grad, input, mean[some], var[some], own_sizes, ctx.eps)
             sums[:, some] = torch.stack(own)
-        grad_weight, grad_bias = sums.clone()  # This process's alone.
+        grad_weight, grad_bias = sums.clone()  # Only this process's: DDP averages them.
         dist.all_reduce(sums, group=ctx.group)
         if own_sizes:
             means = sums / count.clamp(min=1)
@@ -161,7 +162,7 @@ class _Synchronised(torch.autograd.Function):
 
 
 def _filled(sizes: list[int], pixels: int) -> tuple[Any, list[int]]:
-    """The splits that have values in this process, as an index, and their sizes."""
+    """Return an index of the splits with local values, and their local sizes; other ranks contribute theirs."""
     if all(size * pixels for size in sizes):
         return slice(None), sizes
     some = [i for i, size in enumerate(sizes) if size * pixels]

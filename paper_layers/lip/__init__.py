@@ -1,6 +1,7 @@
 """LIP: Local Importance-based Pooling (Gao, Wang, Wu, ICCV 2019)."""
 
 from paper_layers.lip.checkpoints import load_official
+from paper_layers.lip.conv import LIPConv2d
 from paper_layers.lip.densenet import LIPDenseNet, LIPTransition, lip_densenet121
 from paper_layers.lip.lazy import LazyLIPPool2d
 from paper_layers.lip.logit import BottleneckLogit, BottleneckStem, LogitHead
@@ -12,6 +13,7 @@ __all__ = [
     "BottleneckLogit",
     "BottleneckStem",
     "LIPBottleneck",
+    "LIPConv2d",
     "LIPDenseNet",
     "LIPPool2d",
     "LIPResNet",

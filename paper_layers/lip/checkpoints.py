@@ -1,4 +1,4 @@
-"""Published LIP checkpoints: their keys into ours."""
+"""Load published LIP checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paper_layers._core.checkpoints import StateDict, load
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# Official names -> ours, all applied in turn; a name starts the key or follows a dot.
+# Official names and ours, applied in order; a name starts the key or follows a dot.
 _RENAMED = [
     (re.compile(rf"(?<![^.]){official}\."), ours)
     for official, ours in (
@@ -31,7 +31,7 @@ _LOGIT_LAYER = re.compile(r"(?<![^.])logit\.(conv|norm)([123]?)\.")
 
 
 def _candidates(official: str) -> Iterator[str]:
-    """The names that an official key may have here; which one depends on the form of the logit module."""
+    """Yield the names that an official key may have here, depending on the form of the logit module."""
     key = official
     for pattern, ours in _RENAMED:
         key = pattern.sub(ours, key)
@@ -54,18 +54,17 @@ def load_official(module: _Module, state_dict: StateDict) -> _Module:
 
     Args:
         module: The module to load into.
-        state_dict: The official state dict, of tensors or NumPy arrays. It may stand within
-            ``{"state_dict": ...}``, and have DataParallel's ``module.`` before each key. Or the
-            path of a file that holds one, written by torch.save or, as in model zoos, by pickle. Nothing in a file is
-            run: anything but tensors, arrays, numbers, strings and containers is refused.
+        state_dict: The official state dict of tensors or NumPy arrays, or the path of its file, written by torch.save
+            or by pickle. It may be inside ``{"state_dict": ...}``, and its keys may start with DataParallel's
+            ``module.``. No code in a file runs: only tensors, arrays, numbers, strings and containers are accepted.
 
     Returns:
         `module`.
 
     Raises:
         TypeError: `state_dict` is neither a mapping nor a path, or a key is not a string.
-        pickle.UnpicklingError: A file holds anything else.
-        ValueError: Keys are missing or unexpected, shapes differ, or a value holds no numbers that can be copied.
+        pickle.UnpicklingError: A file holds something else.
+        ValueError: Keys are missing or unexpected, shapes differ, or a value can't be copied.
 
     Example:
         >>> import torch

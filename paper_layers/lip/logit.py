@@ -1,59 +1,15 @@
-"""The logit modules of LIP: small networks that say how much each pixel matters."""
+"""The logit modules of LIP: small networks that predict how much each pixel matters."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers._core.fusing import known, readable
-from paper_layers._core.tracing import Leaf
+from paper_layers.lip._norm import InstanceNorm2d, relu_of
 
-BOUND = 12.0  # The gate keeps logits in (0, BOUND).
-
-
-class InstanceNorm2d(Leaf, nn.InstanceNorm2d):
-    """Affine instance norm that also takes maps of one pixel, empty batches, and a starting weight."""
-
-    def __init__(
-        self,
-        num_features: int,
-        initial_weight: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(num_features, affine=True, device=device, dtype=dtype)
-        self.initial_weight = initial_weight
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Weight at its starting value, bias at zero."""
-        super().reset_parameters()
-        if hasattr(self, "initial_weight"):  # The parent's constructor calls this as well.
-            nn.init.constant_(self.weight, self.initial_weight)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Images (N, C, H, W) or (C, H, W) to normalized ones in the same memory format."""
-        # The same numbers as one group a channel. F.instance_norm refuses one pixel and an empty batch, F.group_norm
-        # one pixel of one image. torch.group_norm loses the variance of channels_last images (on CPU, as
-        # E[x^2] - E[x]^2), hence the copies.
-        batch = input if input.dim() == 4 else input[None]
-        output = torch.group_norm(batch.contiguous(), self.num_features, self.weight, self.bias, self.eps)
-        if not batch.is_contiguous():
-            output = torch.empty_like(batch, dtype=output.dtype).copy_(output)
-        return output if input.dim() == 4 else output[0]
-
-    def extra_repr(self) -> str:
-        """Channels, epsilon and starting weight, for the repr."""
-        return f"{self.num_features}, eps={self.eps}, initial_weight={self.initial_weight}"
-
-
-known(InstanceNorm2d)
-
-
-def relu_of(norm: nn.Module, input: Tensor) -> Tensor:
-    """The positive part of a norm's output, in place unless another layer stands in or others may see the output."""
-    return F.relu(norm(input), inplace=readable(norm, InstanceNorm2d, nn.BatchNorm2d))
+_BOUND = 12.0  # The gate keeps logits in (0, _BOUND).
 
 
 class LogitHead(nn.Module):
@@ -63,12 +19,10 @@ class LogitHead(nn.Module):
     official code's simplified form (kernel size 3).
 
     Args:
-        in_channels: Channels that it sees.
-        channels: Channels of the logits, those of the pooled image.
+        in_channels: Channels of the input.
+        channels: Channels of the logits and of the pooled image.
         kernel_size: 1 or 3, an odd number.
-        zero_init: What starts at zero so that all logits are equal: "norm", "conv" or None (nothing).
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        zero_init: Start with equal logits, by zeros in the "norm" or the "conv"; None: no zeros.
 
     Example:
         >>> LogitHead(64, 32, kernel_size=3)(torch.randn(2, 64, 8, 8)).shape
@@ -80,6 +34,7 @@ class LogitHead(nn.Module):
         in_channels: int,
         channels: int,
         kernel_size: int = 1,
+        *,
         zero_init: str | None = "norm",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -87,11 +42,10 @@ class LogitHead(nn.Module):
         super().__init__()
         if zero_init not in ("norm", "conv", None):
             raise ValueError(f"zero_init: expected 'norm', 'conv' or None, got {zero_init!r}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.zero_init = zero_init
-        self.conv = nn.Conv2d(
-            in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype
-        )
-        self.norm = InstanceNorm2d(channels, 0.0 if zero_init == "norm" else 1.0, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False, **factory)
+        self.norm = InstanceNorm2d(channels, 0.0 if zero_init == "norm" else 1.0, **factory)
         self.reset_zeros()
 
     def reset_parameters(self) -> None:
@@ -101,7 +55,7 @@ class LogitHead(nn.Module):
         self.reset_zeros()
 
     def reset_zeros(self) -> None:
-        """Restore the zeros of the start after a host's init went over all convolutions."""
+        """Set the zeros of `zero_init` again, after a host's init has overwritten them."""
         if self.zero_init == "norm":
             nn.init.zeros_(self.norm.weight)
             nn.init.zeros_(self.norm.bias)
@@ -109,11 +63,11 @@ class LogitHead(nn.Module):
             nn.init.zeros_(self.conv.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Images (N, in_channels, H, W) to logits (N, channels, H, W)."""
-        return BOUND * torch.sigmoid(self.norm(self.conv(input)))
+        """Return logits (N, channels, H, W) of images (N, in_channels, H, W)."""
+        return _BOUND * torch.sigmoid(self.norm(self.conv(input)))
 
     def extra_repr(self) -> str:
-        """What starts at zero, for the repr."""
+        """Return the zero init, for the repr."""
         return f"zero_init={self.zero_init!r}"
 
 
@@ -121,10 +75,8 @@ class BottleneckStem(nn.Module):
     """The first two stages of the bottleneck logit: conv 1x1 and conv 3x3, each with instance norm and ReLU.
 
     Args:
-        channels: Channels that it sees.
-        width: Channels of both stages.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        in_channels: Channels of the input.
+        hidden_channels: Channels of both stages.
 
     Example:
         >>> BottleneckStem(256, 128)(torch.randn(2, 256, 8, 8)).shape
@@ -133,16 +85,18 @@ class BottleneckStem(nn.Module):
 
     def __init__(
         self,
-        channels: int,
-        width: int,
+        in_channels: int,
+        hidden_channels: int,
+        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 1, bias=False, device=device, dtype=dtype)
-        self.norm1 = InstanceNorm2d(width, device=device, dtype=dtype)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, device=device, dtype=dtype)
-        self.norm2 = InstanceNorm2d(width, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_channels, hidden_channels, 1, bias=False, **factory)
+        self.norm1 = InstanceNorm2d(hidden_channels, **factory)
+        self.conv2 = nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1, bias=False, **factory)
+        self.norm2 = InstanceNorm2d(hidden_channels, **factory)
 
     def reset_parameters(self) -> None:
         """Initialize afresh."""
@@ -150,7 +104,7 @@ class BottleneckStem(nn.Module):
             module.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Images (N, channels, H, W) to features (N, width, H, W)."""
+        """Return features (N, hidden_channels, H, W) of images (N, in_channels, H, W)."""
         return relu_of(self.norm2, self.conv2(relu_of(self.norm1, self.conv1(input))))
 
 
@@ -159,10 +113,8 @@ class BottleneckLogit(nn.Module):
 
     Args:
         channels: Channels of the pooled image.
-        width: Channels between; the paper tries 64, 128 and 256.
+        hidden_channels: Channels inside; the paper tries 64, 128 and 256.
         zero_init: See `LogitHead`.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Example:
         >>> BottleneckLogit(256, 128)(torch.randn(2, 256, 8, 8)).shape
@@ -172,14 +124,16 @@ class BottleneckLogit(nn.Module):
     def __init__(
         self,
         channels: int,
-        width: int = 128,
+        hidden_channels: int = 128,
+        *,
         zero_init: str | None = "norm",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.stem = BottleneckStem(channels, width, device=device, dtype=dtype)
-        self.head = LogitHead(width, channels, zero_init=zero_init, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.stem = BottleneckStem(channels, hidden_channels, **factory)
+        self.head = LogitHead(hidden_channels, channels, zero_init=zero_init, **factory)
 
     def reset_parameters(self) -> None:
         """Initialize afresh."""
@@ -187,5 +141,5 @@ class BottleneckLogit(nn.Module):
         self.head.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Images to logits, both (N, channels, H, W)."""
+        """Return logits of images, both (N, channels, H, W)."""
         return self.head(self.stem(input))

@@ -1,8 +1,9 @@
-"""Local importance-based pooling as a module, with the logit module that it learns."""
+"""Local importance-based pooling as a module, with its logit module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,11 @@ from paper_layers.lip.logit import BottleneckLogit, LogitHead
 from paper_layers.ops.lip_pool2d import lip_pool2d
 
 Logit = str | nn.Module | Callable[[Tensor], Tensor]
-_FORMS = ("bottleneck", "projection", "simplified", "identity")
+_KERNEL_SIZES = {"projection": 1, "simplified": 3}
 
 
 class _Function(nn.Module):
-    """A plain function in a module's place."""
+    """Wrap a plain function as a module."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -31,18 +32,13 @@ class _Function(nn.Module):
 
 
 def _plain(name: str, size: int | tuple[int, int], minimum: int) -> int | tuple[int, int]:
-    """Return a checked size in Python's own integers, as one number or a pair as it came."""
+    """Check a size. Return an int, or a pair of ints if a pair came."""
     height, width = checks.pair(name, size, minimum)
     return (height, width) if isinstance(size, tuple | list) and len(size) == 2 else height
 
 
 def _make_logit(
-    logit: Logit,
-    channels: int,
-    bottleneck_width: int,
-    zero_init: str | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
+    logit: Logit, channels: int, hidden_channels: int, *, zero_init: str | None, **factory: Any
 ) -> nn.Module:
     if isinstance(logit, nn.Module):
         return logit
@@ -51,20 +47,18 @@ def _make_logit(
             raise TypeError(f"logit: expected a string, a module or a function, got {type(logit).__name__}")
         return _Function(logit)
     if logit == "bottleneck":
-        return BottleneckLogit(channels, bottleneck_width, zero_init, device=device, dtype=dtype)
-    if logit == "projection":
-        return LogitHead(channels, channels, 1, zero_init, device=device, dtype=dtype)
-    if logit == "simplified":
-        return LogitHead(channels, channels, 3, zero_init, device=device, dtype=dtype)
+        return BottleneckLogit(channels, hidden_channels, zero_init=zero_init, **factory)
+    if logit in _KERNEL_SIZES:
+        return LogitHead(channels, channels, _KERNEL_SIZES[logit], zero_init=zero_init, **factory)
     if logit == "identity":
         return nn.Identity()
-    choices = ", ".join(map(repr, _FORMS))
+    choices = ", ".join(map(repr, ("bottleneck", *_KERNEL_SIZES, "identity")))
     raise ValueError(f"logit: expected one of {choices}, a module or a function, got {logit!r}")
 
 
 @leaf
-def _check_channels(input: Tensor, c: int) -> None:
-    checks.shape("input", input, ("N", c, "H", "W"), (c, "H", "W"))
+def _check_channels(input: Tensor, channels: int) -> None:
+    checks.shape("input", input, ("N", channels, "H", "W"), (channels, "H", "W"))
 
 
 class LIPPool2d(Leaf):
@@ -73,10 +67,10 @@ class LIPPool2d(Leaf):
     .. math:: O_o = \frac{\sum_{i \in \Omega_o} e^{G(X)_i} X_i}{\sum_{i \in \Omega_o} e^{G(X)_i}}
 
     Equation 1 of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019, with importance :math:`e^G`.
-    Takes the place of a max or average pool, or of a convolution's stride. A fresh module is average pooling
-    (without the padding), unless `logit` is "identity" or one's own. Logits are taken in the dtype of the input,
-    which is the output's, under autocast too. It serves as timm's `aa_layer`; where timm wants a class, another
-    form of `logit` is a subclass, not a partial.
+    Use it in place of a max or average pool, or of a convolution's stride. A fresh module is average pooling
+    (without the padding), unless `logit` is "identity" or your own. Logits are converted to the dtype of the input,
+    which is also the output's, under autocast too. The class works as timm's `aa_layer`; for timm models that need a
+    class, use a subclass for another form of `logit`, not a partial.
 
     Args:
         channels: Channels of the input.
@@ -85,27 +79,26 @@ class LIPPool2d(Leaf):
         padding: Padding on each side; it has weight zero.
         logit: The logit module :math:`G`, one of
 
-            - "bottleneck": conv 1x1 to `bottleneck_width`, conv 3x3, conv 1x1 back; the paper's best;
+            - "bottleneck": conv 1x1 to `hidden_channels`, conv 3x3, conv 1x1 back; the paper's best;
             - "projection": conv 1x1; the paper's small one;
             - "simplified": conv 3x3; the official code's for stems;
             - "identity": the input is its own logit: SoftPool (Stergiou et al., ICCV 2021);
             - a module or function from the input to logits of its shape, or to one channel that all share.
 
             In the first three every convolution has an instance norm, and the last one a gate, 12 sigmoid.
-        bottleneck_width: Channels inside "bottleneck".
+        hidden_channels: Channels inside "bottleneck".
         ceil_mode: Round the output size up instead of down.
-        zero_init: What starts at zero to make a fresh module average pooling: "norm", the affine weight and bias
-            of the last instance norm; "conv", the last convolution, as in the official code, whose first
-            gradients are some hundred times larger; None, nothing.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        zero_init: The zeros that make a fresh module average pooling: "norm", the affine weight and bias of the last
+            instance norm; "conv", the last convolution, as in the official code, whose first gradients are some hundred
+            times larger; None, no zeros.
 
-    Shapes:
+    Shape:
         Input (N, C, H, W) or (C, H, W), output (N, C, H_out, W_out) or (C, H_out, W_out), sizes as in `nn.AvgPool2d`.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A size, `logit` or `zero_init` is none of those above; the input does not fit.
+        ValueError: A size is too small; `logit` or `zero_init` is unknown; the input has another number of channels or
+            dimensions.
 
     Example:
         >>> pool = LIPPool2d(64, kernel_size=3, stride=2, padding=1)
@@ -121,47 +114,47 @@ class LIPPool2d(Leaf):
         kernel_size: int | tuple[int, int] = 3,
         stride: int | tuple[int, int] = 2,
         padding: int | tuple[int, int] = 1,
+        *,
         logit: Logit = "bottleneck",
-        bottleneck_width: int = 128,
+        hidden_channels: int = 128,
         ceil_mode: bool = False,
         zero_init: str | None = "norm",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        checks.integer("channels", channels, 1)
-        checks.integer("bottleneck_width", bottleneck_width, 1)
-        self.channels = int(channels)
+        self.channels, self.hidden_channels = checks.positive(channels=channels, hidden_channels=hidden_channels)
         self.kernel_size = _plain("kernel_size", kernel_size, 1)
         self.stride = _plain("stride", stride, 1)
         self.padding = _plain("padding", padding, 0)
-        self.bottleneck_width = int(bottleneck_width)
         self.ceil_mode = ceil_mode
         self.zero_init = zero_init
         self.form = logit if isinstance(logit, str) else "custom"
-        self.logit = _make_logit(logit, self.channels, self.bottleneck_width, zero_init, device, dtype)
+        self.logit = _make_logit(
+            logit, self.channels, self.hidden_channels, zero_init=zero_init, device=device, dtype=dtype
+        )
 
     def reset_parameters(self) -> None:
-        """Initialize the logit module afresh; one's own only if it has a `reset_parameters`."""
+        """Initialize the logit module afresh, if it has a `reset_parameters`."""
         reset = getattr(self.logit, "reset_parameters", None)
         if reset is not None:
             reset()
 
-    def forward(self, input: Tensor, source: Tensor | None = None) -> Tensor:
-        """Pool `input` by the logits of `source`, the tensor that the logit module sees (default: `input`)."""
+    def forward(self, input: Tensor, logit_input: Tensor | None = None) -> Tensor:
+        """Pool `input`, with logits computed from `logit_input` (default: `input`)."""
         _check_channels(input, self.channels)
-        logit = self.logit(input if source is None else source)
+        logit = self.logit(input if logit_input is None else logit_input)
         return lip_pool2d(input, logit.to(input.dtype), self.kernel_size, self.stride, self.padding, self.ceil_mode)
 
     @torch.no_grad()
     def importance(self, input: Tensor) -> Tensor:
-        """The importance map, for pictures: ``exp(logit)``, scaled so that the largest value of each map is 1.
+        """Return the importance map for pictures: ``exp(logit)``, scaled so that each map's maximum is 1.
 
         Args:
-            input: What the logit module sees: the input of `forward`, or its `source`.
+            input: The logit module's input: the `input` or `logit_input` of `forward`.
 
         Returns:
-            Tensor of the logits' shape with values in [0, 1], finite whatever the logits (NaN stays NaN).
+            Tensor of the logits' shape with values in [0, 1], finite for infinite logits too (NaN stays NaN).
         """
         logit = self.logit(input)
         limits = torch.finfo(logit.dtype)
@@ -169,10 +162,10 @@ class LIPPool2d(Leaf):
         return torch.exp(logit - logit.amax((-2, -1), keepdim=True))
 
     def extra_repr(self) -> str:
-        """All arguments, for the repr."""
-        width = f", bottleneck_width={self.bottleneck_width}" if self.form == "bottleneck" else ""
+        """Return all arguments, for the repr."""
+        hidden = f", hidden_channels={self.hidden_channels}" if self.form == "bottleneck" else ""
         zeros = f", zero_init={self.zero_init!r}" if self.form not in ("identity", "custom") else ""
         return (
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
-            f"logit={self.form!r}{width}, ceil_mode={self.ceil_mode}{zeros}"
+            f"logit={self.form!r}{hidden}, ceil_mode={self.ceil_mode}{zeros}"
         )

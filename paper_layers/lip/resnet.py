@@ -3,26 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from paper_layers.lip._host import init_host
+from paper_layers.lip._init import init_host
+from paper_layers.lip._options import NetworkOptions
 from paper_layers.lip.logit import BottleneckStem, LogitHead
 from paper_layers.lip.pool import LIPPool2d
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _EXPANSION = 4
 
 
-class Bottleneck(nn.Module):
+class _Block(nn.Module):
+    """The layers and the init that both bottleneck blocks share. Modules are registered in the order of their run."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        kernel_size: int,
+        *,
+        stem: nn.Module | None = None,
+        pool: nn.Module | None = None,
+        shortcut_pool: nn.Module | None = None,
+        **factory: Any,
+    ):
+        super().__init__()
+        channels = planes * _EXPANSION
+        if stem is not None:
+            self.stem = stem
+        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False, **factory)
+        self.bn1 = nn.BatchNorm2d(planes, **factory)
+        if pool is not None:
+            self.pool = pool
+        self.conv2 = nn.Conv2d(planes, planes, kernel_size, padding=kernel_size // 2, bias=False, **factory)
+        self.bn2 = nn.BatchNorm2d(planes, **factory)
+        self.conv3 = nn.Conv2d(planes, channels, 1, bias=False, **factory)
+        self.bn3 = nn.BatchNorm2d(channels, **factory)
+        self.relu = nn.ReLU(inplace=True)
+        if shortcut_pool is not None:
+            self.shortcut_pool = shortcut_pool
+        self.downsample: nn.Module | None = None
+        if shortcut_pool is not None or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, bias=False, **factory), nn.BatchNorm2d(channels, **factory)
+            )
+
+    def reset_parameters(self) -> None:
+        """Initialize afresh; the last batch norm starts at zero, so the block starts as its shortcut."""
+        init_host(self, "fan_out")
+        nn.init.zeros_(self.bn3.weight)
+
+
+class Bottleneck(_Block):
     """ResNet's bottleneck block with stride 1.
 
     Args:
         in_channels: Channels of the input.
         planes: Channels of the 3x3 convolution; the output has four times as many.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Example:
         >>> Bottleneck(64, 64)(torch.randn(2, 64, 8, 8)).shape
@@ -33,33 +76,15 @@ class Bottleneck(nn.Module):
         self,
         in_channels: int,
         planes: int,
+        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        channels = planes * _EXPANSION
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False, **factory)
-        self.bn1 = nn.BatchNorm2d(planes, **factory)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False, **factory)
-        self.bn2 = nn.BatchNorm2d(planes, **factory)
-        self.conv3 = nn.Conv2d(planes, channels, 1, bias=False, **factory)
-        self.bn3 = nn.BatchNorm2d(channels, **factory)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Module | None = None
-        if in_channels != channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, bias=False, **factory), nn.BatchNorm2d(channels, **factory)
-            )
+        super().__init__(in_channels, planes, 3, device=device, dtype=dtype)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Initialize afresh; the last batch norm starts at zero, so the block at its shortcut."""
-        init_host(self, "fan_out")
-        nn.init.zeros_(self.bn3.weight)
-
     def forward(self, input: Tensor) -> Tensor:
-        """Images (N, in_channels, H, W) to (N, 4 * planes, H, W)."""
+        """Return (N, 4 * planes, H, W) for images (N, in_channels, H, W)."""
         output = self.relu(self.bn1(self.conv1(input)))
         output = self.relu(self.bn2(self.conv2(output)))
         output = self.bn3(self.conv3(output))
@@ -67,87 +92,69 @@ class Bottleneck(nn.Module):
         return self.relu(output + shortcut)
 
 
-class LIPBottleneck(nn.Module):
+class LIPBottleneck(_Block):
     """ResNet's bottleneck block with stride 2, both of its branches downsampled by LIP.
 
     Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019. The strided 3x3 convolution
-    becomes LIP and a 1x1 convolution, the strided shortcut LIP and its 1x1 convolution. Both logits come from
-    one `BottleneckStem`, which sees the block's input; each pooling has its own last stage.
+    becomes LIP and a 1x1 convolution, the strided shortcut becomes LIP and its 1x1 convolution. Both logits come from
+    one `BottleneckStem` on the block's input; each pool has its own `LogitHead`.
 
     Args:
         in_channels: Channels of the input.
         planes: Channels between the 1x1 convolutions; the output has four times as many.
-        bottleneck_width: Channels inside the logit module.
+        hidden_channels: Channels inside the logit module.
         zero_init: See `LIPPool2d`.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Example:
         >>> LIPBottleneck(256, 128)(torch.randn(2, 256, 8, 8)).shape
         torch.Size([2, 512, 4, 4])
     """
 
+    downsample: nn.Module
+
     def __init__(
         self,
         in_channels: int,
         planes: int,
-        bottleneck_width: int = 128,
+        hidden_channels: int = 128,
+        *,
         zero_init: str | None = "norm",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        channels = planes * _EXPANSION
 
-        def pool(width: int) -> LIPPool2d:
-            return LIPPool2d(width, logit=LogitHead(bottleneck_width, width, zero_init=zero_init, **factory))
+        def pool(channels: int) -> LIPPool2d:
+            return LIPPool2d(channels, logit=LogitHead(hidden_channels, channels, zero_init=zero_init, **factory))
 
-        self.stem = BottleneckStem(in_channels, bottleneck_width, **factory)
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False, **factory)
-        self.bn1 = nn.BatchNorm2d(planes, **factory)
-        self.pool = pool(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 1, bias=False, **factory)
-        self.bn2 = nn.BatchNorm2d(planes, **factory)
-        self.conv3 = nn.Conv2d(planes, channels, 1, bias=False, **factory)
-        self.bn3 = nn.BatchNorm2d(channels, **factory)
-        self.relu = nn.ReLU(inplace=True)
-        self.shortcut_pool = pool(in_channels)
-        self.downsample = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 1, bias=False, **factory), nn.BatchNorm2d(channels, **factory)
+        stem = BottleneckStem(in_channels, hidden_channels, **factory)
+        super().__init__(
+            in_channels, planes, 1, stem=stem, pool=pool(planes), shortcut_pool=pool(in_channels), **factory
         )
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Initialize afresh; the last batch norm starts at zero, so the block at its shortcut."""
-        init_host(self, "fan_out")
-        nn.init.zeros_(self.bn3.weight)
-
     def forward(self, input: Tensor) -> Tensor:
-        """Images (N, in_channels, H, W) to (N, 4 * planes, ceil(H / 2), ceil(W / 2))."""
-        source = self.stem(input)
+        """Return (N, 4 * planes, ceil(H / 2), ceil(W / 2)) for images (N, in_channels, H, W)."""
+        features = self.stem(input)
         output = self.relu(self.bn1(self.conv1(input)))
-        output = self.relu(self.bn2(self.conv2(self.pool(output, source))))
+        output = self.relu(self.bn2(self.conv2(self.pool(output, features))))
         output = self.bn3(self.conv3(output))
-        shortcut = self.downsample(self.shortcut_pool(input, source))
-        return self.relu(output + shortcut)
+        return self.relu(output + self.downsample(self.shortcut_pool(input, features)))
 
 
 class LIPResNet(nn.Module):
     """A ResNet whose max pool and strided bottleneck blocks downsample by local importance-based pooling.
 
     Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019. Module names are those of
-    torchvision's ResNet, except `pool` for its max pool and what `LIPBottleneck` adds.
+    torchvision's ResNet, except `pool` for its max pool and the additional names in `LIPBottleneck`.
 
     Args:
         layers: Number of blocks in each of the four stages.
         num_classes: Number of classes.
-        bottleneck_width: Channels inside the logit modules.
+        hidden_channels: Channels inside the logit modules.
         zero_init: See `LIPPool2d`.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
-    Shapes:
+    Shape:
         Input (N, 3, H, W), output (N, num_classes).
 
     Example:
@@ -159,7 +166,8 @@ class LIPResNet(nn.Module):
         self,
         layers: Sequence[int],
         num_classes: int = 1000,
-        bottleneck_width: int = 128,
+        *,
+        hidden_channels: int = 128,
         zero_init: str | None = "norm",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -178,7 +186,8 @@ class LIPResNet(nn.Module):
             return nn.Sequential(first, *rest)
 
         def strided(planes: int) -> LIPBottleneck:
-            return LIPBottleneck(planes // 2 * _EXPANSION, planes, bottleneck_width, zero_init, **factory)
+            in_channels = planes // 2 * _EXPANSION
+            return LIPBottleneck(in_channels, planes, hidden_channels, zero_init=zero_init, **factory)
 
         self.layer1 = stage(Bottleneck(64, 64, **factory), 64, layers[0])
         self.layer2 = stage(strided(128), 128, layers[1])
@@ -198,43 +207,31 @@ class LIPResNet(nn.Module):
         """Initialize the whole network afresh."""
         self._init_ends()
         for module in self.modules():
-            if isinstance(module, Bottleneck | LIPBottleneck):
+            if isinstance(module, _Block):
                 module.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to class scores (N, num_classes)."""
+        """Return class scores (N, num_classes) of images (N, 3, H, W)."""
         output = self.pool(self.relu(self.bn1(self.conv1(input))))
         output = self.layer4(self.layer3(self.layer2(self.layer1(output))))
         return self.fc(self.avgpool(output).flatten(1))
 
 
-def lip_resnet50(
-    num_classes: int = 1000,
-    bottleneck_width: int = 128,
-    zero_init: str | None = "norm",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> LIPResNet:
-    """LIP-ResNet-50, 78.19 % top-1 on ImageNet in the paper's code (ResNet-50: 76.40 %). See `LIPResNet`.
+def lip_resnet50(**options: Unpack[NetworkOptions]) -> LIPResNet:
+    """Return LIP-ResNet-50, 78.19 % top-1 on ImageNet in the paper's code (ResNet-50: 76.40 %). See `LIPResNet`.
 
     Example:
         >>> sum(p.numel() for p in lip_resnet50(device="meta").parameters())
         23864232
     """
-    return LIPResNet((3, 4, 6, 3), num_classes, bottleneck_width, zero_init, device, dtype)
+    return LIPResNet((3, 4, 6, 3), **options)
 
 
-def lip_resnet101(
-    num_classes: int = 1000,
-    bottleneck_width: int = 128,
-    zero_init: str | None = "norm",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> LIPResNet:
-    """LIP-ResNet-101, 79.33 % top-1 on ImageNet in the paper's code (ResNet-101: 77.98 %). See `LIPResNet`.
+def lip_resnet101(**options: Unpack[NetworkOptions]) -> LIPResNet:
+    """Return LIP-ResNet-101, 79.33 % top-1 on ImageNet in the paper's code (ResNet-101: 77.98 %). See `LIPResNet`.
 
     Example:
         >>> sum(p.numel() for p in lip_resnet101(device="meta").parameters())
         42856360
     """
-    return LIPResNet((3, 4, 23, 3), num_classes, bottleneck_width, zero_init, device, dtype)
+    return LIPResNet((3, 4, 23, 3), **options)

@@ -1,11 +1,11 @@
-"""Pools and strided convolutions become LIP pooling."""
+"""Turn pools and strided convolutions into LIP pooling."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -20,18 +20,22 @@ from paper_layers._core.surgery import (
     replace_in_place,
 )
 from paper_layers._core.trial import M, dry_run
-from paper_layers.lip.conv import FOLDS, LIPConv2d, Refusal, own_logit, stride_pool
+from paper_layers.lip._folding import refuse_to_fold
+from paper_layers.lip._stride_pool import own_logit, stride_pool
+from paper_layers.lip.conv import LIPConv2d
 from paper_layers.lip.pool import LIPPool2d, Logit
 
+_Model = TypeVar("_Model", bound=nn.Module)
+
 _FUNCTIONS = re.compile(r"\b(?:max|avg)_pool2d\(")
-# What a pool may be told that LIP cannot do, and the values that ask for nothing.
+# Pool arguments that LIP lacks, with their no-op values.
 _UNSUPPORTED = {"dilation": (1, (1,), [1], (1, 1), [1, 1]), "return_indices": (False,), "divisor_override": (None,)}
 
 
 def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: Any) -> dict[M, int]:
-    """How many channels reach each module, by a trial run.
+    """Return how many channels reach each module, found by a trial run.
 
-    A run that breaks off after it has reached all of them (say at a linear layer of another image size) will do.
+    The run may fail after it has reached all of them, say at a linear layer for another image size.
     """
     seen: dict[M, set[int]] = {module: set() for module in modules}
 
@@ -39,7 +43,7 @@ def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: A
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen[module].add((args[0] if args else kwargs["input"]).shape[-3])
 
-        # Hooks of the module's own decide what reaches it.
+        # The module's own hooks may change its input.
         copied._forward_pre_hooks.update(module._forward_pre_hooks)
         copied._forward_pre_hooks_with_kwargs.update(module._forward_pre_hooks_with_kwargs)
         copied.register_forward_pre_hook(hook, with_kwargs=True)
@@ -49,8 +53,8 @@ def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: A
         if not seen[module] and failure is not None:
             raise ValueError(
                 f"example_input: expected an input that runs through the model on the meta device as far as "
-                f"{format_path(name)}, got {type(failure).__name__}: {failure}. Pass another one, or swap the part of "
-                "the model that holds the pools."
+                f"{format_path(name)}, got {type(failure).__name__}: {failure}. Pass another input, or swap only "
+                "the submodule that holds the pools."
             ) from failure
         if len(seen[module]) != 1:
             counts = " and ".join(map(str, sorted(seen[module]))) or "no input at all in the trial run"
@@ -61,25 +65,25 @@ def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: A
 
 
 def pooling(
-    model: nn.Module,
+    model: _Model,
     logit: Logit = "bottleneck",
     *,
-    bottleneck_width: int = 128,
+    hidden_channels: int = 128,
     example_input: Any = None,
     filter_fn: Filter | None = None,
-) -> nn.Module:
+) -> _Model:
     """Turn every `nn.MaxPool2d` and `nn.AvgPool2d` of a finished model into LIP pooling of the same geometry.
 
     The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; `LIPPool2d` has the equation.
-    Adaptive (global) pools, subclasses and calls of `F.max_pool2d` are left alone. Channel counts come from a run of
-    a copy of the model on the meta device or, for a model that lives by its hooks or by data, of itself in evaluation
-    mode; neither changes the model or the random state. Forward pre-hooks of the pools run there, as they may change
-    what a pool sees.
+    Adaptive (global) pools, subclasses and calls of `F.max_pool2d` are left alone. The numbers of channels come from a
+    run of a copy of the model on the meta device, or, if its hooks or data prevent that, from a run of the model in
+    evaluation mode. Neither run changes the model or the random state. The pools' forward pre-hooks run, since they
+    may change a pool's input.
 
     Args:
         model: Any module; changed in place.
-        logit: As in `LIPPool2d`; of a module, each pool gets a copy.
-        bottleneck_width: As in `LIPPool2d`.
+        logit: See `LIPPool2d`; each pool gets a copy of a module.
+        hidden_channels: See `LIPPool2d`.
         example_input: A tensor, or a tuple of the model's arguments, for the run.
             Default: two images of 224 x 224 with the channels of the first `nn.Conv2d`.
         filter_fn: ``filter_fn(module, name) -> bool``, which pools to swap; default all.
@@ -89,8 +93,8 @@ def pooling(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: Nothing to swap; a pool without LIP counterpart (`dilation`, `return_indices`,
-            `divisor_override`); a pool that sees no input or several channel counts; the run failed.
+        ValueError: Nothing to swap; a pool with an option that LIP lacks (`dilation`, `return_indices`,
+            `divisor_override`); a pool that gets no input or several numbers of channels; the run failed.
 
     Example:
         >>> import torch
@@ -118,14 +122,14 @@ def pooling(
     channels = _input_channels(model, pools, example_input)
     built = []
     for pool, name in pools.items():
-        place = device_and_dtype(model, name)
+        factory = device_and_dtype(model, name)
         geometry: dict[str, Any] = {
             key: getattr(pool, key) for key in ("kernel_size", "stride", "padding", "ceil_mode")
         }
-        if geometry["stride"] in ((), []):  # Torch's other way to say that it is the kernel's size.
+        if geometry["stride"] in ((), []):  # To torch, an empty stride is the kernel's size.
             geometry["stride"] = pool.kernel_size
         lip = LIPPool2d(
-            channels[pool], logit=own_logit(logit, place), bottleneck_width=bottleneck_width, **geometry, **place
+            channels[pool], logit=own_logit(logit, factory), hidden_channels=hidden_channels, **geometry, **factory
         )
         check_names(pool, name, LIPPool2d, {*vars(lip), *lip._modules})
         built.append(lip)
@@ -135,19 +139,19 @@ def pooling(
 
 
 def strided_conv(
-    model: nn.Module, logit: Logit = "bottleneck", *, bottleneck_width: int = 128, filter_fn: Filter | None = None
-) -> nn.Module:
+    model: _Model, logit: Logit = "bottleneck", *, hidden_channels: int = 128, filter_fn: Filter | None = None
+) -> _Model:
     """Turn every strided `nn.Conv2d` of a finished model into the same one with stride 1, followed by LIP pooling.
 
     The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; see `LIPConv2d`. The convolutions
-    keep their `Parameter` objects and state-dict keys, and cost as many times more as their stride has pixels. So patch
-    embeddings, whose kernel is their stride and above 3, are left alone unless a `filter_fn` accepts them.
-    Fold norms into convolutions and re-parametrise blocks (RepVGG, MobileOne) before: it is an error afterwards.
+    keep their `Parameter` objects and state-dict keys. Each costs as many times more as its stride has pixels, so patch
+    embeddings, with a kernel equal to a stride above 3, are left alone unless a `filter_fn` accepts them. Fold norms
+    into convolutions and re-parametrize blocks (RepVGG, MobileOne) before the swap: afterwards it is an error.
 
     Args:
         model: Any module; changed in place.
-        logit: As in `LIPPool2d`; of a module, each pool gets a copy.
-        bottleneck_width: As in `LIPPool2d`.
+        logit: See `LIPPool2d`; each pool gets a copy of a module.
+        hidden_channels: See `LIPPool2d`.
         filter_fn: ``filter_fn(module, name) -> bool``, which convolutions to swap; default all but patch embeddings.
 
     Returns:
@@ -176,11 +180,11 @@ def strided_conv(
     convs = matching_modules(model, "strided nn.Conv2d", fits, exactly(LIPConv2d), filter_fn, _conv_like)
     for conv, name in convs.items():
         check_names(conv, name, LIPConv2d, ["pool"])
-    pools = [stride_pool(conv, logit, bottleneck_width, device_and_dtype(conv, "")) for conv in convs]
+    pools = [stride_pool(conv, logit, hidden_channels, device_and_dtype(conv, "")) for conv in convs]
     for (conv, name), pool in zip(convs.items(), pools, strict=True):
         conv.__class__ = LIPConv2d
         cast(LIPConv2d, conv).take_stride(pool)
-        _refuse_to_fold(model, name)
+        refuse_to_fold(model, name)
     return model
 
 
@@ -191,8 +195,8 @@ def _pool_like(module: nn.Module) -> str | None:
     if not kind.__module__.startswith(("torch.nn.", "paper_layers.")) and "forward" in vars(kind):
         try:
             if _FUNCTIONS.search(inspect.getsource(kind.forward)):
-                return f"{kind.__name__} with calls of max_pool2d or avg_pool2d, which are no modules"
-        except (OSError, TypeError):  # No source.
+                return f"{kind.__name__} with calls of max_pool2d or avg_pool2d, which are not modules"
+        except (OSError, TypeError):  # The source is not available.
             pass
     return None
 
@@ -206,23 +210,5 @@ def _conv_like(module: Any) -> str | None:
 
 
 def _embeds_patches(conv: Any) -> bool:
-    """Return whether a convolution cuts an image into patches, where pooling would make no sense."""
+    """Return True if a convolution cuts an image into patches, where pooling would not make sense."""
     return type(conv) is nn.Conv2d and conv.kernel_size == conv.stride and min(conv.stride) > 3
-
-
-def _refuse_to_fold(model: nn.Module, name: str) -> None:
-    """Make blocks around a convolution refuse to fold it: they read its weight, whatever its class."""
-    for end in range(name.count(".") + 1):
-        block = model.get_submodule(".".join(name.split(".")[:end]))
-        for method in FOLDS:
-            if _takes_nothing(getattr(type(block), method, None)):
-                vars(block)[method] = Refusal(method, format_path(name))
-
-
-def _takes_nothing(method: Any) -> bool:
-    """Return whether a method can be called without arguments, as those that fold are: others share a name alone."""
-    if not inspect.isfunction(method):
-        return False
-    _, *arguments = inspect.signature(method).parameters.values()
-    ways = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return all(a.default is not a.empty or a.kind in ways for a in arguments)

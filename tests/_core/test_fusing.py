@@ -28,7 +28,8 @@ from paper_layers import (
     point_rend,
 )
 from paper_layers._core.fusing import readable
-from paper_layers.adv_prop.norm import AuxiliaryNorm, SplitBatchNorm
+from paper_layers.adv_prop import SplitBatchNorm
+from paper_layers.adv_prop._auxiliary import AuxiliaryNorm
 from paper_layers.deep_gcn.nets import Prediction
 from paper_layers.lip.densenet import DenseLayer
 from tests.ops.test_neighbor_reduce import features, table
@@ -93,7 +94,7 @@ def scores(heads: Any, x: Tensor) -> Tensor:
 def by_branches(norm: Any, x: Tensor) -> Tensor:
     """In training and in evaluation, the batch in parts and as a whole."""
     outputs = [norm(x)]
-    with adv_prop.branch(norm, 1):
+    with adv_prop.use_split(norm, 1):
         outputs += [norm(x), norm.eval()(x)]
     norm.train()
     return torch.cat(outputs)
@@ -181,7 +182,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Run]] = {
         (1200,),
         of_boxes,
     ),
-    "LIPPool2d": (lambda: LIPPool2d(4, bottleneck_width=3, zero_init=None, **FACTORY), (2, 4, 6, 6), lambda m, x: m(x)),
+    "LIPPool2d": (lambda: LIPPool2d(4, hidden_channels=3, zero_init=None, **FACTORY), (2, 4, 6, 6), lambda m, x: m(x)),
     "LIPPool2d of a projection": (lambda: LIPPool2d(4, logit="projection", **FACTORY), (2, 4, 6, 6), lambda m, x: m(x)),
     "LIPTransition": (lambda: lip.LIPTransition(4, 6, 3, **FACTORY), (2, 4, 6, 6), lambda m, x: m(x)),
     "DenseLayer": (lambda: DenseLayer(4, 2, **FACTORY), (2, 4, 6, 6), lambda m, x: m(x)),

@@ -56,7 +56,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, Callable[[nn.Module], nn.Mo
         lambda: nn.Sequential(nn.BatchNorm2d(4)),
         "0",
         swap.split_batch_norm,
-        "num_splits split_sizes branches sizes _branch",
+        "num_splits split_sizes split_norms sizes _split",
     ),
     "graph_conv": (convolution, "0", swap.graph_conv, "_split _terms"),
     "point_rend": (
@@ -125,7 +125,7 @@ def test_plain_norms_can_be_split_again() -> None:
     norm._name = "here"
     before = copy.deepcopy(vars(norm))
     swap.split_batch_norm(norm)
-    with adv_prop.branch(norm, 1):
+    with adv_prop.use_split(norm, 1):
         pass
     swap.plain_batch_norm(norm)
     assert vars(norm).keys() == before.keys()

@@ -95,15 +95,15 @@ def test_hooks_run_once() -> None:
 
 
 class Doubled(LIPPool2d):
-    def forward(self, input: Tensor, source: Tensor | None = None) -> Tensor:
-        return 2 * super().forward(input, source)
+    def forward(self, input: Tensor, logit_input: Tensor | None = None) -> Tensor:
+        return 2 * super().forward(input, logit_input)
 
 
 def test_subclass_and_root() -> None:
     x, images = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 64, 64)
     doubled, pool, net = nn.Sequential(Doubled(4)), LIPPool2d(4), lip.lip_resnet50(num_classes=3).eval()
     torch.testing.assert_close(fx.symbolic_trace(doubled)(x), doubled(x))
-    torch.testing.assert_close(fx.symbolic_trace(pool, {"source": None})(x), pool(x))
+    torch.testing.assert_close(fx.symbolic_trace(pool, {"logit_input": None})(x), pool(x))
     torch.testing.assert_close(fx.symbolic_trace(net)(images), net(images))
 
 

@@ -1,8 +1,9 @@
-"""PGD against a formula in float64, and what it must leave alone."""
+"""PGD against a formula in float64; it must leave the model alone."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,8 @@ SCALES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def scaled(pixels: Tensor, scale: str) -> Tensor:
-    """Pixels of 0 to 255, as the network of that scale takes them."""
+    """Scale pixels of 0 to 255 for a network."""
     if "bounds" in SCALES[scale]:
         low, high = SCALES[scale]["bounds"]
         return low + pixels / 255 * (high - low)
@@ -42,7 +38,7 @@ def scaled(pixels: Tensor, scale: str) -> Tensor:
 
 
 def unscaled(x: Tensor, scale: str) -> Tensor:
-    """And back, by the spec's words."""
+    """Scale back to 0 to 255."""
     if "bounds" in SCALES[scale]:
         low, high = SCALES[scale]["bounds"]
         return (x - low) / (high - low) * 255
@@ -66,8 +62,8 @@ def batch(n: int = 6, scale: str = "0 to 1", **factory: Any) -> tuple[Tensor, Te
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("targeted", [False, True])
 def test_formula(scale: str, targeted: bool) -> None:
-    """Steps on 0 to 255 with the gradient of a linear softmax, written out: W^T (p - target)."""
-    model = linear(2, dtype=torch.float64)  # Two classes: the wrong one is no matter of chance.
+    """Compute the steps on 0 to 255 with the gradient of a linear softmax, W^T (p - target)."""
+    model = linear(2, dtype=torch.float64)  # With two classes the wrong one isn't random.
     x, y = batch(6, scale, dtype=torch.float64)
     y = y % 2
     weight, bias = (p.detach() for p in model[1].parameters())
@@ -75,10 +71,10 @@ def test_formula(scale: str, targeted: bool) -> None:
     moved, target = pixels, 1 - y if targeted else y
     for _ in range(4):
         p = (scaled(moved, scale).flatten(1) @ weight.T + bias).softmax(1)
-        grad = ((p - F.one_hot(target, 2)) @ weight).view_as(x)  # Of the scaled image; scales are positive.
+        grad = ((p - F.one_hot(target, 2)) @ weight).view_as(x)  # To the scaled image: same sign.
         moved = moved + (-1.5 if targeted else 1.5) * grad.sign()
         moved = moved.clamp(pixels - 4, pixels + 4).clamp(0, 255)
-    found = pgd(model, x, y, 4, 1.5, 4, targeted=targeted, random_start=0, **SCALES[scale])
+    found = pgd(model, x, y, radius=4, step_size=1.5, steps=4, targeted=targeted, random_start=0, **SCALES[scale])
     torch.testing.assert_close(unscaled(found, scale), moved)
     assert (moved - pixels).abs().max() > 3.99
 
@@ -91,7 +87,7 @@ def test_stays_in_the_ball_and_the_valid_range(scale: str, dtype: torch.dtype) -
     if dtype == torch.bfloat16 and scale == "0 to 255":
         x = x.round()
     for steps in (0, 3):
-        found = pgd(linear(dtype=dtype), x, y, 8, 4, steps, **SCALES[scale])
+        found = pgd(linear(dtype=dtype), x, y, radius=8, step_size=4, steps=steps, **SCALES[scale])
         assert found.dtype == dtype
         assert not found.requires_grad
         coarse = torch.finfo(dtype).eps * scaled(torch.full((1, 3, 1, 1), 255.0), scale).abs().double().max()
@@ -108,30 +104,31 @@ def test_start_is_uniform_in_the_ball_and_drawn_for_each_image() -> None:
     x = torch.full((4000, 3, 2, 2), 0.5, dtype=torch.float64)
     y = torch.zeros(4000, dtype=torch.int64)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, dtype=torch.float64))
-    noise = 255 * (pgd(model, x, y, 10, 1, 0, random_start=0.25, bounds=(0, 1)) - x)
+    start = functools.partial(pgd, model, x, y, radius=10, steps=0, bounds=(0, 1))
+    noise = 255 * (start(random_start=0.25) - x)
     moved = (noise != 0).flatten(1)
-    assert (moved.all(1) == moved.any(1)).all()  # All of an image or nothing of it.
+    assert (moved.all(1) == moved.any(1)).all()  # Either the whole image moved, or nothing.
     assert abs(moved.any(1).double().mean() - 0.25) < 0.03
     values = noise[moved.any(1)].flatten()
     assert values.abs().max() <= 10
     shares = torch.histc(values, 10, -10, 10) / len(values)
     assert (shares - 0.1).abs().max() < 0.012
     spread = noise[moved.any(1)].flatten(1)
-    assert (spread[:, 0] - spread[:, 1]).abs().min() > 0  # Every pixel its own.
+    assert (spread[:, 0] - spread[:, 1]).abs().min() > 0  # Each pixel has its own noise.
     for share in (1, True, 1.0):
-        assert ((pgd(model, x, y, 10, 1, 0, random_start=share, bounds=(0, 1)) != x).flatten(1).any(1)).all()
+        assert ((start(random_start=share) != x).flatten(1).any(1)).all()
 
 
 def test_start_is_clipped_to_the_valid_range() -> None:
     x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
-    found = pgd(linear(), x, torch.zeros(2, dtype=torch.int64), 20, 1, 0, bounds=(0, 1))
+    found = pgd(linear(), x, torch.zeros(2, dtype=torch.int64), radius=20, steps=0, bounds=(0, 1))
     assert found.min() == 0
     assert found.max() == 1
     assert ((found - x).abs() > 0).float().mean() > 0.4
 
 
 class Spy(nn.Module):
-    """Two logits a class, of which the gradient tells the target: -1 where it is the target, else 1 / (C - 1)."""
+    """Return channels as logits, so that the gradient to a pixel is negative only for the target class."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -145,8 +142,8 @@ def test_targets_are_all_wrong_classes_equally_often() -> None:
     n, classes = 6000, 6
     y = torch.arange(n) % classes
     x = torch.full((n, classes, 1, 1), 0.5)
-    found = pgd(Spy(classes), x, y, 1, 1, 1, random_start=False, bounds=(0, 1))
-    raised = (found > x).flatten(1)  # Towards the target, by its own channel alone.
+    found = pgd(Spy(classes), x, y, radius=1, steps=1, random_start=False, bounds=(0, 1))
+    raised = (found > x).flatten(1)  # Only the target's channel rises.
     assert (raised.sum(1) == 1).all()
     target = raised.int().argmax(1)
     counts = torch.zeros(classes, classes).index_put_((y, target), torch.ones(n), accumulate=True)
@@ -171,7 +168,7 @@ def test_same_generator_same_images() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_leaves_the_model_alone(fails: bool) -> None:
     model = convolutional().train()
-    model[1].eval()  # Frozen by hand.
+    model[1].eval()  # Frozen.
     model[0].weight.requires_grad_(False)
     model[6].weight.grad = torch.ones_like(model[6].weight)
     state = copy.deepcopy(model.state_dict())
@@ -179,7 +176,7 @@ def test_leaves_the_model_alone(fails: bool) -> None:
     x, y = batch()
     x.requires_grad_()
     if fails:
-        with pytest.raises(ValueError, match="y: expected labels"):
+        with pytest.raises(ValueError, match="labels: expected classes"):
             pgd(model, x, y + 3, bounds=(0, 1))
     else:
         pgd(model, x, y, bounds=(0, 1))
@@ -193,7 +190,7 @@ def test_leaves_the_model_alone(fails: bool) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """How often operators are called, and which gradients of convolutions were asked for."""
+    """Count the calls of operators, and record the output masks of convolution backwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +227,7 @@ def test_callers_without_gradients(around: Callable[[], Any], targeted: bool) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """Mixed precision takes mostly the same steps, and training within the same context still gets its gradients."""
+    """Mixed precision takes mostly the same steps, and training in the same context still gets gradients."""
     model, (x, y) = convolutional().eval(), batch()
     kwargs: dict[str, Any] = {"targeted": False, "random_start": False, "bounds": (0, 1)}
     expected = pgd(model, x, y, **kwargs)
@@ -245,8 +242,9 @@ def test_autocast(dtype: torch.dtype) -> None:
 def test_float16_does_not_underflow() -> None:
     model, (x, y) = linear(2, dtype=torch.float16), batch(dtype=torch.float16)
     with torch.no_grad():
-        model[1].weight.copy_(torch.linspace(-4e-7, 4e-7, 96).view(2, 48))  # Gradients of 1e-7, half of them lost.
-    found = pgd(model, x * 0 + 0.5, y % 2, 8, 8, 1, targeted=False, random_start=False, bounds=(0, 1))
+        model[1].weight.copy_(torch.linspace(-4e-7, 4e-7, 96).view(2, 48))  # Gradients of 1e-7: half would underflow.
+    options: dict[str, Any] = {"radius": 8, "step_size": 8, "steps": 1, "bounds": (0, 1)}
+    found = pgd(model, x * 0 + 0.5, y % 2, targeted=False, random_start=False, **options)
     assert (found != 0.5).all()
 
 
@@ -269,19 +267,19 @@ def test_layout_and_other_ranks() -> None:
     assert pgd(convolutional(), x[:0], y[:0], bounds=(0, 1)).shape == (0, 3, 4, 4)
 
 
-def test_eps_zero_is_the_image_itself() -> None:
+def test_radius_zero_is_the_image_itself() -> None:
     x, y = batch()
-    x[0, 0, 0, 0] = 1 + 1e-6  # As bicubic resizing leaves it.
-    assert torch.equal(pgd(convolutional(), x, y, 0, bounds=(0, 1)), x)
+    x[0, 0, 0, 0] = 1 + 1e-6  # Bicubic resizing can leave such a value.
+    assert torch.equal(pgd(convolutional(), x, y, radius=0, bounds=(0, 1)), x)
 
 
 def test_it_fools() -> None:
-    """Towards the target its logit rises, away from y that one falls."""
+    """The loss rises in both directions, more when the attack moves away from the label."""
     model, (x, y) = linear(), batch(32)
     with torch.no_grad():
         clean = F.cross_entropy(model(x), y)
-        away = pgd(model, x, y, 32, 8, 10, targeted=False, bounds=(0, 1))
-        towards = pgd(model, x, y, 32, 8, 10, bounds=(0, 1))
+        attack = functools.partial(pgd, model, x, y, radius=32, step_size=8, steps=10, bounds=(0, 1))
+        away, towards = attack(targeted=False), attack()
         assert F.cross_entropy(model(away), y) > F.cross_entropy(model(towards), y) > clean
 
 
@@ -291,35 +289,43 @@ class Mapping(nn.Module):
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"eps": -1}, ValueError, "eps: expected at least 0 grey levels, got -1"),
-    ({"eps": float("nan")}, ValueError, "eps: .* got nan"),
-    ({"eps": "4"}, TypeError, "eps: expected a number, got '4'"),
+    ({"radius": -1}, ValueError, "radius: expected at least 0 grey levels, got -1"),
+    ({"radius": float("nan")}, ValueError, "radius: .* got nan"),
+    ({"radius": "4"}, TypeError, "radius: expected a number, got '4'"),
     ({"step_size": -0.5}, ValueError, "step_size: expected at least 0 grey levels, got -0.5"),
     ({"steps": -1}, ValueError, "steps: expected at least 0, got -1"),
     ({"steps": 2.0}, TypeError, "steps: expected an int, got 2.0"),
-    ({"random_start": 1.5}, ValueError, "random_start: expected a probability from 0 to 1, got 1.5"),
+    ({"random_start": 1.5}, ValueError, "random_start: expected from 0 to 1, got 1.5"),
     ({"random_start": "yes"}, TypeError, "random_start: expected a number"),
     ({"bounds": (1, 0)}, ValueError, r"bounds: expected the value of black below that of white, got \(1, 0\)"),
     ({"bounds": (0, 0)}, ValueError, "bounds: expected the value of black below"),
     ({"bounds": 1}, TypeError, "bounds: expected a pair"),
     ({"bounds": (0, (1, 1))}, ValueError, "bounds: expected a number, or one for each of 3 channels, got 2"),
     ({"bounds": (0, float("inf"))}, ValueError, "bounds: expected finite numbers"),
-    ({"bounds": ("black", "white")}, TypeError, "bounds: expected a number, or one for each channel, got 'black'"),
+    ({"bounds": ("black", "white")}, TypeError, "bounds: expected a number, or one per channel, got 'black'"),
     ({"bounds": None}, ValueError, "bounds, mean, std: .* got none of them"),
     ({"bounds": None, "mean": 0.5}, ValueError, "bounds, mean, std: .* got mean"),
     ({"mean": 0.5, "std": 0.5}, ValueError, "bounds, mean, std: .* got bounds, mean, std"),
     ({"bounds": None, "mean": MEAN, "std": (0.2, 0.2, 0)}, ValueError, "std: expected values above 0"),
-    ({"x": torch.full((6, 3, 4, 4), 200.0)}, ValueError, "x: expected values within the valid range, 0 to 1 .* 200"),
-    ({"x": -torch.rand(6, 3, 4, 4)}, ValueError, "x: expected values within the valid range"),
-    ({"x": torch.zeros(6, 3, 4, 4, dtype=torch.uint8)}, TypeError, "x: expected one of float32.* got torch.uint8"),
-    ({"x": torch.rand(6)}, ValueError, r"x: expected shape \(N, C, ...\), got \(6,\)"),
-    ({"y": torch.arange(6)}, ValueError, "y: expected labels from 0 to 4, got 0 to 5"),
-    ({"y": torch.arange(6) - 1}, ValueError, "y: expected labels from 0 to 4, got -1 to 4"),
-    ({"y": torch.rand(6)}, TypeError, "y: expected an int64 Tensor"),
-    ({"y": torch.arange(5)}, ValueError, r"y: expected shape \(6,\), got \(5,\)"),
+    (
+        {"images": torch.full((6, 3, 4, 4), 200.0)},
+        ValueError,
+        "images: expected values within .* range, 0 to 1 .* 200",
+    ),
+    ({"images": -torch.rand(6, 3, 4, 4)}, ValueError, "images: expected values within the valid range"),
+    (
+        {"images": torch.zeros(6, 3, 4, 4, dtype=torch.uint8)},
+        TypeError,
+        "images: expected one of .* got torch.uint8",
+    ),
+    ({"images": torch.rand(6)}, ValueError, r"images: expected shape \(N, C, ...\), got \(6,\)"),
+    ({"labels": torch.arange(6)}, ValueError, "labels: expected classes from 0 to 4, got 0 to 5"),
+    ({"labels": torch.arange(6) - 1}, ValueError, "labels: expected classes from 0 to 4, got -1 to 4"),
+    ({"labels": torch.rand(6)}, TypeError, "labels: expected an int64 Tensor"),
+    ({"labels": torch.arange(5)}, ValueError, r"labels: expected shape \(6,\), got \(5,\)"),
     ({"model": Mapping()}, TypeError, "model: expected logits as a Tensor, got dict"),
-    ({"model": nn.Identity()}, ValueError, r"model: expected logits of shape \(6, classes\), .* got \(6, 3, 4, 4\)"),
-    ({"model": linear(1)}, ValueError, r"model: .* at least 2 classes, got \(6, 1\)"),
+    ({"model": nn.Identity()}, ValueError, r"model's logits: expected shape \(6, classes\), got \(6, 3, 4, 4\)"),
+    ({"model": linear(1)}, ValueError, r"model: .* at least 2 classes, got .* \(6, 1\)"),
 ]
 
 
@@ -327,4 +333,4 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
     x, y = batch()
     with pytest.raises(error, match=message):
-        pgd(**{"model": linear(), "x": x, "y": y, "bounds": (0, 1), **change})
+        pgd(**{"model": linear(), "images": x, "labels": y, "bounds": (0, 1), **change})

@@ -1,4 +1,4 @@
-"""Two ranks, each with a batch of its own, against one process with both."""
+"""Two ranks, each with its own batch, against one process with both batches."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from paper_layers import swap
-from paper_layers.adv_prop import SplitSyncBatchNorm, adv_prop_loss, branch, fast_adv_prop_backward, pgd
+from paper_layers.adv_prop import SplitSyncBatchNorm, adv_prop_loss, fast_adv_prop_backward, pgd, use_split
 
-EVEN, UNEVEN, SINGLE = (4, 4), (2, 5), (1, 1)  # Images of each rank.
+EVEN, UNEVEN, SINGLE = (4, 4), (2, 5), (1, 1)  # Numbers of images per rank.
 SIZES = (EVEN, UNEVEN, SINGLE)
-attack = functools.partial(pgd, eps=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
+attack = functools.partial(pgd, radius=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
 Record = dict[str, Any]
 
 
@@ -38,7 +38,7 @@ def network() -> nn.Sequential:
 def data(sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     made = [(torch.rand(n, 3, 5, 5, generator=generator).double(), torch.arange(n) % 3) for n in sizes]
-    return [(x * (1 + rank) / len(sizes), y) for rank, (x, y) in enumerate(made)]  # Other statistics on each.
+    return [(x * (1 + rank) / len(sizes), y) for rank, (x, y) in enumerate(made)]  # Each rank has other statistics.
 
 
 def norm() -> SplitSyncBatchNorm:
@@ -49,7 +49,7 @@ def norm() -> SplitSyncBatchNorm:
 
 
 def features(sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """The two halves of each rank's batch, far from zero and unlike each other; of single images, single pixels."""
+    """Draw the two halves of each rank's batch, far from zero and different; single images have one pixel."""
     generator, side = torch.Generator().manual_seed(2), 1 if sizes == SINGLE else 2
     return [
         (
@@ -65,21 +65,21 @@ def record(model: nn.Module, **more: Any) -> Record:
 
 
 def run_norm(model: Any, halves: list[tuple[Tensor, Tensor]]) -> Record:
-    """The norm of clean parts and adversarial parts, then of one branch alone."""
+    """Run the norm on clean and adversarial halves, then one split on a whole batch."""
     parts = [torch.cat([half[i] for half in halves]) for i in (0, 1)]
     x = torch.cat(parts).requires_grad_()
     output = model(x)
     weights = torch.linspace(-1, 1, 3).view(3, 1, 1).double()
     (output.square() * weights).sum().backward()
-    with branch(model, 1):
+    with use_split(model, 1):
         one = model(parts[0])
     rows = [len(part) for part in parts]
     return record(model, output=output.split(rows), grad=x.grad.split(rows), one=one)
 
 
 def sizes_of(rank: int) -> dict[str, list[int]]:
-    """Images of each branch: a rank without images, a branch without, a branch that only one rank has."""
-    return {"rank": [[3, 2], [0, 0]][rank], "branch": [[3, 0], [4, 0]][rank], "one": [[3, 2], [4, 0]][rank]}
+    """Return the sizes of the splits: a rank, a split, and a split on one rank, without images."""
+    return {"rank": [[3, 2], [0, 0]][rank], "split": [[3, 0], [4, 0]][rank], "one": [[3, 2], [4, 0]][rank]}
 
 
 def run_empty(model: Any, halves: list[Tensor]) -> Record:
@@ -106,7 +106,7 @@ def error(call: Any) -> str:
 def run_step(model: Any, batches: list[tuple[Tensor, Tensor]]) -> Record:
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if isinstance(model, DistributedDataParallel):
-        attack(model, x, y)  # No reduction is left waiting.
+        attack(model, x, y)  # The attack must not leave a reduction unfinished.
     for _ in range(2):
         loss = adv_prop_loss(model, x, y, attack)
         loss.backward()
@@ -114,22 +114,23 @@ def run_step(model: Any, batches: list[tuple[Tensor, Tensor]]) -> Record:
 
 
 def run_fast(model: Any, batches: list[tuple[Tensor, Tensor]]) -> Record:
-    """Twice, so that none may be left waiting."""
+    """Run two steps, so that an unfinished reduction shows."""
     model.zero_grad()
     for x, y in [*batches, *batches]:
-        fast_adv_prop_backward(model, x, y, 8, 8, bounds=(0, 1), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        fast_adv_prop_backward(model, x, y, radius=8, step_size=8, bounds=(0, 1), generator=generator)
     return record(getattr(model, "module", model))
 
 
 def run_sharded(model: Any, shard: Any = None) -> Record:
-    """A model whose norms, auxiliary ones too, are sharded each by itself; in all branches, and in one of them."""
+    """Run a model with each norm sharded by itself, in all splits, then in one split."""
     if shard is not None:
         for layer in [module for module in model.modules() if isinstance(module, _BatchNorm)][::-1]:
             shard(layer)
         shard(model)
     x, _ = data((4,))[0]
     outputs = [model(x)]
-    with branch(model, 1):
+    with use_split(model, 1):
         outputs += [model(x), model.eval()(x)]
     torch.stack(outputs).square().sum().backward()
     grads = [p.grad for p in model.parameters()]
@@ -143,14 +144,14 @@ def worker(rank: int, folder: str) -> None:
     for sizes in SIZES:
         torch.manual_seed(3)
         found["norm", sizes] = run_norm(norm(), [features(sizes)[rank]])
-    for synchronised in (True, False):
+    for synchronized in (True, False):
         model = network()
-        if synchronised:
+        if synchronized:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = swap.split_batch_norm(model)
-        ddp = DistributedDataParallel(model, broadcast_buffers=synchronised)
-        found["step", synchronised] = run_step(ddp, [data(EVEN)[rank]])
-        if not synchronised:
+        ddp = DistributedDataParallel(model, broadcast_buffers=synchronized)
+        found["step", synchronized] = run_step(ddp, [data(EVEN)[rank]])
+        if not synchronized:
             found["fast"] = run_fast(ddp, [data(EVEN)[rank]])
     for name, own in sizes_of(rank).items():
         found["empty", name] = run_empty(norm(), some(own, rank))
@@ -158,8 +159,8 @@ def worker(rank: int, folder: str) -> None:
         x = torch.randn(batch, 3, 1, 1).double()
         found["error", name] = error(functools.partial(norm(), x))
     apart = norm()
-    with branch(apart, 1) if rank else contextlib.nullcontext():
-        found["error", "branches"] = error(lambda: apart(torch.randn(4, 3, 1, 1).double()))
+    with use_split(apart, 1) if rank else contextlib.nullcontext():
+        found["error", "splits"] = error(lambda: apart(torch.randn(4, 3, 1, 1).double()))
     mesh = init_device_mesh("cpu", (2,))
     found["sharded"] = run_sharded(swap.split_batch_norm(network()), functools.partial(fully_shard, mesh=mesh))
     torch.save(found, f"{folder}/{rank}.pt")
@@ -219,7 +220,7 @@ def test_fast_step_shares_its_gradients(ranks: list[dict[Any, Record]]) -> None:
 
 @pytest.mark.parametrize("name", sizes_of(0))
 def test_parts_without_images(ranks: list[dict[Any, Record]], name: str) -> None:
-    """One process computes the same from all images; a branch that has none anywhere keeps its statistics."""
+    """One process computes the same from all images; a split without images on any rank keeps its statistics."""
     parts = [some(sizes_of(rank)[name], rank) for rank in range(2)]
     expected = run_empty(norm(), [torch.cat(halves) for halves in zip(*parts, strict=True)])
     found = [rank["empty", name] for rank in ranks]
@@ -237,7 +238,7 @@ def test_parts_without_images(ranks: list[dict[Any, Record]], name: str) -> None
     [
         ("odd", ["norms of every process can split, got 3 on rank 1", "num_splits=2 divides, got 3"]),
         ("empty and odd", ["norms of every process can split, got 1 on rank 1", "num_splits=2 divides, got 1"]),
-        ("branches", ["expected the same branches in every process, got [[0, 1], [1]] by rank"] * 2),
+        ("splits", ["expected the same splits in every process, got [[0, 1], [1]] by rank"] * 2),
         ("one value", ["at least 2 values per channel in each split over all processes, got [1, 1]"] * 2),
     ],
 )

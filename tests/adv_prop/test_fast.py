@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from paper_layers import swap
 from paper_layers.adv_prop import fast_adv_prop_backward
-from tests.adv_prop.test_step import batch, plain
+from tests.adv_prop.test_loss import batch, plain
 
 N, ATTACKED = 10, 4
 
@@ -24,15 +24,16 @@ def model_and_batch(**factory: Any) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 
 def test_gradients_are_those_of_three_forwards() -> None:
-    """Plain networks, one a branch, and means over the images of each kind, as the authors' code takes them."""
+    """One plain network per split; means over the images of each kind, as in the authors' code."""
     model, x, y = model_and_batch(dtype=torch.float64)
     for p in model.parameters():
-        p.grad = torch.ones_like(p)  # It adds to what there is.
-    main, auxiliary = (swap.plain_batch_norm(copy.deepcopy(model), index) for index in (0, 1))
+        p.grad = torch.ones_like(p)  # The step adds to existing gradients.
+    main, auxiliary = (swap.plain_batch_norm(copy.deepcopy(model), split) for split in (0, 1))
     for p in (*main.parameters(), *auxiliary.parameters()):
         p.grad = None
     clean, attacked = N - ATTACKED, ATTACKED
-    loss = fast_adv_prop_backward(model, x, y, 8, 6, bounds=(0, 1), generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"radius": 8, "step_size": 6, "bounds": (0, 1)}
+    loss = fast_adv_prop_backward(model, x, y, **options, generator=torch.Generator().manual_seed(1))
 
     generator = torch.Generator().manual_seed(1)
     torch.rand(attacked, generator=generator)
@@ -53,13 +54,13 @@ def test_gradients_are_those_of_three_forwards() -> None:
             both = (main[i].get_parameter(name).grad + auxiliary[i].get_parameter(name).grad) / N
             torch.testing.assert_close(p.grad, 1 + both)
     for i in (1, 4):
-        for index, (alone, count) in enumerate(((main, clean), (auxiliary, attacked))):
-            torch.testing.assert_close(model[i].branches[index].weight.grad, 1 + alone[i].weight.grad / count)
-            torch.testing.assert_close(model[i].branches[index].bias.grad, 1 + alone[i].bias.grad / count)
-            torch.testing.assert_close(model[i].branches[index].running_mean, alone[i].running_mean)
-            assert model[i].branches[index].num_batches_tracked == alone[i].num_batches_tracked == 1 + index
+        for split, (alone, count) in enumerate(((main, clean), (auxiliary, attacked))):
+            torch.testing.assert_close(model[i].split_norms[split].weight.grad, 1 + alone[i].weight.grad / count)
+            torch.testing.assert_close(model[i].split_norms[split].bias.grad, 1 + alone[i].bias.grad / count)
+            torch.testing.assert_close(model[i].split_norms[split].running_mean, alone[i].running_mean)
+            assert model[i].split_norms[split].num_batches_tracked == alone[i].num_batches_tracked == 1 + split
     assert not any(p._backward_hooks for p in model.parameters())
-    assert model[1]._branch is None
+    assert model[1]._split is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -138,7 +139,7 @@ def test_bad_input() -> None:
         fast_adv_prop_backward(plain(), x, y, bounds=(0, 1))
     for model in (swap.split_batch_norm(plain(), 3, split_sizes=(6, 2, 2)), swap.split_batch_norm(plain())):
         model[1].split_sizes = (0.8, 0.2) if model[1].num_splits == 2 else (6, 2, 2)
-        with pytest.raises(ValueError, match="expected norms that split a batch in the same two parts"):
+        with pytest.raises(ValueError, match="expected norms that split a batch in the same two,"):
             fast_adv_prop_backward(model, x, y, bounds=(0, 1))
     with pytest.raises(ValueError, match="bounds, mean, std"):
         fast_adv_prop_backward(model_and_batch()[0], x, y)

@@ -1,4 +1,4 @@
-"""Split batch norms as layers, and the context that runs one of their branches."""
+"""Split batch norms as layers, and the context that runs one of their splits."""
 
 from __future__ import annotations
 
@@ -18,18 +18,13 @@ from timm.layers import SplitBatchNorm2d as TimmNorm
 # isort: on
 
 from paper_layers import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
-from paper_layers.adv_prop import branch
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+from paper_layers.adv_prop import use_split
 
 
 def trained(norm: Any) -> Any:
-    """With parameters and statistics that are not those of its start, and differ from branch to branch."""
+    """Draw parameters and statistics that differ from their initial values and between splits."""
     for tensor in itertools.chain(norm.parameters(), norm.buffers()):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not tensor.is_meta:
             tensor.data.uniform_(0.5, 2)
     return norm
 
@@ -39,7 +34,7 @@ def state(norm: nn.Module) -> dict[str, Tensor]:
 
 
 def by_hand(x: Tensor, norm: Any, mean: Tensor, var: Tensor) -> Tensor:
-    """A branch's output from the statistics."""
+    """Return a split's output for given statistics."""
     shape = (-1, *[1] * (x.dim() - 2))
     mean, var, weight, bias = (t.detach().view(shape) for t in (mean, var, norm.weight, norm.bias))
     return (x - mean) / (var + 1e-5).sqrt() * weight + bias
@@ -53,7 +48,7 @@ def by_batch(x: Tensor, norm: Any) -> Tensor:
 @pytest.mark.parametrize("splits", [2, 3])
 @pytest.mark.parametrize("momentum", [0.1, 0.4])
 def test_equals_timm(splits: int, momentum: float) -> None:
-    """The same keys both ways, and in training the same outputs, gradients and statistics."""
+    """Keys load both ways, and training gives the same outputs, gradients and statistics."""
     ours = trained(SplitBatchNorm2d(4, eps=1e-3, momentum=momentum, num_splits=splits, dtype=torch.float64))
     theirs = TimmNorm(4, eps=1e-3, momentum=momentum, num_splits=splits).double()
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -87,7 +82,7 @@ def test_equals_timm(splits: int, momentum: float) -> None:
 def test_formula(kind: Any, shape: tuple[int, ...]) -> None:
     norm, x = trained(kind(3, dtype=torch.float64)), torch.randn(shape, dtype=torch.float64)
     before = state(norm)
-    want = torch.cat([by_batch(part, one) for part, one in zip(x.split(3), norm.branches, strict=True)])
+    want = torch.cat([by_batch(part, one) for part, one in zip(x.split(3), norm.split_norms, strict=True)])
     torch.testing.assert_close(norm(x), want)
     dims = [d for d in range(x.dim()) if d != 1]
     for prefix, part in (("", x[:3]), ("aux_bn.0.", x[3:])):
@@ -113,22 +108,22 @@ def test_formula(kind: Any, shape: tuple[int, ...]) -> None:
     ],
 )
 def test_sizes(split_sizes: Any, batch: int, want: list[int]) -> None:
-    """Equal parts, given ones, and shares of any batch, whose ends are rounded."""
+    """Equal sizes, given sizes, and proportions of any batch, with rounded ends."""
     norm = trained(SplitBatchNorm2d(3, num_splits=3, split_sizes=split_sizes, dtype=torch.float64))
     x = torch.randn(batch, 3, 2, 2, dtype=torch.float64)
-    parts = zip(x.split(want), norm.branches, strict=True)
+    parts = zip(x.split(want), norm.split_norms, strict=True)
     torch.testing.assert_close(norm(x), torch.cat([by_batch(part, one) for part, one in parts]))
     assert norm.split_sizes is None or {*map(type, norm.split_sizes)} <= {int, float}
 
 
-def test_plain_checkpoint_fills_every_branch() -> None:
+def test_plain_checkpoint_fills_every_split() -> None:
     plain = trained(nn.BatchNorm2d(3))
     for assign in (False, True):
         norm = SplitBatchNorm2d(3, num_splits=3)
         checkpoint = state(plain)
         norm.load_state_dict(checkpoint, assign=assign)
         assert list(checkpoint) == list(plain.state_dict())
-        for one in norm.branches:
+        for one in norm.split_norms:
             for name, value in plain.state_dict().items():
                 assert torch.equal(getattr(one, name), value)
         assert len({t.data_ptr() for t in norm.state_dict().values()}) == 15
@@ -136,20 +131,20 @@ def test_plain_checkpoint_fills_every_branch() -> None:
         nn.BatchNorm2d(3).load_state_dict(kept)
 
 
-def test_branch_in_eval_uses_its_running_statistics() -> None:
+def test_split_in_eval_uses_its_running_statistics() -> None:
     norm, x = trained(SplitBatchNorm2d(3, num_splits=3)).eval(), torch.randn(5, 3, 4, 4)
     before = state(norm)
-    for index, one in enumerate(norm.branches):
-        with branch(norm, index):
+    for split, one in enumerate(norm.split_norms):
+        with use_split(norm, split):
             torch.testing.assert_close(norm(x), by_hand(x, one, one.running_mean, one.running_var))
     torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("update", [True, False])
-def test_branch_in_training_has_the_whole_batch(update: bool) -> None:
+def test_split_in_training_has_the_whole_batch(update: bool) -> None:
     norm, x = trained(SplitBatchNorm2d(3)), torch.randn(5, 3, 4, 4)
     before = state(norm)
-    with branch(norm, 1, update_statistics=update):
+    with use_split(norm, 1, update_statistics=update):
         torch.testing.assert_close(norm(x), by_batch(x, norm.aux_bn[0]))
     after = norm.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -160,22 +155,22 @@ def test_branch_in_training_has_the_whole_batch(update: bool) -> None:
         torch.testing.assert_close(after["aux_bn.0.running_mean"], want)
 
 
-def test_branches_nest_and_end() -> None:
-    """The inner one wins, and each leaves what it found, whatever happens inside."""
+def test_splits_nest_and_end() -> None:
+    """The inner context wins, and each restores what it found, also after an error."""
     model = nn.Sequential(trained(SplitBatchNorm2d(3, num_splits=3)), nn.ReLU()).eval()
     x = torch.randn(5, 3, 4, 4)
     alone = [copy.deepcopy(model)(x)]
-    for index in (1, 2):
-        with branch(model, index):
+    for split in (1, 2):
+        with use_split(model, split):
             alone.append(model(x))
-    with branch(model, 1, update_statistics=False):
-        with branch(model, 2):
+    with use_split(model, 1, update_statistics=False):
+        with use_split(model, 2):
             assert torch.equal(model(x), alone[2])
         assert torch.equal(model(x), alone[1])
-        with pytest.raises(ValueError, match="3 channels"), branch(model, 2):
+        with pytest.raises(ValueError, match=r"\(N, 3, H, W\)"), use_split(model, 2):
             model(x[:, :2])
         assert torch.equal(model(x), alone[1])
-        with pytest.raises(ValueError, match="at most 2"), branch(model, 3):
+        with pytest.raises(ValueError, match="at most 2"), use_split(model, 3):
             pass
         before = state(model)
         model.train()(x)
@@ -186,7 +181,7 @@ def test_branches_nest_and_end() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}], ids=str)
 def test_compile(options: dict[str, Any]) -> None:
-    """Without a graph break, in training, in eval and in a branch; statistics move as they do without."""
+    """Compile without a graph break in training, eval and one split; statistics move as in eager mode."""
     norm = trained(SplitBatchNorm2d(3, **options))
     twin = copy.deepcopy(norm)
     torch._dynamo.reset()
@@ -203,7 +198,7 @@ def test_compile(options: dict[str, Any]) -> None:
     torch.testing.assert_close(*grads)
     twin.eval()
     norm.eval()
-    with branch(norm, 1), branch(twin, 1):
+    with use_split(norm, 1), use_split(twin, 1):
         torch.testing.assert_close(compiled(x), twin(x))
     torch.testing.assert_close(compiled(x), twin(x))
 
@@ -231,12 +226,12 @@ def test_export() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """Half features beside float32 parameters and statistics, as convolutions under autocast give them."""
+    """Under autocast, convolutions return half features for float32 parameters and statistics."""
     norm = trained(SplitBatchNorm2d(3))
     x = torch.randn(6, 3, 4, 4).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype):
         output = norm(x)
-    parts = zip(x.detach().float().split(3), norm.branches, strict=True)
+    parts = zip(x.detach().float().split(3), norm.split_norms, strict=True)
     want = torch.cat([by_batch(part, one) for part, one in parts])
     torch.testing.assert_close(output, want.to(dtype))
     output.float().square().sum().backward()
@@ -271,15 +266,15 @@ X = torch.ones(4, 3, 2, 2)
         (lambda: SplitBatchNorm2d(3, num_splits=1), ValueError, "num_splits: expected at least 2, got 1"),
         (lambda: SplitBatchNorm2d(3, num_splits=2.0), TypeError, "num_splits: expected an int"),  # type: ignore[arg-type]
         (lambda: SplitBatchNorm2d(-1), ValueError, "num_features: expected at least 0"),
-        (lambda: SplitBatchNorm1d(3)(X), ValueError, r"expected shape \(N, C\) or \(N, C, L\), got"),
-        (lambda: SplitBatchNorm2d(3)(X[0]), ValueError, r"expected shape \(N, C, H, W\), got \(3, 2, 2\)"),
-        (lambda: SplitBatchNorm3d(3)(X), ValueError, r"expected shape \(N, C, D, H, W\), got"),
-        (lambda: SplitBatchNorm2d(4)(X), ValueError, "input: expected 4 channels, got shape"),
-        (lambda: SplitBatchNorm2d(3).aux_bn[0](X), RuntimeError, r"with branch\(model, 1\)"),
-        (lambda: branch(SplitBatchNorm2d(3), 2).__enter__(), ValueError, "index: expected at most 1, .* got 2"),
-        (lambda: branch(SplitBatchNorm2d(3), -1).__enter__(), ValueError, "index: expected at least 0"),
-        (lambda: branch(SplitBatchNorm2d(3), True).__enter__(), TypeError, "index: expected an int"),
-        (lambda: branch(nn.ReLU(), 0).__enter__(), ValueError, "at least one split batch norm, got none in ReLU"),
+        (lambda: SplitBatchNorm1d(3)(X), ValueError, r"expected shape \(N, 3\) or \(N, 3, L\), got"),
+        (lambda: SplitBatchNorm2d(3)(X[0]), ValueError, r"expected shape \(N, 3, H, W\), got \(3, 2, 2\)"),
+        (lambda: SplitBatchNorm3d(3)(X), ValueError, r"expected shape \(N, 3, D, H, W\), got"),
+        (lambda: SplitBatchNorm2d(4)(X), ValueError, r"input: expected shape \(N, 4, H, W\), got"),
+        (lambda: SplitBatchNorm2d(3).aux_bn[0](X), RuntimeError, r"with use_split\(model, 1\)"),
+        (lambda: use_split(SplitBatchNorm2d(3), 2).__enter__(), ValueError, "split: expected at most 1, .* got 2"),
+        (lambda: use_split(SplitBatchNorm2d(3), -1).__enter__(), ValueError, "split: expected at least 0"),
+        (lambda: use_split(SplitBatchNorm2d(3), True).__enter__(), TypeError, "split: expected an int"),
+        (lambda: use_split(nn.ReLU(), 0).__enter__(), ValueError, "at least one split batch norm, got none in ReLU"),
     ],
 )
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
@@ -287,8 +282,8 @@ def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
         call()
 
 
-def test_auxiliary_branches_with_hooks() -> None:
-    """They are called then, compiled too; what is no such branch is refused in its place."""
+def test_auxiliary_norms_with_hooks() -> None:
+    """An auxiliary norm with hooks is called, compiled too; another module in its place is refused."""
     norm, x = SplitBatchNorm2d(3), torch.randn(4, 3, 2, 2)
     twin = copy.deepcopy(norm)
     norm.aux_bn[0].register_forward_hook(lambda module, inputs, output: 2 * output)

@@ -22,13 +22,8 @@ from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 # isort: on
 
 from paper_layers import SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d, swap
-from paper_layers.adv_prop import branch
+from paper_layers.adv_prop import use_split
 from tests.adv_prop.test_norm import by_hand, state, trained
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 def network() -> nn.Sequential:
@@ -39,11 +34,11 @@ KINDS = [(SplitBatchNorm1d, nn.BatchNorm1d), (SplitBatchNorm2d, nn.BatchNorm2d),
 
 
 @pytest.mark.parametrize(("split", "plain"), KINDS)
-def test_all_branches_are_norms_of_torchs_class(split: Any, plain: Any) -> None:
-    """A rule by class sees the parameters of every branch."""
-    assert all(isinstance(norm, plain) for norm in split(3, num_splits=3).branches)
+def test_all_splits_are_norms_of_torchs_class(split: Any, plain: Any) -> None:
+    """A rule by class finds the parameters of every split."""
+    assert all(isinstance(norm, plain) for norm in split(3, num_splits=3).split_norms)
     swapped = swap.split_batch_norm(plain(3), 3)
-    assert all(isinstance(norm, plain) for norm in swapped.branches)
+    assert all(isinstance(norm, plain) for norm in swapped.split_norms)
     ruled = [p for m in swapped.modules() if isinstance(m, plain) for p in m.parameters(recurse=False)]
     assert len(ruled) == len(list(swapped.parameters())) == 6
 
@@ -60,11 +55,11 @@ def test_frozen_by_a_loop() -> None:
     assert all(p.grad is None for p in model[1].parameters())
 
 
-@pytest.mark.parametrize("synchronised", [False, True])
-def test_timm_freezes_the_main_branch(synchronised: bool) -> None:
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_timm_freezes_the_main_norm(synchronized: bool) -> None:
     model, x = timm.create_model("test_efficientnet").train(), torch.randn(2, 3, 32, 32)
     model(torch.randn(4, 3, 32, 32))
-    if synchronised:
+    if synchronized:
         model = timm.layers.convert_sync_batchnorm(model)
     expected = timm.layers.freeze_batch_norm_2d(copy.deepcopy(model)).eval()
     split = swap.split_batch_norm(model)
@@ -87,37 +82,37 @@ def test_folding_is_of_the_evaluated_norm() -> None:
     model.eval()
     with pytest.raises(AssertionError, match="did not find fuser method"):
         fuse_modules(model, ["0", "1"])
-    for index in (0, 1):
-        with branch(model, index):
+    for split in (0, 1):
+        with use_split(model, split):
             fused = fuse_conv_bn_eval(model[0], model[1])
             torch.testing.assert_close(fused(x), model[1](model[0](x)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("index", [None, 0, 1])
+@pytest.mark.parametrize("split", [None, 0, 1])
 @pytest.mark.parametrize("averaged", [False, True])
-def test_update_bn(momentum: float | None, index: int | None, averaged: bool) -> None:
-    """One branch gets the statistics of all images, also of an odd last batch, and no other one changes."""
+def test_update_bn(momentum: float | None, split: int | None, averaged: bool) -> None:
+    """One split gets the statistics of all images, also of an odd last batch; the others don't change."""
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum)).double()
-    split = swap.split_batch_norm(copy.deepcopy(plain))
-    trained(split[1])
-    before = state(split)
+    model = swap.split_batch_norm(copy.deepcopy(plain))
+    trained(model[1])
+    before = state(model)
     batches = [torch.randn(n, 3, 6, 6).double() for n in (4, 4, 3)]
     update_bn(batches, plain)
-    model: nn.Module = AveragedModel(split) if averaged else split
-    if index is None:
-        update_bn(batches, model)
+    net: nn.Module = AveragedModel(model) if averaged else model
+    if split is None:
+        update_bn(batches, net)
     else:
-        with branch(model, index):
-            update_bn(batches, model)
-    after = (model.module if isinstance(model, AveragedModel) else model).state_dict()
-    prefix = "1.aux_bn.0." if index == 1 else "1."
+        with use_split(net, split):
+            update_bn(batches, net)
+    after = (net.module if isinstance(net, AveragedModel) else net).state_dict()
+    prefix = "1.aux_bn.0." if split == 1 else "1."
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(after[prefix + name], plain.state_dict()[f"1.{name}"])
         del after[prefix + name], before[prefix + name]
     torch.testing.assert_close(dict(after), dict(before), rtol=0, atol=0)
-    split.train()(batches[0])  # Parts again.
-    assert split[1].aux_bn[0].num_batches_tracked == before["1.aux_bn.0.num_batches_tracked"] + 1 if index != 1 else 4
+    model.train()(batches[0])  # Split by split again.
+    assert model[1].aux_bn[0].num_batches_tracked == before["1.aux_bn.0.num_batches_tracked"] + 1 if split != 1 else 4
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -134,7 +129,7 @@ def test_checkpointed_batches_count_once(reentrant: bool) -> None:
 
 
 class Checkpointed(nn.Sequential):
-    """Layers that are computed again for the backward; where they are nested, some are twice."""
+    """Layers that the backward recomputes, nested layers twice."""
 
     reentrant: bool | None = None
 
@@ -146,25 +141,25 @@ class Checkpointed(nn.Sequential):
 
 @pytest.mark.parametrize("update", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputation_runs_the_branch_of_its_forward(reentrant: bool, update: bool) -> None:
+def test_recomputation_runs_the_split_of_its_forward(reentrant: bool, update: bool) -> None:
     inner = Checkpointed(*network())
     model = Checkpointed(inner, nn.Conv2d(4, 5, 3), swap.split_batch_norm(nn.BatchNorm2d(5)), nn.Tanh()).double()
     for p in model.parameters():
-        nn.init.normal_(p)  # So that branches differ.
+        nn.init.normal_(p)  # Splits differ.
     twin, x = copy.deepcopy(model), torch.randn(4, 3, 8, 8).double().requires_grad_()
     model.reentrant = inner.reentrant = reentrant
     for one in (model, twin):
         x.grad = None
-        with branch(one, 1, update_statistics=update):
+        with use_split(one, 1, update_statistics=update):
             first = one(x)
         second = one(x)
-        with branch(one, 0):  # The innermost counts, also in a backward within another one.
-            with branch(one, 1):
+        with use_split(one, 0):  # The innermost context wins, also in a backward inside another one.
+            with use_split(one, 1):
                 third = one(x)
             fourth = one(x)
             (first.square().sum() + third.exp().sum() + fourth.sin().sum()).backward()
         second.cos().sum().backward()
-        assert not any(module._branch for module in one.modules() if isinstance(module, SplitBatchNorm2d))
+        assert not any(module._split for module in one.modules() if isinstance(module, SplitBatchNorm2d))
         if one is model:
             grad = x.grad
     torch.testing.assert_close(grad, x.grad)
@@ -173,12 +168,12 @@ def test_recomputation_runs_the_branch_of_its_forward(reentrant: bool, update: b
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
-def test_checkpointed_timm_network_in_a_branch() -> None:
+def test_checkpointed_timm_network_in_a_split() -> None:
     model = swap.split_batch_norm(timm.create_model("resnet18", num_classes=10, zero_init_last=False)).train()
     twin, x, y = copy.deepcopy(model), torch.rand(4, 3, 32, 32), torch.randint(10, (4,))
     model.set_grad_checkpointing(True)
     for one in (model, twin):
-        with branch(one, 1):
+        with use_split(one, 1):
             loss = F.cross_entropy(one(x), y)
         loss.backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -187,7 +182,7 @@ def test_checkpointed_timm_network_in_a_branch() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (4, 3, 0, 4)])
 def test_batches_without_values(shape: tuple[int, ...]) -> None:
-    """As torch's: they pass, and give gradients of zero."""
+    """They pass and have gradients of zero, as with torch's norms."""
     norm, plain, x = trained(SplitBatchNorm2d(3)), nn.BatchNorm2d(3), torch.zeros(shape)
     before = state(norm)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
@@ -202,8 +197,8 @@ def test_batches_without_values(shape: tuple[int, ...]) -> None:
     assert norm.eval()(x).shape == shape
 
 
-def test_branch_without_images() -> None:
-    """The others go on as they are, and its statistics stay."""
+def test_split_without_images() -> None:
+    """The other splits are normalized as usual; the empty one keeps its statistics."""
     norm = trained(SplitBatchNorm2d(3, num_splits=3, split_sizes=(0.5, 0.1, 0.4), dtype=torch.float64))
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     before, sizes = state(norm), norm.sizes(4)
@@ -211,7 +206,7 @@ def test_branch_without_images() -> None:
     output = norm(x)
     parts = [
         F.batch_norm(part, None, None, one.weight, one.bias, training=True)
-        for part, one in zip(x.split(sizes), norm.branches, strict=True)
+        for part, one in zip(x.split(sizes), norm.split_norms, strict=True)
         if len(part)
     ]
     torch.testing.assert_close(output, torch.cat(parts))
@@ -244,7 +239,7 @@ def test_error_names_the_norm() -> None:
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_pruned_norms(place: int) -> None:
-    """Pruning computes a weight before each forward: a branch may have such a one, but no surgery can copy it."""
+    """A split works with a weight that pruning computes before each forward, but surgery can't copy the weight."""
     model = nn.Sequential(nn.BatchNorm2d(4))
     prune.l1_unstructured(model[0], "weight", 0.5)
     with pytest.raises(ValueError, match=r"model\.0: expected weight to be a parameter .*prune\.remove"):
@@ -253,12 +248,12 @@ def test_pruned_norms(place: int) -> None:
     prune.remove(model[0], "weight")
     split, x = swap.split_batch_norm(model), torch.randn(4, 4, 9, 9)
     assert torch.equal(split[0].aux_bn[0].weight, split[0].weight)
-    prune.l1_unstructured(split[0].branches[place], "weight", 0.75)
+    prune.l1_unstructured(split[0].split_norms[place], "weight", 0.75)
     split(x).sum().backward()
     with pytest.raises(ValueError, match=r"model\.0: expected weight to be a parameter"):
         swap.plain_batch_norm(split, 1)
     split(x)
-    prune.remove(split[0].branches[place], "weight")
+    prune.remove(split[0].split_norms[place], "weight")
     assert (swap.plain_batch_norm(split, place)[0].weight == 0).sum() == 3
     split(x)
 

@@ -55,10 +55,10 @@ def _point_rend(host: Host, model: nn.Module) -> nn.Module:
 
 SWAPS: dict[str, Swap] = {
     "pooling": Swap(
-        lambda _, model: swap.pooling(model, bottleneck_width=8), "at least one nn.MaxPool2d or nn.AvgPool2d to swap"
+        lambda _, model: swap.pooling(model, hidden_channels=8), "at least one nn.MaxPool2d or nn.AvgPool2d to swap"
     ),
     "strided_conv": Swap(
-        lambda _, model: swap.strided_conv(model, bottleneck_width=8), "at least one strided nn.Conv2d to swap"
+        lambda _, model: swap.strided_conv(model, hidden_channels=8), "at least one strided nn.Conv2d to swap"
     ),
     "split_batch_norm": Swap(
         lambda _, model: swap.split_batch_norm(model), "at least one batch norm to swap", same=True

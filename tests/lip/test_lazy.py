@@ -16,17 +16,17 @@ FORMS = ("bottleneck", "projection", "simplified", "identity")
 
 @pytest.mark.parametrize("form", FORMS)
 def test_becomes_the_pool_of_its_first_input(form: str) -> None:
-    lazy = LazyLIPPool2d(2, 2, 0, logit=form, bottleneck_width=8, ceil_mode=True, zero_init="conv")
+    lazy = LazyLIPPool2d(2, 2, 0, logit=form, hidden_channels=8, ceil_mode=True, zero_init="conv")
     assert "LazyLIPPool2d" in repr(lazy)
     assert f"logit={form!r}" in repr(lazy)
     before = list(lazy.parameters())
     x = torch.randn(2, 6, 9, 9)
     y = lazy(x)
     assert type(lazy) is LIPPool2d
-    eager = LIPPool2d(6, 2, 2, 0, logit=form, bottleneck_width=8, ceil_mode=True, zero_init="conv")
+    eager = LIPPool2d(6, 2, 2, 0, logit=form, hidden_channels=8, ceil_mode=True, zero_init="conv")
     assert repr(lazy) == repr(eager)
     torch.testing.assert_close(y, eager(x))
-    # An optimizer made before the first input holds the right parameters.
+    # An optimizer that was made before the first input still holds the parameters.
     assert all(a is b for a, b in zip(before, lazy.parameters(), strict=True))
     assert not any(map(is_lazy, before))
     assert [p.shape for p in before] == [p.shape for p in eager.parameters()]
@@ -46,11 +46,11 @@ def test_moves_before_the_first_input() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_state_dicts(form: str) -> None:
-    eager = nn.Sequential(LIPPool2d(6, logit=form, bottleneck_width=8, zero_init=None))
+    eager = nn.Sequential(LIPPool2d(6, logit=form, hidden_channels=8, zero_init=None))
     x = torch.randn(2, 6, 9, 9)
-    lazy = nn.Sequential(LazyLIPPool2d(logit=form, bottleneck_width=8))
-    # Saved before it is known, loaded into another unknown one: still unknown.
-    other = nn.Sequential(LazyLIPPool2d(logit=form, bottleneck_width=8))
+    lazy = nn.Sequential(LazyLIPPool2d(logit=form, hidden_channels=8))
+    # A lazy pool's state dict, loaded into another lazy pool, leaves it lazy.
+    other = nn.Sequential(LazyLIPPool2d(logit=form, hidden_channels=8))
     other.load_state_dict(lazy.state_dict())
     assert other[0].channels == 0
     assert lazy.state_dict().keys() == eager.state_dict().keys()
@@ -90,7 +90,7 @@ def test_bad_first_input() -> None:
 
 @pytest.mark.parametrize("missing", ["logit.head.norm.weight", "logit.head", "logit.stem"])
 def test_parts_of_a_state_dict(missing: str) -> None:
-    eager, lazy = (LIPPool2d(6, bottleneck_width=4), LazyLIPPool2d(bottleneck_width=4))
+    eager, lazy = (LIPPool2d(6, hidden_channels=4), LazyLIPPool2d(hidden_channels=4))
     state = {name: value for name, value in eager.state_dict().items() if not name.startswith(missing)}
     assert all(name.startswith(missing) for name in lazy.load_state_dict(state, strict=False).missing_keys)
     assert lazy.channels == 6
@@ -102,10 +102,10 @@ def test_parts_of_a_state_dict(missing: str) -> None:
 
 
 def test_meta_device_before_the_first_input() -> None:
-    """Torch itself makes parameters without numbers of lazy ones there."""
+    """Torch turns lazy parameters into empty ones there."""
     lazy = LazyLIPPool2d().to("meta")
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"no shape before the first input, got one of shape \(0,\)"):
+        with pytest.raises(RuntimeError, match=r"without a shape before the first input, got one of shape \(0,\)"):
             lazy(torch.randn(2, 6, 9, 9, device="meta"))
 
 

@@ -1,4 +1,4 @@
-"""The published networks and checkpoints against the official wiring, written with functions and official keys."""
+"""The published networks and checkpoints against functional copies of the official code, with its keys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from paper_layers.lip import (
 
 
 class Official:
-    """The official networks as functions of an official state dict; the first run makes the parameters it asks for."""
+    """The official networks as functions of a state dict; the first run creates its entries."""
 
     def __init__(self, device: str = "cpu"):
         self.state: dict[str, Tensor] = {}
@@ -116,12 +116,12 @@ Case = tuple[Callable[[], nn.Module], Callable[[Official, Tensor], Tensor], tupl
 _F64 = torch.float64
 WHOLE: dict[str, Case] = {
     "resnet": (
-        lambda: LIPResNet((1, 2, 1, 1), 5, 8, dtype=_F64),
+        lambda: LIPResNet((1, 2, 1, 1), 5, hidden_channels=8, dtype=_F64),
         lambda o, x: o.resnet(x, (1, 2, 1, 1), 5, 8),
         (2, 3, 64, 70),
     ),
     "densenet": (
-        lambda: LIPDenseNet((2, 3, 1), 4, 8, 5, 6, dtype=_F64),
+        lambda: LIPDenseNet((2, 3, 1), 4, 8, num_classes=5, hidden_channels=6, dtype=_F64),
         lambda o, x: o.densenet(x, (2, 3, 1), 4, 8, 5, 6),
         (2, 3, 64, 70),
     ),
@@ -174,20 +174,20 @@ def test_single_pools_equal_the_official_ones(name: str, lazy: bool) -> None:
     form, run = POOLS[name]
     official, x = Official(), torch.randn(2, 6, 9, 8, dtype=_F64)
     expected = run(official, x)
-    options = {"logit": form, "bottleneck_width": 5, "dtype": _F64}
+    options = {"logit": form, "hidden_channels": 5, "dtype": _F64}
     pool = LazyLIPPool2d(**options) if lazy else LIPPool2d(6, **options)
     torch.testing.assert_close(load_official(pool, official.state)(x), expected)
 
 
 def _published(name: str, width: int = 128) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A published network and its official state dict, as shapes."""
+    """Return a published network and its official state dict, both on the meta device."""
     official, x = Official("meta"), torch.empty(1, 3, 64, 64, dtype=_F64, device="meta")
     if name == "densenet121":
         official.densenet(x, (6, 12, 24, 16), 32, 64, 1000, width)
-        return lip_densenet121(bottleneck_width=width, device="meta"), official.state
+        return lip_densenet121(hidden_channels=width, device="meta"), official.state
     make, layers = {"resnet50": (lip_resnet50, (3, 4, 6, 3)), "resnet101": (lip_resnet101, (3, 4, 23, 3))}[name]
     official.resnet(x, layers, 1000, width)
-    return make(bottleneck_width=width, device="meta"), official.state
+    return make(hidden_channels=width, device="meta"), official.state
 
 
 @pytest.mark.parametrize(
@@ -273,8 +273,8 @@ def _poolings(model: nn.Module, x: Tensor) -> Iterator[tuple[LIPPool2d, Tensor, 
 
 
 SMALL: dict[str, tuple[Callable[..., nn.Module], int]] = {
-    "resnet": (lambda **options: LIPResNet((1, 1, 1, 1), 5, 8, **options), 7),
-    "densenet": (lambda **options: LIPDenseNet((2, 3, 1), 4, 8, 5, 6, **options), 3),
+    "resnet": (lambda **options: LIPResNet((1, 1, 1, 1), 5, hidden_channels=8, **options), 7),
+    "densenet": (lambda **options: LIPDenseNet((2, 3, 1), 4, 8, num_classes=5, hidden_channels=6, **options), 3),
 }
 
 
@@ -294,7 +294,7 @@ def test_zeroed_norms_have_gradients_of_the_networks_scale_and_zeroed_convolutio
     x, ratio = torch.randn(4, 3, 64, 64), {}
     for zero_init in ("norm", "conv"):
         torch.manual_seed(0)
-        model = LIPResNet((1, 1, 1, 1), 5, 8, zero_init=zero_init)
+        model = LIPResNet((1, 1, 1, 1), 5, hidden_channels=8, zero_init=zero_init)
         F.cross_entropy(model(x), torch.arange(4)).backward()
         logit = [p.grad for n, p in model.named_parameters() if re.search(r"\b(logit|stem)\.", n)]
         rest = [p.grad for n, p in model.named_parameters() if not re.search(r"\b(logit|stem)\.", n)]

@@ -1,4 +1,4 @@
-"""LIPPool2d and its logit modules against the formula, and in all of torch's machinery."""
+"""LIPPool2d and its logit modules against the formula, and under torch's transforms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_layers.lip import BottleneckLogit, BottleneckStem, LIPPool2d, LogitHead
-from paper_layers.lip.logit import InstanceNorm2d
+from paper_layers.lip._norm import InstanceNorm2d
 
 FORMS = ("bottleneck", "projection", "simplified")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -38,7 +38,7 @@ def official_logit(x: Tensor, p: dict[str, Tensor], form: str) -> Tensor:
 
 
 def trained(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module as if trained: no parameter is left at zero or one."""
+    """Draw all parameters at random, so that none stays at zero or one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -53,14 +53,14 @@ def average(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("geometry", [(3, 2, 1), (2, 2, 0), (5, 3, 2)])
 def test_equals_the_official_formula_forward_and_backward(form: str, geometry: tuple[int, int, int]) -> None:
-    pool = trained(LIPPool2d(6, *geometry, logit=form, bottleneck_width=8, dtype=torch.float64))
+    pool = trained(LIPPool2d(6, *geometry, logit=form, hidden_channels=8, dtype=torch.float64))
     x = torch.randn(2, 6, 11, 10, dtype=torch.float64, requires_grad=True)
     inputs = [x, *pool.parameters()]
     actual = pool(x)
     logit = official_logit(x, dict(pool.logit.named_parameters()), form)
     expected = official_pool(x, logit, *geometry)
     torch.testing.assert_close(actual, expected)
-    assert logit.std() > 0.5  # The logits differ, so that this is more than an average.
+    assert logit.std() > 0.5  # The logits differ, so this is not just an average.
     grad = torch.randn_like(actual)
     torch.testing.assert_close(torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(expected, inputs, grad))
 
@@ -68,7 +68,7 @@ def test_equals_the_official_formula_forward_and_backward(form: str, geometry: t
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("zero_init", ["norm", "conv"])
 def test_fresh_is_average_pooling_and_learns(form: str, zero_init: str) -> None:
-    pool = LIPPool2d(6, logit=form, bottleneck_width=8, zero_init=zero_init)
+    pool = LIPPool2d(6, logit=form, hidden_channels=8, zero_init=zero_init)
     x = torch.randn(2, 6, 11, 10)
     torch.testing.assert_close(pool(x), average(x))
     optimizer = torch.optim.SGD(pool.parameters(), 0.1)
@@ -88,7 +88,7 @@ def test_without_zero_init_is_not_average_pooling() -> None:
 
 
 def test_each_module_resets_to_average_pooling_in_any_order() -> None:
-    # FSDP and timm call reset_parameters of every submodule, parents first or children first.
+    # FSDP and timm call every submodule's reset_parameters, parents first or children first.
     x = torch.randn(2, 6, 11, 10)
     for reverse in (False, True):
         pool = trained(LIPPool2d(6))
@@ -118,7 +118,7 @@ def test_output_has_the_inputs_dtype_whatever_the_logits() -> None:
         assert pool(x.to(dtype)).dtype == dtype
 
 
-def test_source_is_what_the_logit_module_sees() -> None:
+def test_logit_input_goes_to_the_logit_module() -> None:
     stem, head = BottleneckStem(6, 8), LogitHead(8, 4)
     trained(stem), trained(head, seed=1)
     x, y = torch.randn(2, 6, 9, 9), torch.randn(2, 4, 9, 9)
@@ -130,7 +130,7 @@ def test_source_is_what_the_logit_module_sees() -> None:
 
 
 def test_importance() -> None:
-    pool = trained(LIPPool2d(6, bottleneck_width=8))
+    pool = trained(LIPPool2d(6, hidden_channels=8))
     x = torch.randn(2, 6, 9, 9)
     expected = pool.logit(x).exp()
     torch.testing.assert_close(pool.importance(x), expected / expected.amax((2, 3), keepdim=True))
@@ -159,7 +159,7 @@ def test_small_empty_and_unbatched_images(form: str, shape: tuple[int, ...]) -> 
 def test_instance_norm_is_torchs(layout: torch.memory_format) -> None:
     ours, theirs = InstanceNorm2d(5), nn.InstanceNorm2d(5, affine=True)
     theirs.load_state_dict(trained(ours).state_dict())
-    # A mean far above the deviation: a variance of E[x^2] - E[x]^2 would be lost here.
+    # The mean is far above the deviation, so E[x^2] - E[x]^2 would be inaccurate.
     x = (torch.randn(3, 5, 40, 40) + 300).contiguous(memory_format=layout).requires_grad_()
     actual, expected = ours(x), theirs(x)
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
@@ -175,7 +175,7 @@ def test_instance_norm_is_torchs(layout: torch.memory_format) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_half_types_and_autocast(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    pool = trained(LIPPool2d(6, bottleneck_width=8))
+    pool = trained(LIPPool2d(6, hidden_channels=8))
     x = torch.randn(2, 6, 12, 12).contiguous(memory_format=layout)
     expected = pool(x)
     with torch.autocast("cpu", dtype):
@@ -191,7 +191,7 @@ def test_half_types_and_autocast(dtype: torch.dtype, layout: torch.memory_format
 
 
 def test_half_logits_at_the_gates_bound_stay_finite() -> None:
-    # exp(12) is beyond float16.
+    # exp(12) overflows float16.
     pool = LIPPool2d(6, logit="projection").half()
     nn.init.constant_(pool.logit.norm.bias, 20.0)
     x = torch.randn(2, 6, 12, 12).half()
@@ -200,7 +200,7 @@ def test_half_logits_at_the_gates_bound_stay_finite() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_channels_last(form: str) -> None:
-    pool = trained(LIPPool2d(6, logit=form, bottleneck_width=8))
+    pool = trained(LIPPool2d(6, logit=form, hidden_channels=8))
     x = torch.randn(2, 6, 12, 12)
     expected = pool(x)
     actual = pool.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
@@ -210,7 +210,7 @@ def test_channels_last(form: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compile(layout: torch.memory_format) -> None:
-    pool = trained(LIPPool2d(6, bottleneck_width=8))
+    pool = trained(LIPPool2d(6, hidden_channels=8))
     compiled = torch.compile(pool, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((2, 6, 12, 12), (3, 6, 13, 17)):
         x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
@@ -222,7 +222,7 @@ def test_compile(layout: torch.memory_format) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_export(layout: torch.memory_format) -> None:
-    pool = trained(LIPPool2d(6, bottleneck_width=8))
+    pool = trained(LIPPool2d(6, hidden_channels=8))
     side = {i: torch.export.Dim(name, min=4, max=64) for i, name in ((2, "height"), (3, "width"))}
     example = torch.randn(2, 6, 12, 12).contiguous(memory_format=layout)
     program = torch.export.export(pool, (example,), dynamic_shapes=({0: torch.export.Dim("batch"), **side},))
@@ -231,7 +231,7 @@ def test_export(layout: torch.memory_format) -> None:
 
 
 def test_vmap_and_func_grad() -> None:
-    pool = trained(LIPPool2d(6, bottleneck_width=8))
+    pool = trained(LIPPool2d(6, hidden_channels=8))
     x = torch.randn(4, 12, 12, 2, 6).permute(0, 3, 4, 1, 2)
     torch.testing.assert_close(torch.vmap(pool)(x), torch.stack([pool(images) for images in x]))
     parameters = dict(pool.named_parameters())
@@ -253,11 +253,11 @@ def test_double_backward() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_copies_and_meta(form: str) -> None:
-    pool = trained(LIPPool2d(6, logit=form, bottleneck_width=8))
+    pool = trained(LIPPool2d(6, logit=form, hidden_channels=8))
     x = torch.randn(2, 6, 12, 12)
     for twin in (copy.deepcopy(pool), pickle.loads(pickle.dumps(pool))):
         assert torch.equal(twin(x), pool(x))
-    meta = LIPPool2d(6, logit=form, bottleneck_width=8, device="meta", dtype=torch.float64)
+    meta = LIPPool2d(6, logit=form, hidden_channels=8, device="meta", dtype=torch.float64)
     assert meta(x.double().to("meta")).shape == (2, 6, 6, 6)
     real = meta.to_empty(device="cpu")
     for parameter in real.parameters():
@@ -267,10 +267,10 @@ def test_copies_and_meta(form: str) -> None:
 
 
 def test_repr_states_form_and_geometry() -> None:
-    text = repr(LIPPool2d(6, (3, 5), 2, (1, 2), bottleneck_width=16, ceil_mode=True, zero_init="conv"))
+    text = repr(LIPPool2d(6, (3, 5), 2, (1, 2), hidden_channels=16, ceil_mode=True, zero_init="conv"))
     for part in (
         "6, kernel_size=(3, 5), stride=2, padding=(1, 2)",
-        "logit='bottleneck', bottleneck_width=16",
+        "logit='bottleneck', hidden_channels=16",
         "ceil_mode=True",
         "zero_init='conv'",
     ):
@@ -292,12 +292,12 @@ def test_ceil_mode_and_rectangles() -> None:
         ({"channels": 0}, ValueError, "channels: expected at least 1, got 0"),
         ({"channels": 6.0}, TypeError, "channels: expected an int, got 6.0"),
         ({"channels": True}, TypeError, "channels: expected an int, got True"),
-        ({"bottleneck_width": True}, TypeError, "bottleneck_width: expected an int, got True"),
+        ({"hidden_channels": True}, TypeError, "hidden_channels: expected an int, got True"),
         ({"kernel_size": (True, 3)}, TypeError, r"kernel_size: expected an int .*got \(True, 3\)"),
         ({"kernel_size": 0}, ValueError, "kernel_size: expected at least 1, got 0"),
         ({"stride": 1.5}, TypeError, "stride: expected an int"),
         ({"padding": -1}, ValueError, "padding: expected at least 0, got -1"),
-        ({"bottleneck_width": -2}, ValueError, "bottleneck_width: expected at least 1"),
+        ({"hidden_channels": -2}, ValueError, "hidden_channels: expected at least 1"),
         ({"zero_init": "gate"}, ValueError, "zero_init: expected 'norm', 'conv' or None, got 'gate'"),
         ({"logit": 3}, TypeError, "logit: expected a string, a module or a function, got int"),
         ({"logit": "max"}, ValueError, "'bottleneck', 'projection', 'simplified', 'identity', .*, got 'max'"),
@@ -326,7 +326,7 @@ def test_layers_that_follow_may_work_in_place(form: str, following: nn.Module) -
 
 @pytest.mark.parametrize("norm", [nn.Sequential(nn.InstanceNorm2d(8), nn.Tanh()), nn.Identity()], ids=["tanh", "none"])
 def test_a_layer_in_the_place_of_a_norm_keeps_its_output(norm: nn.Module) -> None:
-    pool, seen = LIPPool2d(6, bottleneck_width=8), []
+    pool, seen = LIPPool2d(6, hidden_channels=8), []
     pool.logit.stem.norm1 = norm
     pool.logit.stem.conv1.register_forward_hook(lambda conv, args, output: seen.extend([output, output.clone()]))
     pool(torch.randn(2, 6, 8, 8)).sum().backward()
@@ -354,7 +354,7 @@ def test_onnx() -> None:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    pool = trained(LIPPool2d(6, bottleneck_width=8)).eval()
+    pool = trained(LIPPool2d(6, hidden_channels=8)).eval()
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=4, max=64)}
     program = torch.onnx.export(pool, (torch.randn(2, 6, 12, 12),), dynamo=True, verbose=False, dynamic_shapes=(sizes,))
     assert program is not None

@@ -18,7 +18,7 @@ from paper_layers.lip import LIPPool2d
 
 
 class ProjectionPool(LIPPool2d):
-    """timm's ResNet takes a class, no partial: a form of one's own is a subclass."""
+    """timm's ResNet takes a class, not a partial, so another form of logit needs a subclass."""
 
     def __init__(self, channels: int, stride: int = 2, **factory: Any):
         super().__init__(channels, stride=stride, logit="projection", **factory)
@@ -37,7 +37,7 @@ def test_aa_layer(name: str, layer: Any, form: str) -> None:
     pools = [module for module in model.modules() if isinstance(module, LIPPool2d)]
     assert len(pools) == 4
     assert all(pool.form == form and pool.stride == 2 for pool in pools)
-    # timm's init went over all convolutions; the pools are average pools all the same.
+    # timm's init changed all convolutions, but the pools must still be average pools.
     for pool in pools:
         x = torch.randn(1, pool.channels, 8, 8)
         torch.testing.assert_close(pool(x), nn.functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False))

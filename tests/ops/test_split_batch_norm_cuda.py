@@ -162,7 +162,7 @@ def test_layer_equals_torch(layout: str) -> None:
     grads = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (output, want)]
     torch.testing.assert_close(*grads)
     assert output.stride() == grads[0].stride() == x.stride()
-    for one, other in zip(norm.branches, plain, strict=True):
+    for one, other in zip(norm.split_norms, plain, strict=True):
         torch.testing.assert_close(one.running_mean, other.running_mean)
         torch.testing.assert_close(one.running_var, other.running_var)
 

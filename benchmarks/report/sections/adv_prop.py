@@ -26,9 +26,9 @@ ATTACK = ATTACKS[1]
 IMAGES, LEVELS = 8, (0.0, 16.0, 32.0, 64.0)  # Images in the picture.
 LOOP = """\
 model = swap.split_batch_norm(model)
-attack = functools.partial(pgd, eps=76.5, step_size=24, steps=5, bounds=(-1, 1))
-for x, y in batches:
-    loss = adv_prop_loss(model, x, y, attack)
+attack = functools.partial(pgd, radius=76.5, step_size=24, steps=5, bounds=(-1, 1))
+for images, labels in batches:
+    loss = adv_prop_loss(model, images, labels, attack)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

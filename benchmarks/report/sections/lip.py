@@ -49,7 +49,7 @@ def small_cnn() -> nn.Module:
 
 
 def swapped_cnn() -> nn.Module:
-    return swap.pooling(small_cnn(), bottleneck_width=16)  # The one line.
+    return swap.pooling(small_cnn(), hidden_channels=16)  # The one line.
 
 
 def run(name: str, seed: int) -> Run:

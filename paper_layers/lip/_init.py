@@ -6,11 +6,12 @@ from typing import Literal
 
 from torch import nn
 
-from paper_layers.lip.logit import InstanceNorm2d, LogitHead
+from paper_layers.lip._norm import InstanceNorm2d
+from paper_layers.lip.logit import LogitHead
 
 
 def init_host(root: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
-    """Initialize the convolutions and norms under `root`, those of logit modules too; these stay average pooling."""
+    """Initialize all convolutions and norms under `root`. Its LIP pools still start as average pooling."""
     for module in root.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")

@@ -17,12 +17,7 @@ import torchvision
 # isort: on
 
 from paper_layers import swap
-from paper_layers.adv_prop import adv_prop_loss, branch, fast_adv_prop_backward, pgd
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+from paper_layers.adv_prop import adv_prop_loss, fast_adv_prop_backward, pgd, use_split
 
 
 def plain(**factory: Any) -> nn.Sequential:
@@ -32,7 +27,7 @@ def plain(**factory: Any) -> nn.Sequential:
 
 
 def apart(model: nn.Sequential, scale: float = 3.0) -> nn.Sequential:
-    """A model whose branches answer otherwise."""
+    """Make the two splits' outputs differ."""
     for module in (model[1], model[4]):
         module.aux_bn[0].weight.data.mul_(-scale)
         module.aux_bn[0].running_mean.add_(0.5)
@@ -43,30 +38,30 @@ def batch(n: int = 8, **factory: Any) -> tuple[Tensor, Tensor]:
     return torch.rand(n, 3, 7, 7, **factory), torch.arange(n) % 5
 
 
-attack = functools.partial(pgd, eps=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
+attack = functools.partial(pgd, radius=8, step_size=4, steps=2, bounds=(0, 1), random_start=0, targeted=False)
 
 
-def test_attack_runs_through_the_last_branch_with_running_statistics() -> None:
+def test_attack_runs_through_the_last_split_with_running_statistics() -> None:
     model, (x, y) = apart(swap.split_batch_norm(plain())), batch()
     state = copy.deepcopy(model.state_dict())
     found = attack(model, x, y)
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert model.training
-    for index, same in ((1, True), (0, False)):
-        alone = swap.plain_batch_norm(copy.deepcopy(model), index).eval()
+    for split, same in ((1, True), (0, False)):
+        alone = swap.plain_batch_norm(copy.deepcopy(model), split).eval()
         assert torch.equal(attack(alone, x, y), found) is same
-        assert torch.equal(attack(model, x, y, branch=index), attack(alone, x, y))
-    with branch(model, 0):  # The attack's own choice holds.
+        assert torch.equal(attack(model, x, y, split=split), attack(alone, x, y))
+    with use_split(model, 0):  # The attack's own split wins.
         assert torch.equal(attack(model, x, y), found)
-        assert model[1]._branch == 0
+        assert model[1]._split == 0
     three = swap.split_batch_norm(plain(), 3)
-    with branch(three.eval(), 2):
+    with use_split(three.eval(), 2):
         expected = attack(swap.plain_batch_norm(copy.deepcopy(three), 2), x, y)
     assert torch.equal(attack(three, x, y), expected)
-    with pytest.raises(ValueError, match="index: expected at most 1"):
-        attack(model, x, y, branch=2)
+    with pytest.raises(ValueError, match="split: expected at most 1"):
+        attack(model, x, y, split=2)
     with pytest.raises(ValueError, match="expected at least one split batch norm"):
-        attack(plain(), x, y, branch=1)
+        attack(plain(), x, y, split=1)
 
 
 def test_attack_of_a_frozen_or_compiled_model() -> None:
@@ -78,21 +73,21 @@ def test_attack_of_a_frozen_or_compiled_model() -> None:
 
 
 def test_loss_and_gradients_are_those_of_two_forwards() -> None:
-    """Two plain networks that share all but their norms: clean images through one, adversarial through the other."""
+    """Two plain networks with equal weights outside the norms: one gets clean images, one adversarial images."""
     model = apart(swap.split_batch_norm(plain(dtype=torch.float64)))
     x, y = batch(dtype=torch.float64)
-    main, auxiliary = (swap.plain_batch_norm(copy.deepcopy(model), index) for index in (0, 1))
+    main, auxiliary = (swap.plain_batch_norm(copy.deepcopy(model), split) for split in (0, 1))
     adversarial = attack(model, x, y)
     loss = adv_prop_loss(model, x, y, attack)
     expected = F.cross_entropy(main(x), y) + F.cross_entropy(auxiliary(adversarial), y)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     expected.backward()
-    for index, plain_model in ((0, main), (1, auxiliary)):
+    for split, plain_model in ((0, main), (1, auxiliary)):
         for norm, other in ((model[1], plain_model[1]), (model[4], plain_model[4])):
-            torch.testing.assert_close(norm.branches[index].weight.grad, other.weight.grad)
-            torch.testing.assert_close(norm.branches[index].running_var, other.running_var)
-            assert norm.branches[index].num_batches_tracked == 1
+            torch.testing.assert_close(norm.split_norms[split].weight.grad, other.weight.grad)
+            torch.testing.assert_close(norm.split_norms[split].running_var, other.running_var)
+            assert norm.split_norms[split].num_batches_tracked == 1
     for i in (0, 3, 7):
         torch.testing.assert_close(model[i].weight.grad, main[i].weight.grad + auxiliary[i].weight.grad)
 
@@ -138,7 +133,7 @@ def test_it_learns_both() -> None:
         optimizer.step()
     assert loss < 1
     model.eval()
-    with branch(model, 1):
+    with use_split(model, 1):
         assert (model(attack(model, x, y)).argmax(1) == y).float().mean() > 0.8
     assert (swap.plain_batch_norm(model)(x).argmax(1) == y).float().mean() > 0.8
 
@@ -153,17 +148,17 @@ def test_bad_input() -> None:
         adv_prop_loss(swap.split_batch_norm(plain(), split_sizes=(0.75, 0.25)), x, y, attack)
     model = swap.split_batch_norm(plain())
     for wrong in (x[:4], x.double()):
-        with pytest.raises(ValueError, match=r"attack: expected images like x, torch\.float32 of shape"):
+        with pytest.raises(ValueError, match=r"attack: expected images like the clean ones, torch\.float32 of shape"):
             adv_prop_loss(model, x, y, lambda *_, images=wrong: images)
     with pytest.raises(ValueError, match=r"num_splits=3"):
         adv_prop_loss(swap.split_batch_norm(plain(), 3), x, y, attack)
     frozen = swap.split_batch_norm(plain())
-    frozen[1].eval()  # One of them may be frozen.
+    frozen[1].eval()  # One norm may be frozen.
     adv_prop_loss(frozen, x, y, attack).backward()
 
 
 class Auxiliary(nn.Module):
-    """Returns in training what torchvision's GoogLeNet or Inception v3 does."""
+    """Return in training the named tuple of torchvision's GoogLeNet or Inception v3."""
 
     def __init__(self, kind: Any) -> None:
         super().__init__()
@@ -180,7 +175,7 @@ class Auxiliary(nn.Module):
     [(torchvision.models.GoogLeNetOutputs, 0.3), (torchvision.models.InceptionOutputs, 0.4)],
 )
 def test_auxiliary_logits(kind: Any, weight: float) -> None:
-    """Each output of either half counts, the auxiliary ones by the share that they have in the papers."""
+    """The loss contains each output of both halves, the auxiliary ones with the papers' weights."""
     model = swap.split_batch_norm(Auxiliary(kind)).double()
     x, y = torch.rand(3, 3, 4, 4).double(), torch.tensor([0, 1, 4])
     attack = functools.partial(pgd, steps=1, bounds=(0, 1), random_start=0, targeted=False)
