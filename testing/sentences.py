@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START = re.compile(r"(What|Whether .* and|Of) ")
-ANYWHERE = re.compile(r"\b(has|have) not (a|an|any|the|such)\b|\b(has|have) no such\b|\bin the eyes of\b")
+ANYWHERE = re.compile(r"\b(has|have) not (a|an|any|the|such)\b|\bin the eyes of\b")
 COMMENT = re.compile(r"(?:^|\s)//[/ ]*(.*)")
 
 

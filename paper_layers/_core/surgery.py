@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from paper_layers._core.wrapped import check_free
 
 Filter = Callable[[nn.Module, str], bool]
+M = TypeVar("M", bound=nn.Module)  # A model, of the type that came in.
 
 _OF_ALL_MODULES = vars(nn.Module()).keys()
 

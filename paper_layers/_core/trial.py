@@ -7,19 +7,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paper_layers._core._torch_private import tree_map_only
-from paper_layers._core.surgery import check_sizes
+from paper_layers._core.surgery import M, check_sizes
 
 _GUESSED_SIZE = 224
 _HOOKS = [key for key in vars(nn.Module()) if "_hooks" in key]  # And what is noted of some of them.
 _META = torch.device("meta")
 
-M = TypeVar("M", bound=nn.Module)
 # A model to run, what has become of some modules, and the device that it is on.
 Ready = tuple[nn.Module, Mapping[M, M], torch.device]
 

@@ -21,7 +21,13 @@ from paper_layers.ops.split_batch_norm.op import check_split_sizes, normalize_sp
 
 
 class SplitBatchNorm(Leaf, BatchNorm):
-    """Base of the 1d, 2d and 3d norms. Has torch's attributes plus `num_splits` and `split_sizes`."""
+    """Base of the 1d, 2d and 3d norms. Has torch's attributes plus `num_splits` and `split_sizes`.
+
+    Example:
+        >>> from paper_layers import SplitBatchNorm, SplitBatchNorm2d
+        >>> isinstance(SplitBatchNorm2d(64), SplitBatchNorm)
+        True
+    """
 
     aux_bn: _auxiliary.AuxiliaryNorms
     auxiliary_class: type[_auxiliary.AuxiliaryNorm] = _auxiliary.AuxiliaryNorm
@@ -244,7 +250,14 @@ def _plain_sizes(split_sizes: Sequence[int] | Sequence[float], num_splits: int) 
 
 
 class SplitBatchNorm1d(SplitBatchNorm, nn.BatchNorm1d):
-    """Split batch norm of (N, C) or (N, C, L): see `SplitBatchNorm2d`."""
+    """Split batch norm of (N, C) or (N, C, L): see `SplitBatchNorm2d`.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers import SplitBatchNorm1d
+        >>> SplitBatchNorm1d(64)(torch.randn(8, 64)).shape  # 4 through each norm
+        torch.Size([8, 64])
+    """
 
     auxiliary_class = _auxiliary.AuxiliaryNorm1d
 
@@ -303,7 +316,14 @@ class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
 
 
 class SplitBatchNorm3d(SplitBatchNorm, nn.BatchNorm3d):
-    """Split batch norm of (N, C, D, H, W): see `SplitBatchNorm2d`."""
+    """Split batch norm of (N, C, D, H, W): see `SplitBatchNorm2d`.
+
+    Example:
+        >>> import torch
+        >>> from paper_layers import SplitBatchNorm3d
+        >>> SplitBatchNorm3d(16)(torch.randn(4, 16, 3, 5, 5)).shape  # 2 through each norm
+        torch.Size([4, 16, 3, 5, 5])
+    """
 
     auxiliary_class = _auxiliary.AuxiliaryNorm3d
 

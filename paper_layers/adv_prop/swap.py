@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from paper_layers._core._torch_private import BatchNorm
 from paper_layers._core.checks import integer
-from paper_layers._core.surgery import Filter, check_names, format_path, matching_modules
+from paper_layers._core.surgery import Filter, M, check_names, format_path, matching_modules
 from paper_layers.adv_prop._auxiliary import TENSORS, AuxiliaryNorm
 from paper_layers.adv_prop.norm import SplitBatchNorm, SplitBatchNorm1d, SplitBatchNorm2d, SplitBatchNorm3d
 from paper_layers.adv_prop.sync import SplitSyncBatchNorm
-
-_Model = TypeVar("_Model", bound=nn.Module)
 
 _SPLIT: dict[type[nn.Module], type[SplitBatchNorm]] = {
     nn.BatchNorm1d: SplitBatchNorm1d,
@@ -26,12 +24,12 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {split: plain for plain, split 
 
 
 def split_batch_norm(
-    model: _Model,
+    model: M,
     num_splits: int = 2,
     *,
     split_sizes: Sequence[int] | Sequence[float] | None = None,
     filter_fn: Filter | None = None,
-) -> _Model:
+) -> M:
     """Turn every batch norm of a finished model into a split one, for training with AdvProp.
 
     The auxiliary batch norm of Xie, Tan, Gong, Wang, Yuille, Le, "Adversarial Examples Improve Image Recognition",
@@ -118,7 +116,7 @@ def split_batch_norm(
     return model
 
 
-def plain_batch_norm(model: _Model, split: int = 0, *, filter_fn: Filter | None = None) -> _Model:
+def plain_batch_norm(model: M, split: int = 0, *, filter_fn: Filter | None = None) -> M:
     """Turn every split batch norm into a plain one that keeps one split: for inference, or an export.
 
     The inverse of `split_batch_norm`, also for norms that were built as split ones. The `Parameter` objects of the

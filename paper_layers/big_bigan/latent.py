@@ -19,7 +19,12 @@ from paper_layers.big_bigan.mlp import ResidualMLP
 
 @exported
 class Latent(NamedTuple):
-    """A normal distribution of latents: mean and standard deviation, of shape (N, latent_dim) each."""
+    """A normal distribution of latents.
+
+    Attributes:
+        mean: Shape (N, latent_dim).
+        std: Standard deviation, shape (N, latent_dim).
+    """
 
     mean: Tensor
     std: Tensor

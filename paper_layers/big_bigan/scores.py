@@ -14,7 +14,13 @@ _TERMS = ("x", "z", "xz")
 
 @exported
 class Scores(NamedTuple):
-    """Scores (N,) of images, of latents and of pairs; None for terms the discriminator does not have."""
+    """Scores of shape (N,); None for terms the discriminator does not have.
+
+    Attributes:
+        x: Scores of images.
+        z: Scores of latents.
+        xz: Scores of pairs.
+    """
 
     x: Tensor | None = None
     z: Tensor | None = None

@@ -22,7 +22,13 @@ Encoder = Callable[[Any], Any]  # Returns a Latent or latents (N, latent_dim).
 
 
 class StepResult(NamedTuple):
-    """The loss to call `backward` on, and the scores of real and fake pairs."""
+    """The loss of a step and its scores.
+
+    Attributes:
+        loss: Shape (); call `backward` on it.
+        real: Scores of real images with their encodings.
+        fake: Scores of generated images with their latents.
+    """
 
     loss: Tensor
     real: Scores
@@ -104,8 +110,17 @@ def encoder_generator_step(
 ) -> StepResult:
     """Compute the loss of encoder and generator; the discriminator's parameters get no gradient.
 
-    `discriminator_step` has an example, and documents the arguments and errors. If the discriminator is in DDP, the
-    module inside is called, as it has no gradients to reduce. Encoder and generator in DDP are called as they are.
+    `discriminator_step` documents the arguments and errors. If the discriminator is in DDP, the module inside is
+    called, as it has no gradients to reduce. Encoder and generator in DDP are called as they are.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from paper_layers.big_bigan import BigBiGANDiscriminator, encoder_generator_step
+        >>> encoder, generator = nn.Linear(6, 2), nn.Linear(2, 6)
+        >>> discriminator = BigBiGANDiscriminator(nn.Identity(), in_features=6, latent_dim=2, hidden_features=8)
+        >>> step = encoder_generator_step(discriminator, encoder, generator, torch.randn(4, 6), torch.randn(4, 2))
+        >>> step.loss.backward()
     """
     if isinstance(discriminator, DistributedDataParallel):
         discriminator = discriminator.module

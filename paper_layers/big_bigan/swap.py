@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from paper_layers._core import checks
 from paper_layers._core.graft import graft
-from paper_layers._core.surgery import Filter, check_names, check_sizes, device_and_dtype
+from paper_layers._core.surgery import Filter, M, check_names, check_sizes, device_and_dtype
 from paper_layers._core.wrapped import check_free
 from paper_layers.big_bigan._host import BigBiGANHost, InputOutputTap, SequentialHost
 from paper_layers.big_bigan._pooling import POOLS
@@ -21,18 +21,16 @@ if TYPE_CHECKING:
 
     from paper_layers.big_bigan._options import HeadOptions
 
-_Model = TypeVar("_Model", bound=nn.Module)
-
 
 def big_bigan(
-    model: _Model,
+    model: M,
     latent_dim: int,
     *,
     terms: Iterable[str] = _TERMS,
     pool: str = "sum",
     filter_fn: Filter | None = None,
     **options: Unpack[HeadOptions],
-) -> _Model:
+) -> M:
     """Turn a finished GAN's discriminator into BigBiGAN's, which scores images and latents.
 
     Donahue, Simonyan, "Large Scale Adversarial Representation Learning", NeurIPS 2019. The last `nn.Linear` or

@@ -19,7 +19,16 @@ Norm = Literal["batch", "instance"]
 
 
 class LayerOptions(TypedDict, total=False):
-    """Keyword arguments of `Perceptron` that convolutions, blocks and networks pass on to it."""
+    """Keyword arguments of `Perceptron` that convolutions, blocks and networks pass on to it.
+
+    Attributes:
+        act: Activation.
+        norm: Norm.
+        bias: Give the linear layer a bias.
+        order: Order of activation and norm.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
 
     act: Act | None
     norm: Norm | None

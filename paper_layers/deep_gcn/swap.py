@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from paper_layers._core.surgery import Filter, check_names, exactly, matching_modules
+from paper_layers._core.surgery import Filter, M, check_names, exactly, matching_modules
 
 
-def graph_conv(model: nn.Module, *, filter_fn: Filter | None = None) -> nn.Module:
+def graph_conv(model: M, *, filter_fn: Filter | None = None) -> M:
     """Turn every PyG `EdgeConv` and `DynamicEdgeConv` of a finished model into one that stores no edge.
 
     For DGCNN (Wang et al., "Dynamic Graph CNN for Learning on Point Clouds", 2019) and similar models; see

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from torch import nn
 
 from paper_layers._core._torch_private import AvgPool, Conv, MaxPool
 from paper_layers._core.surgery import (
     Filter,
+    M,
     check_names,
     device_and_dtype,
     exactly,
@@ -19,13 +20,11 @@ from paper_layers._core.surgery import (
     matching_modules,
     replace_in_place,
 )
-from paper_layers._core.trial import M, dry_run
+from paper_layers._core.trial import dry_run
 from paper_layers.lip._folding import refuse_to_fold
 from paper_layers.lip._stride_pool import own_logit, stride_pool
 from paper_layers.lip.conv import LIPConv2d
 from paper_layers.lip.pool import LIPPool2d, Logit
-
-_Model = TypeVar("_Model", bound=nn.Module)
 
 _FUNCTIONS = re.compile(r"\b(?:max|avg)_pool2d\(")
 # Pool arguments that LIP lacks, with their no-op values.
@@ -65,13 +64,13 @@ def _input_channels(model: nn.Module, modules: Mapping[M, str], example_input: A
 
 
 def pooling(
-    model: _Model,
+    model: M,
     logit: Logit = "bottleneck",
     *,
     hidden_channels: int = 128,
     example_input: Any = None,
     filter_fn: Filter | None = None,
-) -> _Model:
+) -> M:
     """Turn every `nn.MaxPool2d` and `nn.AvgPool2d` of a finished model into LIP pooling of the same geometry.
 
     The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; `LIPPool2d` has the equation.
@@ -139,8 +138,8 @@ def pooling(
 
 
 def strided_conv(
-    model: _Model, logit: Logit = "bottleneck", *, hidden_channels: int = 128, filter_fn: Filter | None = None
-) -> _Model:
+    model: M, logit: Logit = "bottleneck", *, hidden_channels: int = 128, filter_fn: Filter | None = None
+) -> M:
     """Turn every strided `nn.Conv2d` of a finished model into the same one with stride 1, followed by LIP pooling.
 
     The surgery of Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019; see `LIPConv2d`. The convolutions

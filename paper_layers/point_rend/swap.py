@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from paper_layers._core.graft import OutputTap, graft
-from paper_layers._core.surgery import Filter, check_names, device_and_dtype, matching_modules
+from paper_layers._core.surgery import Filter, M, check_names, device_and_dtype, matching_modules
 from paper_layers._core.trial import dry_run
 from paper_layers.point_rend._hosts import MaskHost, SemanticHost, SequentialHost, logits_of
 from paper_layers.point_rend.mask import PointRendMask
@@ -21,14 +21,14 @@ _STRIDE = 4  # The stride of the paper's fine features.
 
 
 def point_rend(
-    model: nn.Module,
+    model: M,
     *,
     fine: str | Sequence[str] | None = None,
     coarse: str | None = None,
     example_input: Any = None,
     filter_fn: Filter | None = None,
     **options: Any,
-) -> nn.Module:
+) -> M:
     """Turn a finished segmentation model into its PointRend version, which renders object borders sharply.
 
     For Kirillov, Wu, He, Girshick, "PointRend: Image Segmentation as Rendering", CVPR 2020; see `PointRendSemantic` and
