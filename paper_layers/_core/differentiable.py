@@ -66,7 +66,8 @@ def differentiable(
         selective: Give `backward` and `formula` a last argument: for each tensor, whether its gradient is needed. For
             others they return anything, such as an empty tensor.
     """
-    declaration = (forward, backward, formula, second, vmap, outputs, saved, kept, exposed, constant, selective)
+    forward_rule, backward_rule = vmap if isinstance(vmap, tuple) else (vmap, vmap)
+    smooth = tuple(i for i in range(outputs) if i not in constant)
 
     def call(*arguments: Any) -> Any:
         compiling = torch.compiler.is_compiling()
@@ -77,7 +78,78 @@ def differentiable(
         function = getattr(_functions, f"{name}_{count}")
         return function.apply(*_distinct(arguments) if compiling else arguments)
 
-    _makers[name] = lambda count: _make(name, count, call, *declaration)
+    def make(count: int) -> tuple[Any, Any]:
+        inputs = tuple(range(count)) if saved is None else tuple(saved)
+
+        class Forward(torch.autograd.Function):
+            @staticmethod
+            def forward(*arguments: Any) -> Any:
+                return forward(*arguments[:-1], *arguments[-1])
+
+            @staticmethod
+            def setup_context(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
+                ctx.settings = arguments[-1]
+                results = output if isinstance(output, tuple) else (output,)
+                if constant:
+                    ctx.mark_non_differentiable(*[results[i] for i in constant])
+                _save(ctx, [arguments[i] for i in inputs], [results[i] for i in kept], [results[i] for i in exposed])
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+                def again(*tensors: Any) -> tuple[Tensor, ...]:
+                    output = call(*tensors[:count], ctx.settings)
+                    return tuple((output if isinstance(output, tuple) else (output,))[i] for i in exposed)
+
+                tensors = (*[grads[i] for i in smooth], *_load(ctx, again))
+                needs = ctx.needs_input_grad
+                settings = (*ctx.settings, needs[:-1]) if selective else ctx.settings
+                compiling = torch.compiler.is_compiling()
+                if not compiling and _is_constant(tensors):
+                    results = backward(*tensors, *settings)
+                else:
+                    function = getattr(_functions, f"{name}_backward_{count}")
+                    results = function.apply(*_distinct(tensors) if compiling else tensors, settings)
+                results = (results,) if isinstance(results, Tensor) else results
+                found = [grad if need else None for grad, need in zip(results, needs, strict=False)]
+                return *found, *[None] * (count + 1 - len(found))
+
+            @staticmethod
+            def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+                return forward_rule(Forward.apply, info.batch_size, in_dims, arguments)
+
+        class Backward(torch.autograd.Function):
+            @staticmethod
+            def forward(*arguments: Any) -> Any:
+                results = backward(*arguments[:-1], *arguments[-1])
+                return results if isinstance(results, Tensor) else tuple(results)
+
+            @staticmethod
+            def setup_context(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
+                *tensors, ctx.settings = arguments
+                # Outputs are functions of the inputs, so the inputs' gradients include their share.
+                ctx.save_for_backward(*tensors[: len(tensors) - len(exposed)])
+                ctx.unused = len(exposed) + 1
+
+            @staticmethod
+            def backward(ctx: Any, *along: Any) -> tuple[Tensor | None, ...]:
+                tensors = ctx.saved_tensors
+                found: list[Tensor | None]
+                if second is not None:
+                    found = [*second(along, *tensors, *ctx.settings)]
+                else:
+                    found = _differentiate(formula, along, tensors, ctx.settings, ctx.needs_input_grad)
+                return *found, *[None] * (len(tensors) - len(found)), *[None] * ctx.unused
+
+            @staticmethod
+            def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+                return backward_rule(Backward.apply, info.batch_size, in_dims, arguments)
+
+        # Without a signature torch inspects `forward` at every call; Dynamo counts its parameters.
+        _sign(Forward, count + 1)
+        _sign(Backward, len(smooth) + len(inputs) + len(kept) + len(exposed) + 1)
+        return Forward, Backward
+
+    _makers[name] = make
     return call
 
 
@@ -99,96 +171,6 @@ def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         repeated = isinstance(argument, Tensor) and any(argument is other for other in arguments[:i])
         result.append(argument.view_as(argument) if repeated else argument)
     return tuple(result)
-
-
-def _make(
-    name: str,
-    count: int,
-    call: Callable[..., Any],
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    formula: Callable[..., Any] | None,
-    second: Callable[..., tuple[Tensor, ...]] | None,
-    vmap: Rule | tuple[Rule, Rule],
-    outputs: int,
-    saved: Sequence[int] | None,
-    kept: Sequence[int],
-    exposed: Sequence[int],
-    constant: Sequence[int],
-    selective: bool,
-) -> tuple[Any, Any]:
-    """Make the Functions of forward and backward for so many tensors."""
-    inputs = tuple(range(count)) if saved is None else tuple(saved)
-    smooth = tuple(i for i in range(outputs) if i not in constant)
-    forward_rule, backward_rule = vmap if isinstance(vmap, tuple) else (vmap, vmap)
-
-    class Forward(torch.autograd.Function):
-        @staticmethod
-        def forward(*arguments: Any) -> Any:
-            return forward(*arguments[:-1], *arguments[-1])
-
-        @staticmethod
-        def setup_context(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
-            ctx.settings = arguments[-1]
-            results = output if isinstance(output, tuple) else (output,)
-            if constant:
-                ctx.mark_non_differentiable(*[results[i] for i in constant])
-            _save(ctx, [arguments[i] for i in inputs], [results[i] for i in kept], [results[i] for i in exposed])
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-            def again(*tensors: Any) -> tuple[Tensor, ...]:
-                output = call(*tensors[:count], ctx.settings)
-                return tuple((output if isinstance(output, tuple) else (output,))[i] for i in exposed)
-
-            tensors = (*[grads[i] for i in smooth], *_load(ctx, again))
-            needs = ctx.needs_input_grad
-            settings = (*ctx.settings, needs[:-1]) if selective else ctx.settings
-            compiling = torch.compiler.is_compiling()
-            if not compiling and _is_constant(tensors):
-                results = backward(*tensors, *settings)
-            else:
-                function = getattr(_functions, f"{name}_backward_{count}")
-                results = function.apply(*_distinct(tensors) if compiling else tensors, settings)
-            results = (results,) if isinstance(results, Tensor) else results
-            found = [grad if need else None for grad, need in zip(results, needs, strict=False)]
-            return *found, *[None] * (count + 1 - len(found))
-
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-            return forward_rule(Forward.apply, info.batch_size, in_dims, arguments)
-
-    class Backward(torch.autograd.Function):
-        @staticmethod
-        def forward(*arguments: Any) -> Any:
-            results = backward(*arguments[:-1], *arguments[-1])
-            return results if isinstance(results, Tensor) else tuple(results)
-
-        @staticmethod
-        def setup_context(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
-            *tensors, ctx.settings = arguments
-            # Outputs are functions of the inputs, so the inputs' gradients include their share.
-            ctx.save_for_backward(*tensors[: len(tensors) - len(exposed)])
-            ctx.unused = len(exposed) + 1
-
-        @staticmethod
-        def backward(ctx: Any, *along: Any) -> tuple[Tensor | None, ...]:
-            tensors = ctx.saved_tensors
-            found: list[Tensor | None]
-            if second is not None:
-                found = [*second(along, *tensors, *ctx.settings)]
-            else:
-                found = _differentiate(formula, along, tensors, ctx.settings, ctx.needs_input_grad)
-            return *found, *[None] * (len(tensors) - len(found)), *[None] * ctx.unused
-
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-            return backward_rule(Backward.apply, info.batch_size, in_dims, arguments)
-
-    # Without a signature torch inspects `forward` at every call; Dynamo counts its parameters.
-    _sign(Forward, count + 1)
-    _sign(Backward, len(smooth) + len(inputs) + len(kept) + len(exposed) + 1)
-    return Forward, Backward
 
 
 def _sign(function: Any, count: int) -> None:
