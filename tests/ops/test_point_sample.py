@@ -316,7 +316,7 @@ def test_half_maps_keep_their_pixels(dtype: torch.dtype) -> None:
 
 
 def test_longer_pyramid() -> None:
-    """More levels than the op takes at once."""
+    """Each number of levels has its own Function; here 19."""
     maps = [images(2, 3, 2 + level, 5, seed=level).requires_grad_() for level in range(19)]
     points = smooth_points(2, 11)
     actual, expected = point_sample(maps, points), torch.cat([point_sample(map, points) for map in maps], 1)
