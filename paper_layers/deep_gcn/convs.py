@@ -56,18 +56,16 @@ class _GraphConv(Leaf, abc.ABC):
             ValueError: Both `index` and `edge_index` are given, or neither, or a shape or a cloud is wrong.
         """
         checks.floating("x", x)
-        if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
-            expected = f"(N, {self.in_channels}) or (B, N, {self.in_channels})"
-            raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+        checks.shape("x", x, ("N", self.in_channels), ("B", "N", self.in_channels))
         ptr = ptr_of(x, batch, ptr)
         if (index is None) == (edge_index is None):
             raise ValueError(f"index: expected either index or edge_index, got {'none' if index is None else 'both'}")
         if edge_index is None:
             assert index is not None
             return self._on_table(x, index, ptr)
-        if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.shape[0] != 2:
-            got = tuple(edge_index.shape) if isinstance(edge_index, Tensor) else type(edge_index).__name__
-            raise ValueError(f"edge_index: expected shape (2, E), got {got}")
+        if not isinstance(edge_index, Tensor):
+            raise TypeError(f"edge_index: expected a Tensor, got {type(edge_index).__name__}")
+        checks.shape("edge_index", edge_index, (2, "E"))
         if x.dim() != 2:
             raise ValueError(f"x: expected shape (N, C) with edge_index, got {tuple(x.shape)}")
         if edge_index.is_cpu:  # On other devices index_select checks, without a wait.

@@ -38,8 +38,7 @@ def to_edge_index(index: Tensor, flow: str = "source_to_target") -> Tensor:
     """
     index = _int64("index", index)
     _check_flow(flow)
-    if index.dim() not in (2, 3):
-        raise ValueError(f"index: expected shape (N, k) or (B, N, k), got {tuple(index.shape)}")
+    checks.shape("index", index, ("N", "k"), ("B", "N", "k"))
     there = index >= 0
     # Neighbours of (N, k) may be rows of another tensor, whose size is unknown here.
     check_nodes(index.where(index != -1, 0), index.shape[1] if index.dim() == 3 else None, "index")
@@ -78,8 +77,7 @@ def from_edge_index(edge_index: Tensor, num_nodes: int, k: int | None = None, fl
     """
     edge_index = _int64("edge_index", edge_index)
     _check_flow(flow)
-    if edge_index.dim() != 2 or edge_index.shape[0] != 2:
-        raise ValueError(f"edge_index: expected shape (2, E), got {tuple(edge_index.shape)}")
+    checks.shape("edge_index", edge_index, (2, "E"))
     check_nodes(edge_index, num_nodes)
     neighbor, center = edge_index if flow == FLOWS[0] else edge_index.flip(0)
     degree = torch.bincount(center, minlength=num_nodes)

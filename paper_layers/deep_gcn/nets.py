@@ -189,9 +189,7 @@ class DeepGCN(Leaf):
         self, x: Tensor, ptr: Tensor | None = None, *, index: Tensor | None = None, edge_index: Tensor | None = None
     ) -> Tensor:
         """Return the outputs of head and blocks, concatenated: (..., num_features). A static graph may be given."""
-        if x.dim() not in (2, 3) or x.shape[-1] != self.in_channels:
-            expected = f"(N, {self.in_channels}) or (B, N, {self.in_channels})"
-            raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+        checks.shape("x", x, ("N", self.in_channels), ("B", "N", self.in_channels))
         static = index is not None or edge_index is not None
         outputs = [x]
         for block in (self.head, *self.blocks):

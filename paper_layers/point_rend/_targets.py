@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paper_layers._core import values
+from paper_layers._core import checks, values
 from paper_layers.ops.point_sample import point_sample
 from paper_layers.point_rend._cells import covered_share
 
@@ -62,8 +62,7 @@ def _images(
         name = f"masks[{image}]"
         if not isinstance(mask, Tensor) or mask.dtype.is_complex:
             raise TypeError(f"{name}: expected a Tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        if mask.dim() != 3:
-            raise ValueError(f"{name}: expected shape (M, H, W), got {tuple(mask.shape)}")
+        checks.shape(name, mask, ("M", "H", "W"))
         if matched is not None:
             numbers = values.integers(f"matched[{image}]", matched[image], box.shape[0])
             expected, last = f"numbers of {mask.shape[0]} masks", mask.shape[0] - 1

@@ -82,9 +82,7 @@ class BoxHead(Leaf):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return vectors (R, out_features) for features (R, in_channels, 14, 14)."""
-        if features.dim() != 4 or features.shape[1:] != (self.in_channels, 2 * self.side, 2 * self.side):
-            expected = f"(R, {self.in_channels}, {2 * self.side}, {2 * self.side})"
-            raise ValueError(f"features: expected shape {expected}, got {tuple(features.shape)}")
+        checks.shape("features", features, ("R", self.in_channels, 2 * self.side, 2 * self.side))
         x = features if self.reduce_channels is None else F.relu(self.reduce_channels(features))
         x = F.relu(self.reduce_size(x)).flatten(1)
         return self.prediction(F.relu(self.fc2(F.relu(self.fc1(x)))))

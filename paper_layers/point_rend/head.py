@@ -109,11 +109,8 @@ class PointRendHead(Leaf):
         Returns:
             Logits of shape (N, num_classes, P), or (N, 1, P) with `labels` or `class_agnostic`.
         """
-        if fine.dim() != 3 or fine.shape[1] != self.in_channels:
-            raise ValueError(f"fine: expected shape (N, {self.in_channels}, P), got {tuple(fine.shape)}")
-        expected = (fine.shape[0], self.num_classes, fine.shape[2])
-        if coarse.shape != expected:
-            raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
+        checks.shape("fine", fine, ("N", self.in_channels, "P"))
+        checks.shape("coarse", coarse, (fine.shape[0], self.num_classes, fine.shape[2]))
         if labels is not None:
             labels = checks.int64("labels", labels, fine.shape[0])
         if not self.splits:

@@ -104,15 +104,10 @@ class ImplicitPointHead(Leaf):
         Returns:
             Logits of shape (R, num_classes, P), or (R, 1, P) with `labels` or `class_agnostic`.
         """
-        if fine.dim() != 3 or fine.shape[1] != self.in_channels:
-            raise ValueError(f"fine: expected shape (R, {self.in_channels}, P), got {tuple(fine.shape)}")
+        checks.shape("fine", fine, ("R", self.in_channels, "P"))
         rows, _, count = fine.shape
-        for name, value, expected in (
-            ("parameters", parameters, (rows, self.num_params)),
-            ("points", points, (rows, count, 2)),
-        ):
-            if value.shape != expected:
-                raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
+        checks.shape("parameters", parameters, (rows, self.num_params))
+        checks.shape("points", points, (rows, count, 2))
         if labels is not None:
             labels = checks.int64("labels", labels, rows)
         parts = parameters.split(self._sizes, 1)
@@ -284,9 +279,7 @@ class ImplicitPointRendMask(Leaf):
     ) -> Refinement:
         size = checks.integer("size", size, 1)
         rois, classes = _boxes.flatten(boxes, labels, self.num_classes, parameters.device)
-        expected = (rois.shape[0], self.point_head.num_params)
-        if parameters.shape != expected:
-            raise ValueError(f"parameters: expected shape {expected}, got {tuple(parameters.shape)}")
+        checks.shape("parameters", parameters, (rois.shape[0], self.point_head.num_params))
 
         def predictor(parameters: Tensor, rois: Tensor, classes: Tensor) -> Predict:
             def predict(points: Tensor) -> Tensor:

@@ -203,9 +203,7 @@ class PointRendMask(Leaf):
     def _refinement(self, features: Features, coarse: Tensor, boxes: Boxes, labels: Labels, *, size: int) -> Refinement:
         size = checks.integer("size", size, 1)
         rois, classes = _boxes.flatten(boxes, labels, self.num_classes, coarse.device)
-        if coarse.dim() != 4 or coarse.shape[:2] != (rois.shape[0], self.num_classes):
-            expected = f"({rois.shape[0]}, {self.num_classes}, h, w)"
-            raise ValueError(f"coarse: expected shape {expected}, got {tuple(coarse.shape)}")
+        checks.shape("coarse", coarse, (rois.shape[0], self.num_classes, "h", "w"))
         sizes = grid_sizes(int(size), self.init_resolution, self.subdivision_num_points)
         head = self.point_head
         if readable(head, PointRendHead) and head.splits:

@@ -217,5 +217,6 @@ class PointRendSemantic(Leaf):
     def _check(self, coarse: Tensor) -> None:
         checks.floating("coarse", coarse)
         classes = self.point_head.num_classes
-        if coarse.dim() != 4 or coarse.shape[1] != classes or 0 in coarse.shape[2:]:
+        checks.shape("coarse", coarse, ("N", classes, "h", "w"))
+        if 0 in coarse.shape[2:]:
             raise ValueError(f"coarse: expected shape (N, {classes}, h, w) with pixels, got {tuple(coarse.shape)}")

@@ -121,8 +121,8 @@ CALLS: dict[str, list[Call]] = {
         Call(knn, (normal(3, 300, 6),), (), {"k": 5, "metric": "inner"}),
     ],
     "neighbor_reduce": [
-        Call(neighbor_reduce, (normal(2, 1500, 35), table(2, 1500, 20, rows=1500)), (), {"reduce": reduce})
-        for reduce in ("max", "sum", "mean")
+        Call(neighbor_reduce, (normal(2, 1500, 35), table(2, 1500, 20, rows=1500)), (), {"reduction": reduction})
+        for reduction in ("max", "sum", "mean")
     ]
     + [Call(neighbor_reduce, (normal(3, 700, 64), table(3, 700, 9, rows=700)), (), {"relative": True})],
     "edge_conv": [
