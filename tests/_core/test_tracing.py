@@ -219,7 +219,10 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "neighbors": (lambda: deep_gcn.DilatedKNN(2), (X,)),
     "block": (lambda: deep_gcn.ResGCNBlock(3, k=2), (X,)),
     "network": (lambda: deep_gcn.DeepGCN(3, 2, channels=4, blocks=2, k=2), (X,)),
-    "point head": (lambda: point_rend.PointRendHead(4, 3, hidden_features=5), (MAPS.flatten(2), MAPS[:, :3].flatten(2))),
+    "point head": (
+        lambda: point_rend.PointRendHead(4, 3, hidden_features=5),
+        (MAPS.flatten(2), MAPS[:, :3].flatten(2)),
+    ),
     "latent": (lambda: big_bigan.LatentHead(3, 2, hidden_features=4), (X,)),
     "pairs": (lambda: big_bigan.JointHead(3, 3, hidden_features=4, depth=2), (X, X)),
     "perceptron": (lambda: big_bigan.ResidualMLP(3, hidden_features=4, depth=2), (X,)),
