@@ -44,7 +44,7 @@ def _check(query: Tensor, points: Tensor, options: Options, rows: int | None = N
     on_cpu = tuple(t.cpu() if isinstance(t, Tensor) else t for t in options)
     expected = op._reference(query[..., :rows, :].cpu().double(), points.cpu().double(), *on_cpu)  # type: ignore[arg-type]
     assert torch.equal(index[..., :rows, :].cpu(), expected[0])
-    dtype = op._distance_dtype(query.dtype)
+    dtype = torch.promote_types(query.dtype, torch.float32)
     assert (distance.dtype, distance.device) == (dtype, query.device)
     torch.testing.assert_close(
         distance[..., :rows, :].cpu(), expected[1].to(dtype), rtol=TOLERANCE[dtype][0], atol=1e-30
@@ -54,7 +54,7 @@ def _check(query: Tensor, points: Tensor, options: Options, rows: int | None = N
 
 
 def _check_backward(query: Tensor, points: Tensor, index: Tensor, inner: bool) -> None:
-    grad = torch.linspace(-1, 1, index.numel(), dtype=op._distance_dtype(query.dtype)).view(index.shape)
+    grad = torch.linspace(-1, 1, index.numel(), dtype=torch.promote_types(query.dtype, torch.float32)).view(index.shape)
     grads = backward(grad.to(DEVICE), query, points, index, inner)
     expected = op._backward_reference(grad.double(), query.cpu().double(), points.cpu().double(), index.cpu(), inner)
     terms = int((index >= 0).sum()) / max(1, points.shape[:-1].numel()) + index.shape[-1]
