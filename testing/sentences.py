@@ -32,7 +32,7 @@ def docstrings(source: str) -> Iterator[tuple[int, str]]:
 
 def comments(source: str) -> Iterator[tuple[int, str]]:
     """Yield each comment; a line that goes on with the sentence of the line before starts with a space."""
-    last = 0
+    last = -1
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             line = token.start[0]
@@ -49,7 +49,7 @@ def sentences(path: Path) -> Iterator[tuple[int, str]]:
     elif path.suffix == ".md":
         yield from ((i, f" {line}") for i, line in enumerate(source.splitlines(), 1))
     else:
-        last = 0
+        last = -1
         for number, line in enumerate(source.splitlines(), 1):
             if found := COMMENT.search(line):
                 yield number, " " * (last == number - 1) + found[1]

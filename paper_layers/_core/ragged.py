@@ -24,8 +24,8 @@ def batch_starts(name: str, batch: Tensor, rows: Tensor, clouds: int | None = No
     return torch.searchsorted(batch, torch.arange(clouds + 1, device=rows.device))
 
 
-def check_starts(name: str, ptr: Tensor, rows: int) -> None:
-    """Refuse `ptr` that does not ascend from 0 to the number of rows; reads the data."""
+def check_starts(name: str, ptr: Tensor, rows: int) -> list[int]:
+    """Return `ptr` as a list, which must ascend from 0 to the number of rows; reads the data."""
     numbers = ptr.tolist()
     if not numbers:
         raise ValueError(f"{name}: expected shape (B + 1,), got (0,)")
@@ -34,6 +34,7 @@ def check_starts(name: str, ptr: Tensor, rows: int) -> None:
     if numbers != sorted(numbers):  # Quicker than a loop, as this runs before every layer.
         position = next(i for i, (before, number) in enumerate(itertools.pairwise(numbers), 1) if number < before)
         raise ValueError(f"{name}: expected numbers that never descend, got {numbers[position]} at position {position}")
+    return numbers
 
 
 def cloud_count(batch: Tensor) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from paper_layers._core import checks
+from paper_layers._core import checks, values
 from paper_layers._core.autocast import without_autocast
 from paper_layers._core.fusing import parameter_dtype
 from paper_layers._core.tracing import Leaf
@@ -83,7 +83,7 @@ class ProjectionScore(Leaf):
             features = features.to(parameter_dtype(self.projection, torch.promote_types(features.dtype, torch.float32)))
             score = self.projection(features).squeeze(1)
             if self.classes is not None and labels is not None:
-                labels = checks.int64("labels", labels, features.shape[0])
+                labels = values.integers("labels", labels, features.shape[0])
                 score = score + (self.classes(labels) * features).sum(1)
             return score.float() if score.dtype in (torch.bfloat16, torch.float16) else score
 

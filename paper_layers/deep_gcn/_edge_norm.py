@@ -79,8 +79,8 @@ def edge_max(center: Tensor, neighbor: Tensor, index: Tensor, act_norm: ActNorm,
     Batch norm normalises over all edges, instance norm over the edges of each cloud.
     """
     if act_norm.instance and ptr is not None:
-        check_starts("ptr", ptr, len(center))
-        rows = [slice(first, last) for first, last in itertools.pairwise(ptr.tolist()) if first < last]
+        starts = check_starts("ptr", ptr, len(center))
+        rows = [slice(first, last) for first, last in itertools.pairwise(starts) if first < last]
         output = torch.cat([center[:0], *(_edge_max_one_cloud(center[r], neighbor, index[r], act_norm) for r in rows)])
     elif act_norm.instance and center.dim() == 3:
         outputs = [_edge_max_one_cloud(*cloud, act_norm) for cloud in zip(center, neighbor, index, strict=True)]

@@ -53,8 +53,7 @@ class DilatedKNN(Leaf):
         super().__init__()
         k = checks.integer("k", k, 1)
         dilation = checks.integer("dilation", dilation, 1)
-        if not 0 <= stochastic_probability <= 1:
-            raise ValueError(f"stochastic_probability: expected a probability, got {stochastic_probability}")
+        stochastic_probability = checks.probability("stochastic_probability", stochastic_probability)
         checks.choice("metric", metric, METRICS)
         self.k, self.dilation = k, dilation
         self.stochastic, self.stochastic_probability = stochastic, stochastic_probability

@@ -84,8 +84,7 @@ class Perceptron(Leaf):
         if norm not in ("batch", "instance", None):
             raise ValueError(f"norm: expected batch, instance or None, got {norm!r}")
         checks.choice("order", order, ("act_norm", "norm_act"))
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: expected a probability, got {dropout}")
+        dropout = checks.probability("dropout", dropout)
         placement: dict[str, Any] = {"device": device, "dtype": dtype}
         self.order: Order = order
         self.dropout, self.instance = float(dropout), norm == "instance"

@@ -41,9 +41,8 @@ class _Cloud(NamedTuple):
     offset: int
 
 
-def _check_ptr(query: Tensor, points: Tensor, query_ptr: Tensor, points_ptr: Tensor) -> None:
-    check_starts("ptr", query_ptr, query.shape[0])
-    check_starts("points_ptr", points_ptr, points.shape[0])
+def _check_ptr(query: Tensor, points: Tensor, query_ptr: Tensor, points_ptr: Tensor) -> tuple[list[int], list[int]]:
+    return check_starts("ptr", query_ptr, query.shape[0]), check_starts("points_ptr", points_ptr, points.shape[0])
 
 
 def _clouds(query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr: Tensor | None) -> Iterator[_Cloud]:
@@ -53,8 +52,7 @@ def _clouds(query: Tensor, points: Tensor, query_ptr: Tensor | None, points_ptr:
         for b in range(query.shape[0] if m else 0):
             yield _Cloud(slice(b * m, b * m + m), slice(b * n, b * n + n), 0)
         return
-    _check_ptr(query, points, query_ptr, points_ptr)
-    q, p = query_ptr.tolist(), points_ptr.tolist()
+    q, p = _check_ptr(query, points, query_ptr, points_ptr)
     for b in range(len(q) - 1):
         yield _Cloud(slice(q[b], q[b + 1]), slice(p[b], p[b + 1]), p[b])
 

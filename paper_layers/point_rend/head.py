@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_layers._core import checks
+from paper_layers._core import checks, values
 from paper_layers._core.fusing import known, readable
 from paper_layers._core.tracing import Leaf
 from paper_layers.point_rend._repr import options
@@ -112,7 +112,7 @@ class PointRendHead(Leaf):
         checks.shape("fine", fine, ("N", self.in_channels, "P"))
         checks.shape("coarse", coarse, (fine.shape[0], self.num_classes, fine.shape[2]))
         if labels is not None:
-            labels = checks.int64("labels", labels, fine.shape[0])
+            labels = values.integers("labels", labels, fine.shape[0])
         if not self.splits:
             return self._call_layers(fine, coarse, labels)
         return self.finish(self._fine_shares([fine])[0], self.coarse_shares(coarse, labels), labels)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from paper_layers._core import checks
+from paper_layers._core import checks, values
 from paper_layers._core.fusing import forward_method, within
 from paper_layers._core.tracing import Leaf
 from paper_layers.ops.point_sample import point_sample
@@ -109,7 +109,7 @@ class ImplicitPointHead(Leaf):
         checks.shape("parameters", parameters, (rows, self.num_params))
         checks.shape("points", points, (rows, count, 2))
         if labels is not None:
-            labels = checks.int64("labels", labels, rows)
+            labels = values.integers("labels", labels, rows)
         parts = parameters.split(self._sizes, 1)
         weights = [part.unflatten(1, shape) for part, shape in zip(parts, self._shapes, strict=False)]
         biases = [part[:, None] for part in parts[len(weights) :]]

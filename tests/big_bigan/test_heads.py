@@ -337,3 +337,9 @@ def test_repr_has_the_arguments() -> None:
 def test_bad_input(build: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    score, features, labels = ProjectionScore(4, num_classes=3).eval(), torch.randn(3, 4), torch.tensor([2, 0, 1])
+    assert torch.equal(score(features, labels.to(dtype)), score(features, labels))

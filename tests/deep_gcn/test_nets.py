@@ -238,7 +238,7 @@ def test_bad_inputs() -> None:
         (
             lambda: DilatedKNN(4, 2, stochastic_probability=-1),
             ValueError,
-            "stochastic_probability: expected a probability, got -1",
+            "stochastic_probability: expected from 0 to 1, got -1",
         ),
         (lambda: DilatedKNN(4, metric="l1"), ValueError, "metric: .*got 'l1'"),
     ]

@@ -133,3 +133,13 @@ def test_errors_within_threads_say_why() -> None:
     index[1, 2, 1] = 7
     with pytest.raises(RuntimeError, match="got 7"):
         ops.flat_index(index, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    image, labels = torch.rand(3, 4, 8, 8), torch.tensor([2, 0, 3])
+    want = pl.uncertain_points(image, 4, labels=labels)
+    assert torch.equal(pl.uncertain_points(image, 4, labels=labels.to(dtype)).indices, want.indices)
+    embeddings, centers = torch.rand(3, 5), torch.rand(4, 2, 5)
+    want_loss = pl.soft_triple_loss(embeddings, centers, labels)
+    assert torch.equal(pl.soft_triple_loss(embeddings, centers, labels.to(dtype)), want_loss)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from paper_layers.point_rend import CoarseMaskHead, PointRendHead, load_official
+from paper_layers.point_rend import CoarseMaskHead, ImplicitPointHead, PointRendHead, load_official
 from testing.official import point_rend as official
 
 LAYOUTS = ("NCP", "NPC")
@@ -243,6 +243,16 @@ def test_func_and_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(lambda *x: head(*x).square(), (fine, coarse))
     many = numbers(4, 2, 6, 3), numbers(4, 2, 4, 3, seed=1)
     torch.testing.assert_close(torch.vmap(head)(*many), torch.stack([head(*one) for one in zip(*many, strict=True)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    labels, x, c = torch.tensor([3, 1]), torch.randn(2, 6, 5), torch.randn(2, 4, 5)
+    head = PointRendHead(6, 4, hidden_features=8)
+    assert torch.equal(head(x, c, labels.to(dtype)), head(x, c, labels))
+    implicit = ImplicitPointHead(6, 4, hidden_features=8)
+    arguments = (x, torch.randn(2, implicit.num_params), torch.rand(2, 5, 2))
+    assert torch.equal(implicit(*arguments, labels.to(dtype)), implicit(*arguments, labels))
 
 
 def test_bad_inputs() -> None:

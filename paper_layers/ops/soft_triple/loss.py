@@ -206,7 +206,7 @@ def soft_triple(
         >>> loss = cross_entropy(others, target).mean()
     """
     size = check(embeddings, centers, la, gamma, chunk_size)
-    labels = checks.int64("labels", labels, embeddings.shape[0])
+    labels = values.integers("labels", labels, embeddings.shape[0])
     checks.same_device("labels", labels, "embeddings", embeddings)
     margin = checks.number("margin", margin)
     options = (float(la), float(gamma), float(margin), bool(regularized), size)

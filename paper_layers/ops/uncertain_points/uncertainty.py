@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paper_layers._core import checks, dtypes
+from paper_layers._core import checks, dtypes, values
 
 
 def of_class(logits: Tensor, labels: Tensor | None) -> Tensor:
@@ -47,7 +47,7 @@ def check_logits(logits: Tensor, labels: Tensor | None) -> Tensor | None:
         raise ValueError(f"logits: expected shape (N, C, H, W) with at least one class, got {tuple(logits.shape)}")
     if labels is None:
         return None
-    labels = checks.numbers("labels", labels)
+    labels = checks.numbers("labels", values.widened(labels))
     checks.same_device("labels", labels, "logits", logits)
     checks.shape("labels", labels, (logits.shape[0],))
     return labels if logits.shape[1] > 1 else None
