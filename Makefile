@@ -36,6 +36,9 @@ lint: $(INSTALLED)
 # The modules of a folder that can be run: those with a main.
 mains = $(basename $(notdir $(shell grep -l '__name__ == "__main__"' benchmarks/$(1)/*.py)))
 
+sweep overhead: $(KERNELS)
+	$(BIN)/python -m benchmarks.micro.$@ --json benchmarks/results/$@_cpu.json
+
 bench: $(KERNELS) $(PEERS)
 	set -e; for name in $(call mains,micro); do \
 		$(BIN)/python -m benchmarks.micro.$$name --json benchmarks/results/$${name}_cpu.json; done

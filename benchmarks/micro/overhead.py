@@ -51,8 +51,8 @@ def contenders() -> dict[str, tuple[Run, Run | None]]:
     image, points = torch.randn(4, 16, 8, 8, requires_grad=True), torch.rand(4, 16, 2)
     cloud = torch.randn(2, 64, 16, requires_grad=True)
     index = paper_layers.knn(cloud.detach(), k=4).indices
-    embeddings, centers = torch.randn(8, 16, requires_grad=True), torch.randn(10, 3, 16, requires_grad=True)
-    labels, rows = torch.arange(8), torch.randn(8, 16, requires_grad=True)
+    embeddings, rows = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    labels = torch.arange(8)
     linear, spectral = nn.Linear(16, 16), nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
     own_spectral = big_bigan.SpectralLinear(16, 16)
     norm, split = nn.BatchNorm2d(16), paper_layers.SplitBatchNorm2d(16)

@@ -73,25 +73,27 @@ Tensor soft_triple_chunk_backward(Tensor scores, Tensor inverse, Tensor labels, 
   return projection;
 }
 
-// The loss of a row, log(1 + e^excess), and its slope, where the log-sum-exp of the other classes exceeds the target.
-template <typename A>
-void cross_entropy(A excess, A* loss, A* slope) {
-  const A small = std::exp(-std::abs(excess)), one = 1;  // at most 1
-  *loss = (excess > 0 ? excess : excess == excess ? A(0) : excess) + std::log1p(small);
-  *slope = (excess > 0 ? one : small) / (one + small);
+Tensor soft_triple_reduce(const Tensor& others, const Tensor& target, const Tensor& distance,
+                          std::optional<Tensor> weights, const Tensor& labels, double regulariser,
+                          std::string reduction) {
+  const RowTensors tensors(others, target, distance, weights, labels, regulariser, reduction);
+  return tensors.forward([](const auto& rows) {
+    RowTotals totals;
+    for (int64_t i = 0; i < rows.problem.rows; ++i) rows.add_forward(i, &totals);
+    rows.finish_forward(totals);
+  });
 }
 
-std::tuple<Tensor, Tensor> soft_triple_cross_entropy(Tensor others, Tensor target) {
-  check_tensor("target", target, others.sizes(), others);
-  make_contiguous(others, target);
-  Tensor loss = empty_like(others), slope = empty_like(others);
-  dispatch_accumulator(others.scalar_type(), [&](auto element) {
-    using A = decltype(element);
-    const A *const excess = others.const_data_ptr<A>(), *const than = target.const_data_ptr<A>();
-    A *const losses = loss.mutable_data_ptr<A>(), *const slopes = slope.mutable_data_ptr<A>();
-    for (int64_t i = 0; i < others.numel(); ++i) cross_entropy(excess[i] - than[i], losses + i, slopes + i);
+std::tuple<Tensor, Tensor, Tensor, Tensor> soft_triple_reduce_backward(
+    const Tensor& grad, const Tensor& others, const Tensor& target, const Tensor& distance,
+    std::optional<Tensor> weights, const Tensor& labels, double regulariser, std::string reduction) {
+  const RowTensors tensors(others, target, distance, weights, labels, regulariser, reduction);
+  return tensors.backward(grad, [](const auto& rows) {
+    RowTotals totals;
+    for (int64_t i = 0; i < rows.problem.rows; ++i) rows.add_backward(i, &totals);
+    for (int64_t i = 0; i < rows.problem.rows; ++i) rows.backward(i, totals);
+    rows.finish_backward(totals);
   });
-  return {loss, slope};
 }
 
 Tensor soft_triple_similarity(const Tensor& scores, Tensor inverse, double gamma) {
@@ -132,7 +134,8 @@ STABLE_TORCH_LIBRARY_IMPL(paper_layers, CPU, m) {
   m.impl("soft_triple_add_centers_", TORCH_BOX(&paper_layers::soft_triple_add_centers));
   m.impl("soft_triple_chunk", TORCH_BOX(&paper_layers::soft_triple_chunk_forward));
   m.impl("soft_triple_chunk_backward_", TORCH_BOX(&paper_layers::soft_triple_chunk_backward));
-  m.impl("soft_triple_cross_entropy", TORCH_BOX(&paper_layers::soft_triple_cross_entropy));
+  m.impl("soft_triple_reduce", TORCH_BOX(&paper_layers::soft_triple_reduce));
+  m.impl("soft_triple_reduce_backward", TORCH_BOX(&paper_layers::soft_triple_reduce_backward));
   m.impl("soft_triple_similarity", TORCH_BOX(&paper_layers::soft_triple_similarity));
   m.impl("soft_triple_similarity_backward_", TORCH_BOX(&paper_layers::soft_triple_similarity_backward));
 }

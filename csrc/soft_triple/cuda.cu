@@ -145,6 +145,29 @@ Tensor soft_triple_similarity_backward(Tensor scores, Tensor inverse, Tensor gra
   return projection;
 }
 
+template <bool backward, typename A>
+void launch_rows(const Rows<A>& rows, int32_t device) {
+  launch(reduce_rows_kernel<A, backward>, 1, kThreads, device, rows);
+}
+
+Tensor soft_triple_reduce(const Tensor& others, const Tensor& target, const Tensor& distance,
+                          std::optional<Tensor> weights, const Tensor& labels, double regulariser,
+                          std::string reduction) {
+  const RowTensors tensors(others, target, distance, weights, labels, regulariser, reduction);
+  const int32_t device = others.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  return tensors.forward([&](const auto& rows) { launch_rows<false>(rows, device); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> soft_triple_reduce_backward(
+    const Tensor& grad, const Tensor& others, const Tensor& target, const Tensor& distance,
+    std::optional<Tensor> weights, const Tensor& labels, double regulariser, std::string reduction) {
+  const RowTensors tensors(others, target, distance, weights, labels, regulariser, reduction);
+  const int32_t device = others.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  return tensors.backward(grad, [&](const auto& rows) { launch_rows<true>(rows, device); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(paper_layers, CUDA, m) {
@@ -153,6 +176,8 @@ STABLE_TORCH_LIBRARY_IMPL(paper_layers, CUDA, m) {
   m.impl("soft_triple_add_centers_", TORCH_BOX(&soft_triple_add_centers));
   m.impl("soft_triple_chunk", TORCH_BOX(&soft_triple_chunk_forward));
   m.impl("soft_triple_chunk_backward_", TORCH_BOX(&soft_triple_chunk_backward));
+  m.impl("soft_triple_reduce", TORCH_BOX(&soft_triple_reduce));
+  m.impl("soft_triple_reduce_backward", TORCH_BOX(&soft_triple_reduce_backward));
   m.impl("soft_triple_similarity", TORCH_BOX(&soft_triple_similarity));
   m.impl("soft_triple_similarity_backward_", TORCH_BOX(&soft_triple_similarity_backward));
 }

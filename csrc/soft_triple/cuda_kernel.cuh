@@ -248,5 +248,33 @@ struct ReplaceByGradients {
   }
 };
 
+// The last step for all rows, by one block: the batch is short. Rows are added in an order that does not vary.
+template <typename A, bool backward>
+__global__ void __launch_bounds__(kThreads) reduce_rows_kernel(const __grid_constant__ Rows<A> rows) {
+  __shared__ double numbers[kThreads], sums[kThreads];
+  RowTotals totals;
+  for (int64_t i = threadIdx.x; i < rows.problem.rows; i += kThreads) {
+    if (backward) rows.add_backward(i, &totals);
+    else rows.add_forward(i, &totals);
+  }
+  numbers[threadIdx.x] = totals.number;
+  sums[threadIdx.x] = totals.sum;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      numbers[threadIdx.x] += numbers[threadIdx.x + half];
+      sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+  }
+  __syncthreads();
+  totals = {numbers[0], sums[0]};
+  if (backward) {
+    for (int64_t i = threadIdx.x; i < rows.problem.rows; i += kThreads) rows.backward(i, totals);
+    if (threadIdx.x == 0) rows.finish_backward(totals);
+  } else if (threadIdx.x == 0) {
+    rows.finish_forward(totals);
+  }
+}
+
 }  // namespace
 }  // namespace paper_layers

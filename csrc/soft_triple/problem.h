@@ -3,6 +3,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include <torch/headeronly/macros/Macros.h>
@@ -166,5 +169,149 @@ inline void check_loss_backward(const SoftTripleLoss& loss, const Tensor& grad_l
   check_tensor("inverse", inverse, {loss.classes, loss.centers}, logsumexp);
   if (pull.numel() > 0) check_tensor("pull", pull, {loss.classes, loss.centers, loss.centers}, logsumexp);
 }
+
+// The last step: rows' losses, reduced.
+struct SoftTripleRows {
+  int64_t rows;
+  bool weighted, mean, each;
+  double regulariser;
+};
+
+inline SoftTripleRows soft_triple_rows(const Tensor& others, const Tensor& target, const Tensor& distance,
+                                       const std::optional<Tensor>& weights, const Tensor& labels, double regulariser,
+                                       const std::string& reduction) {
+  STD_TORCH_CHECK(others.dim() == 1, "others: expected shape (B,), got ", to_string(others.sizes()));
+  STD_TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none",
+                  "reduction: expected mean, sum or none, got ", reduction);
+  check_tensor("target", target, others.sizes(), others);
+  check_tensor("distance", distance, {}, others);
+  if (weights) check_tensor("weights", *weights, others.sizes(), others);
+  check_labels(labels, {0, 1, others.size(0)}, others);
+  return {others.size(0), weights.has_value(), reduction == "mean", reduction == "none", regulariser};
+}
+
+// The loss of a row, log(1 + e^excess), and its slope, where the log-sum-exp of the other classes exceeds the target.
+template <typename A>
+struct RowLoss {
+  A loss, slope;
+
+  C10_HOST_DEVICE explicit RowLoss(A excess) {
+    const A small = std::exp(-std::abs(excess)), one = 1;  // at most 1
+    loss = (excess > 0 ? excess : excess == excess ? A(0) : excess) + std::log1p(small);
+    slope = (excess > 0 ? one : small) / (one + small);
+  }
+};
+
+// What rows need of each other: how many count, and the sum of something over them.
+struct RowTotals {
+  double number = 0, sum = 0;
+
+  C10_HOST_DEVICE void add(double count, double value) {
+    number += count;
+    sum += value;
+  }
+};
+
+// The rows of one call. Forward writes `loss`, backward reads `grad` and writes gradients.
+template <typename A>
+struct Rows {
+  SoftTripleRows problem;
+  const A *others, *target, *distance, *weights;
+  const int64_t* labels;
+  A* loss = nullptr;
+  const A* grad = nullptr;
+  A *grad_others = nullptr, *grad_target = nullptr, *grad_distance = nullptr, *grad_weights = nullptr;
+
+  C10_HOST_DEVICE bool counted(int64_t i) const { return labels[i] >= 0; }
+  C10_HOST_DEVICE RowLoss<A> row(int64_t i) const { return RowLoss<A>(others[i] - target[i]); }
+  C10_HOST_DEVICE A weight(int64_t i) const { return problem.weighted ? weights[i] : A(1); }
+
+  C10_HOST_DEVICE void add_forward(int64_t i, RowTotals* totals) const {
+    const A value = counted(i) ? row(i).loss * weight(i) : A(0);
+    totals->add(counted(i), value);
+    if (problem.each) loss[i] = value + (counted(i) ? extra() : A(0));
+  }
+  C10_HOST_DEVICE void finish_forward(const RowTotals& totals) const {
+    if (problem.each) return;
+    const double count = problem.mean ? totals.number : totals.number > 0;
+    const double sum = totals.sum + problem.regulariser * *distance * count;
+    *loss = static_cast<A>(problem.mean && totals.number > 0 ? sum / totals.number : sum);
+  }
+  C10_HOST_DEVICE void add_backward(int64_t i, RowTotals* totals) const {
+    totals->add(counted(i), problem.each && counted(i) ? grad[i] : A(0));
+  }
+  C10_HOST_DEVICE void backward(int64_t i, const RowTotals& totals) const {
+    const A all = problem.each ? grad[i] : *grad;
+    const A own = counted(i) ? all / (problem.mean ? static_cast<A>(totals.number) : A(1)) : A(0);
+    const RowLoss<A> of = row(i);
+    grad_others[i] = own * weight(i) * of.slope;
+    grad_target[i] = -grad_others[i];
+    if (problem.weighted) grad_weights[i] = own * of.loss;
+  }
+  C10_HOST_DEVICE void finish_backward(const RowTotals& totals) const {
+    const double all = problem.each ? totals.sum : *grad * static_cast<double>(totals.number > 0);
+    *grad_distance = static_cast<A>(problem.regulariser * all);
+  }
+
+ private:
+  C10_HOST_DEVICE A extra() const { return static_cast<A>(problem.regulariser * *distance); }
+};
+
+// Contiguous arguments of the last step.
+struct RowTensors {
+  SoftTripleRows problem;
+  Tensor others, target, distance, labels;
+  std::optional<Tensor> weights;
+
+  RowTensors(const Tensor& others, const Tensor& target, const Tensor& distance, const std::optional<Tensor>& weights,
+             const Tensor& labels, double regulariser, const std::string& reduction)
+      : problem(soft_triple_rows(others, target, distance, weights, labels, regulariser, reduction)),
+        others(to_contiguous(others)),
+        target(to_contiguous(target)),
+        distance(distance),
+        labels(to_contiguous(labels)),
+        weights(weights) {
+    make_contiguous(this->weights);
+  }
+
+  template <typename A>
+  Rows<A> rows() const {
+    return {problem, others.const_data_ptr<A>(), target.const_data_ptr<A>(), distance.const_data_ptr<A>(),
+            weights ? weights->const_data_ptr<A>() : nullptr, labels.const_data_ptr<int64_t>()};
+  }
+
+  // Calls run(rows) and returns the loss.
+  template <typename Run>
+  Tensor forward(const Run& run) const {
+    Tensor loss = problem.each ? empty_like(others) : new_empty(others, {});
+    dispatch_accumulator(others.scalar_type(), [&](auto element) {
+      using A = decltype(element);
+      Rows<A> call = rows<A>();
+      call.loss = loss.mutable_data_ptr<A>();
+      run(call);
+    });
+    return loss;
+  }
+
+  // Calls run(rows) and returns the gradients.
+  template <typename Run>
+  std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, const Run& run) const {
+    check_tensor("grad", grad, problem.each ? others.sizes() : IntHeaderOnlyArrayRef(), others);
+    make_contiguous(grad);
+    Tensor of_others = empty_like(others), of_target = empty_like(others), of_distance = new_empty(others, {});
+    Tensor of_weights = problem.weighted ? empty_like(others) : new_empty(others, {0});
+    dispatch_accumulator(others.scalar_type(), [&](auto element) {
+      using A = decltype(element);
+      Rows<A> call = rows<A>();
+      call.grad = grad.const_data_ptr<A>();
+      call.grad_others = of_others.mutable_data_ptr<A>();
+      call.grad_target = of_target.mutable_data_ptr<A>();
+      call.grad_distance = of_distance.mutable_data_ptr<A>();
+      call.grad_weights = of_weights.mutable_data_ptr<A>();
+      run(call);
+    });
+    return {of_others, of_target, of_distance, of_weights};
+  }
+};
 
 }  // namespace paper_layers

@@ -14,8 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paper_layers.ops.soft_triple.loss import cross_entropy
-
 
 def gather_rows(rows: Tensor, sizes: list[int], group: Any) -> Tensor:
     """Concatenate the rows (size, ...) of all ranks, without gradients."""
@@ -48,9 +46,9 @@ class Gather(torch.autograd.Function):
 
 
 class Join(torch.autograd.Function):
-    """Join each rank's outputs of `soft_triple`, shapes (B,), (B,) and (), to cross-entropies and a sum of distances.
+    """Join each rank's outputs of `soft_triple`, shapes (B,), (B,) and (), to those of all classes.
 
-    The other outputs are factors of their gradients.
+    The last output is a factor of the gradients.
     """
 
     @staticmethod
@@ -62,22 +60,21 @@ class Join(torch.autograd.Function):
         sums = torch.cat([own, target, distance[None]])
         dist.all_reduce(sums, group=group)
         total, target, distance = sums.split([len(target), len(target), 1])
-        joint = highest + total.log()
-        slope = (joint - target).sigmoid()
-        share = slope * own / total.where(total != 0, 1)
-        return cross_entropy(joint, target), distance[0].clone(), slope, share
+        share = own / total.where(total != 0, 1)
+        return highest + total.log(), target.clone(), distance[0].clone(), share
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.group = inputs[3]
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(*output[2:])
+        ctx.mark_non_differentiable(output[3])
+        ctx.save_for_backward(output[3])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_distance: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        mean = torch.cat([grad, grad_distance[None]])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows = len(grads[0])
+        mean = torch.cat([*grads[:2], grads[2][None]])
         dist.all_reduce(mean, group=ctx.group)
-        mean = mean / dist.get_world_size(ctx.group)
-        slope, share = ctx.saved_tensors
-        return mean[:-1] * share, -mean[:-1] * slope, mean[-1], None
+        of_joint, of_target, of_distance = (mean / dist.get_world_size(ctx.group)).split([rows, rows, 1])
+        (share,) = ctx.saved_tensors
+        return of_joint * share, of_target, of_distance[0], None

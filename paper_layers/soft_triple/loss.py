@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
 from paper_layers.ops.soft_triple.logits import soft_triple_logits
-from paper_layers.ops.soft_triple.loss import REDUCTIONS, soft_triple_loss
+from paper_layers.ops.soft_triple.loss import soft_triple_loss
+from paper_layers.ops.soft_triple.rows import REDUCTIONS
 from paper_layers.soft_triple import _merging
 from paper_layers.soft_triple._metric_learning import (
     as_metric_learning_loss,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from paper_layers._core import checks, dtypes, values
 from paper_layers.ops.soft_triple.chunk_ops import known_labels
 from paper_layers.ops.soft_triple.chunks import check
-from paper_layers.ops.soft_triple.loss import REDUCTIONS, reduce_losses, soft_triple
+from paper_layers.ops.soft_triple.loss import soft_triple
+from paper_layers.ops.soft_triple.rows import REDUCTIONS, reduce_rows
 from paper_layers.soft_triple._collectives import Gather, Join, gather_rows
 from paper_layers.soft_triple._metric_learning import check_references, count_rows, counts_to_weights
 from paper_layers.soft_triple.loss import SoftTripleLoss
@@ -164,12 +165,11 @@ class ShardedSoftTripleLoss(SoftTripleLoss):
         options: dict[str, Any] = {"la": self.la, "gamma": self.gamma, "margin": self.margin}
         options |= {"regularized": regularized, "chunk_size": self.chunk_size}
         others, target, distance = soft_triple(rows, own, labels - self.classes.start, **options)
-        losses, distance, *_ = Join.apply(others, target, distance, group)
-        if regularized:
-            distance = self.tau / (self.num_classes * count * (count - 1)) * distance
-        if counts is not None:
-            losses = losses * counts_to_weights(gather_rows(counts, sizes, group))
-        loss = reduce_losses(losses, labels >= 0, distance, self.reduction)
+        others, target, distance, _ = Join.apply(others, target, distance, group)
+        weights = None if counts is None else counts_to_weights(gather_rows(counts, sizes, group))
+        regulariser = self.tau / (self.num_classes * count * (count - 1)) if regularized else 0.0
+        reduction: dict[str, Any] = {"regulariser": regulariser, "reduction": self.reduction, "weights": weights}
+        loss = reduce_rows(others, target, distance, labels, **reduction)
         return loss.split(sizes)[dist.get_rank(group)] if self.reduction == "none" else loss
 
     def _agreed(

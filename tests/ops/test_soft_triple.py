@@ -17,11 +17,14 @@ from paper_layers import soft_triple_loss
 from paper_layers.ops.soft_triple import chunk_ops
 from paper_layers.ops.soft_triple import logits as logits_module
 from paper_layers.ops.soft_triple import loss as soft_triple_module
+from paper_layers.ops.soft_triple import rows as rows_module
 from paper_layers.ops.soft_triple.logits import soft_triple_logits
-from paper_layers.ops.soft_triple.loss import cross_entropy, soft_triple
+from paper_layers.ops.soft_triple.loss import soft_triple
+from paper_layers.ops.soft_triple.rows import reduce_rows
 from testing import raw_ops
 from testing.battery import OpBattery
 from testing.cases import Case, assert_close, by_dtype, drawn
+from testing.counting import dispatched_ops
 
 library = torch.ops.paper_layers
 
@@ -198,7 +201,11 @@ def test_opcheck_of_the_whole() -> None:
     torch.library.opcheck(
         library.soft_triple_backward.default, (*grads, x, w, y, logsumexp, inverse, pull, *factors, 2)
     )
-    torch.library.opcheck(library.soft_triple_cross_entropy.default, (logsumexp, target))
+    for weights, reduction in ((None, "mean"), (target.cos(), "none")):
+        rows = (logsumexp, target, distance, weights, y, 0.1, reduction)
+        torch.library.opcheck(library.soft_triple_reduce.default, rows)
+        grad = library.soft_triple_reduce(*rows)
+        torch.library.opcheck(library.soft_triple_reduce_backward.default, (grad, *rows))
     torch.library.opcheck(library.soft_triple_logits.default, (x, w, 20.0, 0.1, 2))
     logits, inverse = library.soft_triple_logits(x, w, 20.0, 0.1, 2)
     torch.library.opcheck(library.soft_triple_logits_backward.default, (logits, x, w, inverse, 20.0, 0.1, 2))
@@ -212,8 +219,10 @@ def whole_arguments() -> dict[str, tuple[Any, ...]]:
     saved = (x, w, y, logsumexp, inverse, pull)
     logits, lengths = library.soft_triple_logits(x, w, 20.0, 0.1, 8)
     excesses = torch.tensor([-torch.inf, -800.0, -40.0, -9.0, 0.0, 3.0, 79.0, 81.0, 900.0, torch.inf, torch.nan])
+    rows = (excesses, torch.zeros_like(excesses), torch.ones(()), excesses.cos(), torch.arange(11) - 1, 0.1, "none")
     return {
-        "soft_triple_cross_entropy": (excesses, torch.zeros_like(excesses)),
+        "soft_triple_reduce": rows,
+        "soft_triple_reduce_backward": (excesses.nan_to_num().sin(), *rows),
         "soft_triple_logits": (x, w, 20.0, 0.1, 8),
         "soft_triple_logits_backward": (logits.cos(), x, w, lengths, 20.0, 0.1, 8),
         "soft_triple": (x, w, y, *factors, True, 8),
@@ -221,7 +230,7 @@ def whole_arguments() -> dict[str, tuple[Any, ...]]:
     }
 
 
-WHOLE = ("soft_triple", "soft_triple_backward", "soft_triple_cross_entropy")
+WHOLE = ("soft_triple", "soft_triple_backward", "soft_triple_reduce", "soft_triple_reduce_backward")
 LOGITS = ("soft_triple_logits", "soft_triple_logits_backward")
 
 
@@ -238,7 +247,8 @@ def test_kernels_equal_their_references(name: str, dtype: torch.dtype) -> None:
         "soft_triple_similarity_backward_": chunk_ops._similarity_backward,
         "soft_triple": soft_triple_module._forward,
         "soft_triple_backward": soft_triple_module._backward,
-        "soft_triple_cross_entropy": chunk_ops._cross_entropy,
+        "soft_triple_reduce": rows_module._reference,
+        "soft_triple_reduce_backward": rows_module._backward_reference,
         "soft_triple_logits": logits_module._logits,
         "soft_triple_logits_backward": logits_module._logits_backward,
     }
@@ -290,7 +300,8 @@ def test_parts_of_the_classes_make_the_whole(split: int, seed: int) -> None:
     x, w, y = vectors(6, 5, seed=seed).double(), vectors(9, 2, 5, seed=seed).double(), torch.arange(6) + seed % 4
     parts = [soft_triple(x, w[:split], y), soft_triple(x, w[split:], y - split)]
     others, target, distance = (torch.stack(values) for values in zip(*parts, strict=True))
-    loss = cross_entropy(others.logsumexp(0), target.sum(0)).mean() + 0.2 * distance.sum() / (9 * 2)
+    joint = (others.logsumexp(0), target.sum(0), distance.sum(), y)
+    loss = reduce_rows(*joint, regulariser=0.2 / (9 * 2), reduction="mean")
     torch.testing.assert_close(loss, formula(x, w, y))
 
 
@@ -303,6 +314,25 @@ def test_ops_that_write_take_tensors_with_a_negative_bit() -> None:
         want, got = getattr(library, name)(*plain), getattr(library, name)(*lazy)
         assert got is None or torch.equal(got, want)
         assert torch.equal(lazy[0], plain[0])
+
+
+@pytest.mark.tracing
+def test_few_ops_on_a_gpu() -> None:
+    """There the walk over the classes is Python's; Stanford Online Products has so many."""
+    x, w = torch.empty(256, 512, device="meta"), torch.empty(11318, 10, 512, device="meta")
+    y, factors = torch.empty(256, dtype=torch.int64, device="meta"), (20.0, 0.1, 0.01)
+
+    def run() -> None:
+        others, target, distance, inverse, pull = soft_triple_module._forward(x, w, y, *factors, True, 0)
+        rows = (others, target, distance, None, y, 0.1, "mean")
+        of_others, of_target, of_distance, _ = library.soft_triple_reduce_backward(
+            library.soft_triple_reduce(*rows), *rows
+        )
+        grads = (of_others, of_target, of_distance)
+        soft_triple_module._backward(*grads, x, w, y, others, inverse, pull, *factors, 0)
+
+    names = dispatched_ops(run)
+    assert len(names) <= 60, names
 
 
 def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:

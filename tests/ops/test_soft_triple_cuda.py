@@ -179,7 +179,7 @@ paper_layers.soft_triple_loss(x, w, torch.full((3,), {label}))
     }
 
     def test_kernels_are_loaded(self) -> None:
-        for name in (*self.ops, "soft_triple_labels"):
+        for name in (*self.ops, "soft_triple_labels", "soft_triple_reduce", "soft_triple_reduce_backward"):
             assert raw_ops.has_kernel(name, self.device), paper_layers.show_config()
 
     def steps(self) -> dict[str, Step]:
@@ -196,7 +196,15 @@ paper_layers.soft_triple_loss(x, w, torch.full((3,), {label}))
 
     def refused(self) -> dict[str, Callable[[], Any]]:
         bad = vectors(3, 2, 4).to(DEVICE, torch.bfloat16)
-        return {"not implemented for 'BFloat16'": lambda: self.ops["soft_triple_centers"](bad, True)}
+        rows = (vectors(3).to(DEVICE), vectors(3).to(DEVICE), vectors(1).to(DEVICE)[0], None)
+        labels = torch.arange(3, device=DEVICE)
+        reduce, pull = torch.ops.paper_layers.soft_triple_reduce, torch.ops.paper_layers.soft_triple_reduce_backward
+        return {
+            "not implemented for 'BFloat16'": lambda: self.ops["soft_triple_centers"](bad, True),
+            "reduction: expected": lambda: reduce(*rows, labels, 0.1, "median"),
+            "labels: expected": lambda: reduce(*rows, labels[:2], 0.1, "mean"),
+            "grad: expected": lambda: pull(rows[0], *rows, labels, 0.1, "mean"),
+        }
 
     def refused_devices(self) -> dict[str, Callable[[], Any]]:
         embeddings, centers, labels = _problem(4, 5, 2, 8)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from paper_layers._core.library import define
@@ -29,6 +28,10 @@ def inverse_length(x: Tensor) -> Tensor:
 
 
 def _labels(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    if labels.numel():
+        low, high = labels.aminmax()
+        if low.item() >= 0 and high.item() < classes and not 0 <= ignore_index < classes:
+            return labels.clone(memory_format=torch.contiguous_format)  # The usual case, in few ops.
     known = (labels >= 0) & (labels < classes)
     ignored = labels == ignore_index
     wrong = ~(known | ignored)
@@ -117,16 +120,6 @@ def _backward_fake(scores: Tensor, inverse: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(inverse)
 
 
-def _cross_entropy(others: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    excess = others - target
-    # Up to 80 the logarithm is taken: float64 sees the difference.
-    return F.softplus(excess, threshold=80), excess.sigmoid()
-
-
-def _cross_entropy_fake(others: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    return others.new_empty(others.shape), others.new_empty(others.shape)
-
-
 def _similarity(scores: Tensor, inverse: Tensor, gamma: float) -> Tensor:
     return _cosines(scores, inverse, gamma)[2]
 
@@ -173,11 +166,6 @@ chunk_backward = define(
     f"Tensor grad_target, {_FACTORS}) -> Tensor",
     _backward,
     _backward_fake,
-)
-# The loss of each row, from the log-sum-exp of its other classes and its own logit, and its slope. Torch's functions
-# round an element by its place in a vector; a row's loss must not depend on the place.
-rows_cross_entropy = define(
-    "soft_triple_cross_entropy(Tensor others, Tensor target) -> (Tensor, Tensor)", _cross_entropy, _cross_entropy_fake
 )
 # The same for the relaxed similarities (C, B) themselves.
 chunk_similarity = define(

@@ -10,8 +10,8 @@ from torch import Tensor
 from paper_layers._core import checks, dtypes
 from paper_layers.ops.soft_triple import chunk_ops
 
-# The default number of scores in memory, which fits the caches.
-_CHUNK_SCORES = 1 << 20
+# The default number of scores in memory: what fits the caches of a CPU, and enough work for a GPU's launches.
+_CHUNK_SCORES, _CHUNK_SCORES_OF_GPUS = 1 << 20, 1 << 25
 
 
 class Chunks:
@@ -21,10 +21,11 @@ class Chunks:
         self.embeddings, self.centers = embeddings, centers
         self.dtype = dtypes.accumulation(embeddings, centers)
         wide = embeddings.to(self.dtype)
-        self.inverse_length = chunk_ops.inverse_length(wide)
+        self.inverse_length = chunk_ops.center_norms_and_distances(wide[:, None], False)[0]
         self.unit = wide * self.inverse_length
         classes, count, _ = centers.shape
-        size = chunk_size or max(1, _CHUNK_SCORES // (count * max(1, len(wide))))
+        most = _CHUNK_SCORES if wide.is_cpu else _CHUNK_SCORES_OF_GPUS
+        size = chunk_size or max(1, most // (count * max(1, len(wide))))
         self.ranges = [slice(first, min(first + size, classes)) for first in range(0, classes, size)]
         self._buffer = self.unit.new_empty(min(size, classes) * count, len(wide))
 
@@ -82,7 +83,4 @@ def check(embeddings: Tensor, centers: Tensor, la: float, gamma: float, chunk_si
     gamma = checks.number("gamma", gamma)
     if not gamma > 0:
         raise ValueError(f"gamma: expected more than 0, got {gamma!r}")
-    if chunk_size is None:
-        return 0
-    chunk_size = checks.integer("chunk_size", chunk_size, 1)
-    return chunk_size
+    return 0 if chunk_size is None else checks.integer("chunk_size", chunk_size, 1)

@@ -15,6 +15,7 @@ from paper_layers._core.tracing import leaf
 from paper_layers._core.vmap import one_by_one
 from paper_layers.ops.soft_triple import chunk_ops
 from paper_layers.ops.soft_triple.chunks import Chunks, check, relaxed_logits
+from paper_layers.ops.soft_triple.rows import REDUCTIONS, reduce_rows
 
 
 @torch.no_grad()
@@ -82,8 +83,6 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return embeddings.new_empty(embeddings.shape), centers.new_empty(centers.shape)
 
 
-REDUCTIONS = ("mean", "sum", "none")
-
 _FACTORS = "float la, float gamma, float margin"
 _forward_op = define(
     f"soft_triple(Tensor embeddings, Tensor centers, Tensor labels, {_FACTORS}, bool regularized, int chunk_size) "
@@ -140,24 +139,6 @@ _soft_triple = differentiable(
 )
 
 
-def _pull(grad: Tensor, others: Tensor, target: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    share = grad * slope
-    return share, -share
-
-
-_cross_entropy = differentiable(
-    "soft_triple_cross_entropy",
-    chunk_ops.rows_cross_entropy,
-    _pull,
-    # For the second derivative the slope is a function, too.
-    formula=lambda grad, others, target, slope: _pull(grad, others, target, (others - target).sigmoid()),
-    vmap=one_by_one,
-    outputs=2,
-    kept=(1,),
-    constant=(1,),
-)
-
-
 def soft_triple(
     embeddings: Tensor,
     centers: Tensor,
@@ -177,7 +158,7 @@ def soft_triple(
     with unit vectors x and w, of Qian et al., "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling", ICCV
     2019, equations 5 to 9. `soft_triple_loss` is made of them; they are apart so that classes may be spread over
     several calls: log-sum-exps of parts of the classes give that of all, and targets add up. The row's own class is not
-    in the log-sum-exp: `cross_entropy` would find the small loss of a well separated row by subtracting large numbers.
+    in the log-sum-exp: the small loss of a well separated row would be a difference of large numbers.
 
     Args:
         embeddings: Shape (B, d), of any length; float32, float64, bfloat16 or float16.
@@ -201,9 +182,10 @@ def soft_triple(
 
     Example:
         >>> import torch
-        >>> from paper_layers.ops.soft_triple.loss import cross_entropy, soft_triple
+        >>> from paper_layers.ops.soft_triple.loss import soft_triple
         >>> others, target, _ = soft_triple(torch.randn(8, 64), torch.randn(100, 10, 64), torch.arange(8))
-        >>> loss = cross_entropy(others, target).mean()
+        >>> others.shape
+        torch.Size([8])
     """
     size = check(embeddings, centers, la, gamma, chunk_size)
     labels = values.integers("labels", labels, embeddings.shape[0])
@@ -212,12 +194,6 @@ def soft_triple(
     options = (float(la), float(gamma), float(margin), bool(regularized), size)
     others, target, distance, *_ = _soft_triple(embeddings, centers, labels, options)
     return others, target, distance
-
-
-def cross_entropy(others: Tensor, target: Tensor) -> Tensor:
-    """Return each row's cross-entropy from the log-sum-exp of its other classes and its target logit, both (B,)."""
-    loss: Tensor = _cross_entropy(others, target, ())[0]
-    return loss
 
 
 @leaf
@@ -297,16 +273,6 @@ def soft_triple_loss(
     options = (float(la), float(gamma), float(margin), regularized, size)
     others, target, distance, *_ = _soft_triple(embeddings, centers, labels, options)
 
-    regulariser = tau / (classes * count * (count - 1)) * distance if regularized else distance
-    losses = cross_entropy(others, target)
-    return reduce_losses(losses if weights is None else losses * weights, labels >= 0, regulariser, reduction)
-
-
-def reduce_losses(losses: Tensor, counted: Tensor, regulariser: Tensor, reduction: str) -> Tensor:
-    """Reduce the losses of the counted rows and add the regulariser, as in `soft_triple_loss`."""
-    each, number = torch.where(counted, losses, 0), counted.sum()
-    if reduction == "none":
-        return each + regulariser * counted
-    if reduction == "sum":
-        return each.sum() + regulariser * (number > 0)
-    return (each.sum() + regulariser * number) / number.clamp(min=1)
+    regulariser = tau / (classes * count * (count - 1)) if regularized else 0.0
+    parts = (others, target, distance, labels)
+    return reduce_rows(*parts, regulariser=regulariser, reduction=reduction, weights=weights)
