@@ -15,8 +15,7 @@ namespace {
 // The problem as the kernels take it: pixels of fewer channels than a vector holds go through NCHW, where a copy of the
 // image costs less than parts of vectors.
 LipPool2dProblem in_kernels_layout(LipPool2dProblem problem) {
-  constexpr int64_t kVectorElements = 16;
-  problem.channels_last &= problem.channels >= kVectorElements;
+  problem.channels_last &= problem.channels >= kVectorElements || is_packed(problem);
   return problem;
 }
 

@@ -4,45 +4,6 @@
 #include "lip_pool2d/cpu_planar.isa.h"
 #include "lip_pool2d/cpu_channels_last.isa.h"
 
-// The taps of one window, by itself: for windows that the sums above cannot resolve.
-template <typename T>
-struct Window {
-  using A = Accumulator<T>;
-  Range rows, columns;
-  Plane<const T> logit, input;
-  int64_t channel;
-  A largest = -std::numeric_limits<A>::infinity(), weight_sum = 0, value_sum = 0;
-
-  Window(const LipPool2dProblem& problem, Plane<const T> logit, Plane<const T> input, int64_t output_row,
-         int64_t output_column, int64_t channel)
-      : rows(problem.height.taps(output_row)),
-        columns(problem.width.taps(output_column)),
-        logit(logit),
-        input(input),
-        channel(channel) {
-    each([&](int64_t r, int64_t c) {
-      const A l = logit_at(r, c);
-      largest = l > largest || std::isnan(l) ? l : largest;
-    });
-    each([&](int64_t r, int64_t c) {
-      const A weight = std::exp(logit_at(r, c) - largest);
-      weight_sum += weight;
-      value_sum += weight * input_at(r, c);
-    });
-  }
-
-  template <typename F>
-  void each(F f) const {
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      for (int64_t c = columns.begin; c < columns.end; ++c) f(r, c);
-    }
-  }
-  A logit_at(int64_t r, int64_t c) const { return static_cast<A>(logit.at(r, c)[logit.depth > 1 ? channel : 0]); }
-  A input_at(int64_t r, int64_t c) const { return static_cast<A>(input.at(r, c)[channel]); }
-  A average() const { return value_sum / weight_sum; }
-  A share(int64_t r, int64_t c) const { return std::exp(logit_at(r, c) - largest) / weight_sum; }
-};
-
 // Tells if all sums of weights are precise.
 template <typename A>
 struct Resolved {
@@ -77,9 +38,10 @@ void each_unresolved(Windows& windows, int64_t output_row, int64_t depth, Body&&
 
 // The work in pieces: for each tile of columns and band of rows, every plane, so that scratch serves many.
 struct Tasks {
-  int64_t planes, columns, rows, tile, band, tiles, bands;
+  int64_t planes, columns, rows, depth, tile, band, tiles, bands;
 
-  Tasks(int64_t planes, int64_t columns, int64_t rows, int64_t tile_columns) : planes(planes), columns(columns), rows(rows) {
+  Tasks(int64_t planes, int64_t columns, int64_t rows, int64_t depth, int64_t tile_columns)
+      : planes(planes), columns(columns), rows(rows), depth(depth) {
     tile = std::clamp<int64_t>(tile_columns, 1, columns);
     tiles = (columns + tile - 1) / tile;
     // Bands only where there is too little else to share out: their borders are computed twice.
@@ -100,7 +62,7 @@ struct Tasks {
   // Calls work(columns, rows), which makes a function of the plane's number, in parallel.
   template <typename Work>
   void run(const Work& work) const {
-    parallel_for(0, planes * tiles * bands, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, planes * tiles * bands, 1 + kGrainElements / (tile * band * depth), [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t stop = std::min(end, (begin / planes + 1) * planes);
         auto piece = work(tile_at(begin), band_at(begin));
@@ -144,19 +106,13 @@ class Forward {
 
 template <typename Windows, typename T>
 void forward(const LipPool2dProblem& problem, const T* input, const T* logit, T* output) {
-  const Tasks tasks(problem.planes(), problem.width.outputs, problem.height.outputs,
+  const Tasks tasks(problem.planes(), problem.width.outputs, problem.height.outputs, problem.depth(),
                     kTileElements / (problem.depth() * problem.width.stride));
   tasks.run([&](Range columns, Range rows) {
     return [&, task = Forward<Windows>(problem, columns, rows)](int64_t plane) mutable {
       task.run(problem.input_plane(input, plane), problem.logit_plane(logit, plane), problem.output_plane(output, plane));
     };
   });
-}
-
-template <typename T>
-void forward(const LipPool2dProblem& problem, const T* input, const T* logit, T* output) {
-  if (problem.channels_last) forward<ChannelsLastWindows<T>>(problem, input, logit, output);
-  else forward<PlanarWindows<T>>(problem, input, logit, output);
 }
 
 // Gradients of some rows and columns of the input, streamed down the rows of windows that reach them.
@@ -369,7 +325,7 @@ void backward(const LipPool2dProblem& problem, const T* grad, const T* input, co
               T* grad_input, T* grad_logit) {
   // Planes that share logits are one piece of work, which adds up their gradients in order.
   const int64_t together = problem.shared ? problem.planes_per_image() : 1;
-  const Tasks tasks(problem.planes() / together, problem.width.length, problem.height.length,
+  const Tasks tasks(problem.planes() / together, problem.width.length, problem.height.length, problem.depth(),
                     kTileElements / problem.depth());
   tasks.run([&](Range columns, Range rows) {
     std::vector<Accumulator<T>> sums(together > 1 ? rows.size() * columns.size() : 0);
@@ -388,10 +344,25 @@ void backward(const LipPool2dProblem& problem, const T* grad, const T* input, co
   });
 }
 
+#include "lip_pool2d/cpu_packed.isa.h"
+
+template <typename T>
+void forward(const LipPool2dProblem& problem, const T* input, const T* logit, T* output) {
+  if (is_packed(problem)) {
+    PackedPlanes<T>::for_each_group(
+        problem, [&](auto& planes, int64_t group) { planes.forward(group, input, logit, output); });
+  } else if (problem.channels_last) forward<ChannelsLastWindows<T>>(problem, input, logit, output);
+  else forward<PlanarWindows<T>>(problem, input, logit, output);
+}
+
 template <typename T>
 void backward(const LipPool2dProblem& problem, const T* grad, const T* input, const T* logit, const T* output,
               T* grad_input, T* grad_logit) {
-  if (problem.channels_last) {
+  if (is_packed(problem)) {
+    PackedPlanes<T>::for_each_group(problem, [&](auto& planes, int64_t group) {
+      planes.backward(group, grad, input, logit, grad_input, grad_logit);
+    });
+  } else if (problem.channels_last) {
     backward<ChannelsLastWindows<T>, ChannelsLastShares<T>>(problem, grad, input, logit, output, grad_input, grad_logit);
   } else {
     backward<PlanarWindows<T>, PlanarShares<T>>(problem, grad, input, logit, output, grad_input, grad_logit);

@@ -261,3 +261,42 @@ struct TapRows {
     return exponent;
   }
 };
+
+// The taps of one window, by itself: for windows that the sums above cannot resolve.
+template <typename T>
+struct Window {
+  using A = Accumulator<T>;
+  Range rows, columns;
+  Plane<const T> logit, input;
+  int64_t channel;
+  A largest = -std::numeric_limits<A>::infinity(), weight_sum = 0, value_sum = 0;
+
+  Window(const LipPool2dProblem& problem, Plane<const T> logit, Plane<const T> input, int64_t output_row,
+         int64_t output_column, int64_t channel)
+      : rows(problem.height.taps(output_row)),
+        columns(problem.width.taps(output_column)),
+        logit(logit),
+        input(input),
+        channel(channel) {
+    each([&](int64_t r, int64_t c) {
+      const A l = logit_at(r, c);
+      largest = l > largest || std::isnan(l) ? l : largest;
+    });
+    each([&](int64_t r, int64_t c) {
+      const A weight = std::exp(logit_at(r, c) - largest);
+      weight_sum += weight;
+      value_sum += weight * input_at(r, c);
+    });
+  }
+
+  template <typename F>
+  void each(F f) const {
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      for (int64_t c = columns.begin; c < columns.end; ++c) f(r, c);
+    }
+  }
+  A logit_at(int64_t r, int64_t c) const { return static_cast<A>(logit.at(r, c)[logit.depth > 1 ? channel : 0]); }
+  A input_at(int64_t r, int64_t c) const { return static_cast<A>(input.at(r, c)[channel]); }
+  A average() const { return value_sum / weight_sum; }
+  A share(int64_t r, int64_t c) const { return std::exp(logit_at(r, c) - largest) / weight_sum; }
+};

@@ -124,6 +124,17 @@ inline LipPool2dProblem lip_pool2d_problem(const Tensor& input, const Tensor& lo
   return problem;
 }
 
+// On the CPU: elements of the largest vectors; the least work for a thread; the widest plane, and the largest image of
+// few channels, that are packed.
+constexpr int64_t kVectorElements = 16, kGrainElements = 4096, kNarrow = 24, kPackedPixels = 4096;
+
+// Whether channels are packed side by side in the CPU's kernels; the same for every image of these sizes.
+inline bool is_packed(const LipPool2dProblem& problem) {
+  const int64_t pixels = problem.height.length * problem.width.length;
+  if (problem.shared || problem.channels == 1 || pixels > kPackedPixels) return false;
+  return problem.channels_last ? problem.channels < kVectorElements : problem.width.length <= kNarrow;
+}
+
 inline Sizes output_sizes(const LipPool2dProblem& problem) {
   return {problem.images, problem.channels, problem.height.outputs, problem.width.outputs};
 }
