@@ -45,6 +45,19 @@ PAPER_LAYERS_INLINE V multiply_add(V a, V b, V c) {
   return V(a.lanes * b.lanes + c.lanes);
 }
 
+// A product that no sum takes into a fused operation: see `rounded_product`.
+template <typename V>
+PAPER_LAYERS_INLINE V unfused(V product) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  asm("" : "+v"(product.lanes));
+#elif defined(PAPER_LAYERS_X86)
+  asm("" : "+x"(product.lanes));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product.lanes));
+#endif
+  return product;
+}
+
 // The larger of the two, and b where either is NaN.
 template <typename V>
 PAPER_LAYERS_INLINE V max_or_second(V a, V b) {
@@ -188,6 +201,16 @@ PAPER_LAYERS_INLINE V even_lanes(V a, V b, std::index_sequence<I...>) {
 template <typename V>
 PAPER_LAYERS_INLINE V even_lanes(V a, V b) {
   return even_lanes(a, b, std::make_index_sequence<V::size>());
+}
+
+// The odd-numbered ones.
+template <typename V, size_t... I>
+PAPER_LAYERS_INLINE V odd_lanes(V a, V b, std::index_sequence<I...>) {
+  return V(__builtin_shufflevector(a.lanes, b.lanes, static_cast<int>(2 * I + 1)...));
+}
+template <typename V>
+PAPER_LAYERS_INLINE V odd_lanes(V a, V b) {
+  return odd_lanes(a, b, std::make_index_sequence<V::size>());
 }
 
 // The lanes one half further on.

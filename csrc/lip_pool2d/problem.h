@@ -131,7 +131,7 @@ constexpr int64_t kVectorElements = 16, kGrainElements = 4096, kNarrow = 24, kPa
 // Whether channels are packed side by side in the CPU's kernels; the same for every image of these sizes.
 inline bool is_packed(const LipPool2dProblem& problem) {
   const int64_t pixels = problem.height.length * problem.width.length;
-  if (problem.shared || problem.channels == 1 || pixels > kPackedPixels) return false;
+  if (problem.shared || pixels > kPackedPixels) return false;
   return problem.channels_last ? problem.channels < kVectorElements : problem.width.length <= kNarrow;
 }
 

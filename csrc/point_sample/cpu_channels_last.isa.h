@@ -58,13 +58,30 @@ template <typename T>
 void forward_channels_last(const PointSampleProblem& problem, const Plans<Accumulator<T>>& plans,
                            const std::vector<const T*>& maps, T* output, bool streaming) {
   using V = Vec<Accumulator<T>>;
-  run(cut_points(problem, plans, {0, plans.levels}), [&] {
+  run(cut_points(problem, plans, {0, plans.levels}), problem.rows * problem.points * problem.channels, [&] {
     return [&](const Piece& piece, const Piece*) {
       const Level& level = problem.levels[piece.level];
       const auto& plan = plans.of(piece);
       const int64_t channels = level.channels;
       const T* map = maps[piece.level] + piece.image * level.pixels() * channels;
       for (int64_t i = piece.range.begin; i < piece.range.end; ++i) {
+        if (channels < V::size) {  // Parts of vectors cost more than numbers.
+          const PlannedPoint<Accumulator<T>>& point = plan.points[i];
+          T* const out = output + point.place + level.first_channel;
+          const bool inside = point.inside();
+          for (int64_t c = 0; c < channels; ++c) {
+            const T* const at = map + c;
+            if (inside) {
+              out[c] = static_cast<T>(point.weights[0] * at[point.pixels[0] * channels] +
+                                      point.weights[1] * at[point.pixels[1] * channels] +
+                                      point.weights[2] * at[point.pixels[2] * channels] +
+                                      point.weights[3] * at[point.pixels[3] * channels]);
+              continue;
+            }
+            out[c] = static_cast<T>(point.sum([&](int32_t pixel) { return at[pixel * channels]; }));
+          }
+          continue;
+        }
         if (i + kAhead < piece.range.end) {
           const Rows<T> later(plan.points[i + kAhead], map, channels);
           for (int r = 0; r < later.count; ++r) fetch_row(later.rows[r], channels);
@@ -96,14 +113,25 @@ void backward_channels_last(const PointSampleProblem& problem, const Plans<Accum
     const Level& l = problem.levels[level];
     return std::max<int64_t>(1, kBandBytes / (sizeof(A) * l.width * std::max<int64_t>(l.channels, 1)));
   };
-  run(cut(problem, height, band), [&] {
+  int64_t elements = problem.rows * problem.points * problem.channels;
+  for (const Level& level : problem.levels) elements += problem.images * level.channels * level.pixels();
+  run(cut(problem, height, band), elements, [&] {
     return [&, sums = Scratch<A>()](const Piece& piece, const Piece*) mutable {
       const Level& level = problem.levels[piece.level];
       const auto& plan = plans.of(piece);
       const int64_t channels = level.channels, first = piece.range.begin * level.width;
       const int64_t size = piece.range.size() * level.width;
       const T* from = grad + level.first_channel;
-      sums.assign(size * channels, A(0));
+      T* const to = grad_maps[piece.level] + (piece.image * level.pixels() + first) * channels;
+      A* total = nullptr;
+      if constexpr (std::is_same_v<T, A>) total = plan.in_order() ? to : nullptr;
+      const bool in_place = total != nullptr;
+      if (in_place) {
+        std::fill_n(to, size * channels, T(0));
+      } else {
+        sums.assign(size * channels, A(0));
+        total = sums.data();
+      }
       const Range points = plan.touching(piece.range);
       for (int64_t i = points.begin; i < points.end; ++i) {
         if (i + kAhead < points.end) fetch_row(from + plan.points[i + kAhead].place, channels);
@@ -112,15 +140,14 @@ void backward_channels_last(const PointSampleProblem& problem, const Plans<Accum
         for (int t = 0; t < 4; ++t) {
           const int64_t pixel = point.pixels[t] - first;
           if (pixel < 0 || pixel >= size) continue;
-          A* sum = sums.data() + pixel * channels;
+          A* sum = total + pixel * channels;
           const V weight(point.weights[t]);
           int64_t c = 0;
           for (; c + V::size <= channels; c += V::size) store(sum + c, multiply_add(load(g + c), weight, load(sum + c)));
           for (; c < channels; ++c) sum[c] += point.weights[t] * static_cast<A>(g[c]);
         }
       }
-      T* to = grad_maps[piece.level] + (piece.image * level.pixels() + first) * channels;
-      write(sums.data(), size * channels, to, streaming);
+      if (!in_place) write(sums.data(), size * channels, to, streaming);
     };
   });
 }

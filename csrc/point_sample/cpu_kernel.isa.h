@@ -2,6 +2,10 @@
 
 // Sums of gradients that are kept in the caches until they are complete.
 constexpr int64_t kBandBytes = int64_t(512) << 10;
+// NCHW: planes at once, which share the points' taps.
+constexpr int64_t kPlanes = 8;
+// The least work for a thread.
+constexpr int64_t kGrainPoints = 256, kGrainElements = 4096;
 
 #include "point_sample/cpu_plan.isa.h"
 
@@ -54,7 +58,8 @@ void backward_points(const PointSampleProblem& problem, const T* grad, const C* 
   std::fill_n(grad_points, 2 * problem.rows * problem.points, C(0));
   for (int64_t l = 0; l < int64_t(problem.levels.size()); ++l) {
     const Level& level = problem.levels[l];
-    run(cut_points(problem, plans, {l, l + 1}), [&] {
+    const int64_t elements = problem.rows * problem.points * level.channels;
+    run(cut_points(problem, plans, {l, l + 1}), elements, [&] {
       return [&, dots = Scratch<A>(4 * kPoints)](const Piece& piece, const Piece*) mutable {
         const PlannedPoint<A>* some = plans.of(piece).points.data() + piece.range.begin;
         const T* map = maps[l] + piece.image * level.pixels() * level.channels;

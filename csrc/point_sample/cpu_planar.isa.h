@@ -2,8 +2,6 @@
 // meanwhile: the processor does not guess it from points here and there. Plain loads: gathering into vectors takes
 // several times as long.
 
-// Planes at once, which share the points' taps.
-constexpr int64_t kPlanes = 8;
 // Points after which some more is fetched.
 constexpr int64_t kFetchEvery = 8;
 
@@ -74,7 +72,7 @@ void sample_planes(const Plan<Accumulator<T>>& plan, const T* planes, int64_t si
 template <typename T>
 void forward_planar(const PointSampleProblem& problem, const Plans<Accumulator<T>>& plans,
                     const std::vector<const T*>& maps, T* output) {
-  run(cut_planes(problem), [&] {
+  run(cut_planes(problem), problem.rows * problem.points * problem.channels, [&] {
     return [&](const Piece& piece, const Piece* next) {
       const Level& level = problem.levels[piece.level];
       const auto& plan = plans.of(piece);
@@ -117,11 +115,26 @@ void add_planes(const Plan<A>& plan, Range points, const T* grad, const T* next_
   }
 }
 
+// The same for whole planes of `size` pixels, in place.
+template <int64_t count, typename T>
+void add_planes_in_place(const Plan<T>& plan, const T* grad, int64_t channel_step, int64_t size, T* to) {
+  for (const PlannedPoint<T>& point : plan.points) {
+    T g[count];
+    for (int64_t b = 0; b < count; ++b) g[b] = grad[point.place + b * channel_step];
+    for (int t = 0; t < 4; ++t) {
+      if (point.pixels[t] < 0) continue;
+      for (int64_t b = 0; b < count; ++b) to[b * size + point.pixels[t]] += point.weights[t] * g[b];
+    }
+  }
+}
+
 template <typename T>
 void backward_planar(const PointSampleProblem& problem, const Plans<Accumulator<T>>& plans, const T* grad,
                      const std::vector<T*>& grad_maps, bool streaming) {
   using A = Accumulator<T>;
-  run(cut_planes(problem), [&] {
+  int64_t pixels = 0;
+  for (const Level& level : problem.levels) pixels += problem.images * level.channels * level.pixels();
+  run(cut_planes(problem), pixels + problem.rows * problem.points * problem.channels, [&] {
     return [&, sums = Scratch<A>()](const Piece& piece, const Piece*) mutable {
       const Level& level = problem.levels[piece.level];
       const auto& plan = plans.of(piece);
@@ -129,6 +142,16 @@ void backward_planar(const PointSampleProblem& problem, const Plans<Accumulator<
       const int64_t band = std::clamp<int64_t>(kBandBytes / (kPlanes * sizeof(A) * level.width), 1, level.height);
       T* to = planes_of(grad_maps[piece.level], level, piece);
       const T* from = grad + (level.first_channel + piece.range.begin) * problem.points;
+      if constexpr (std::is_same_v<T, A>) {
+        if (plan.in_order()) {
+          std::fill_n(to, count * level.pixels(), T(0));
+          if (count == kPlanes) add_planes_in_place<kPlanes>(plan, from, problem.points, level.pixels(), to);
+          for (int64_t b = 0; b < count && count < kPlanes; ++b) {
+            add_planes_in_place<1>(plan, from + b * problem.points, 0, 0, to + b * level.pixels());
+          }
+          return;
+        }
+      }
       const T* next = from + (piece.range.end < level.channels ? kPlanes * problem.points : 0);
       for (int64_t row = 0; row < level.height; row += band) {
         const Range rows = {row, std::min<int64_t>(row + band, level.height)};
