@@ -28,6 +28,8 @@ def is_integer(value: Any) -> bool:
 
 def pair(name: str, value: Any, minimum: int) -> list[int]:
     """Return two integers of at least `minimum`, from a pair, or from one integer alone or in a list."""
+    if value.__class__ is int and value >= minimum:  # The usual form, at little cost.
+        return [value, value]
     both = list(value) if isinstance(value, tuple | list) else [value]
     both = both * 2 if len(both) == 1 else both
     if len(both) != 2 or not all(is_integer(v) for v in both):

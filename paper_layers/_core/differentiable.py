@@ -16,7 +16,8 @@ from paper_layers._core.vmap import Rule
 
 # The Functions of all ops, by name and number of tensors: torch.compile finds a class only where a module has it.
 _functions = types.ModuleType("paper_layers autograd functions")
-_makers: dict[str, Callable[[int], tuple[Any, Any]]] = {}
+_makers: dict[str, Callable[[int], tuple[Any, Any, Any]]] = {}
+_eager: dict[tuple[str, int], Any] = {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -26,6 +27,7 @@ def _make_functions(name: str, count: int) -> None:
         functions = _makers[name](count)
         setattr(_functions, f"{name}_{count}", functions[0])
         setattr(_functions, f"{name}_backward_{count}", functions[1])
+        _eager[name, count] = functions[2]
 
 
 def differentiable(
@@ -70,15 +72,20 @@ def differentiable(
     smooth = tuple(i for i in range(outputs) if i not in constant)
 
     def call(*arguments: Any) -> Any:
-        compiling = torch.compiler.is_compiling()
-        if not compiling and _is_constant(arguments):
-            return forward(*arguments[:-1], *arguments[-1])
         count = len(arguments) - 1
-        _make_functions(name, count)
-        function = getattr(_functions, f"{name}_{count}")
-        return function.apply(*_distinct(arguments) if compiling else arguments)
+        if torch.compiler.is_compiling():
+            _make_functions(name, count)
+            return getattr(_functions, f"{name}_{count}").apply(*_distinct(arguments))
+        if _torch_private.in_transform():
+            _make_functions(name, count)
+            return getattr(_functions, f"{name}_{count}").apply(*arguments)
+        if not _needs_gradient(arguments):
+            return forward(*arguments[:-1], *arguments[-1])
+        if (name, count) not in _eager:
+            _make_functions(name, count)
+        return _eager[name, count].apply(*arguments)
 
-    def make(count: int) -> tuple[Any, Any]:
+    def make(count: int) -> tuple[Any, Any, Any]:
         inputs = tuple(range(count)) if saved is None else tuple(saved)
 
         class Forward(torch.autograd.Function):
@@ -89,26 +96,29 @@ def differentiable(
             @staticmethod
             def setup_context(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
                 ctx.settings = arguments[-1]
-                results = output if isinstance(output, tuple) else (output,)
+                results = (output,) if isinstance(output, Tensor) else output
                 if constant:
                     ctx.mark_non_differentiable(*[results[i] for i in constant])
-                _save(ctx, [arguments[i] for i in inputs], [results[i] for i in kept], [results[i] for i in exposed])
+                tensors = arguments[:-1] if saved is None else [arguments[i] for i in saved]
+                _save(ctx, tensors, [results[i] for i in kept], [results[i] for i in exposed])
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
                 def again(*tensors: Any) -> tuple[Tensor, ...]:
                     output = call(*tensors[:count], ctx.settings)
-                    return tuple((output if isinstance(output, tuple) else (output,))[i] for i in exposed)
+                    return tuple(((output,) if isinstance(output, Tensor) else output)[i] for i in exposed)
 
-                tensors = (*[grads[i] for i in smooth], *_load(ctx, again))
+                if constant:
+                    grads = tuple(grads[i] for i in smooth)
+                tensors = grads + (ctx.saved_tensors if ctx.complete else _load(ctx, again))
                 needs = ctx.needs_input_grad
                 settings = (*ctx.settings, needs[:-1]) if selective else ctx.settings
                 compiling = torch.compiler.is_compiling()
-                if not compiling and _is_constant(tensors):
-                    results = backward(*tensors, *settings)
-                else:
+                if compiling or _torch_private.in_transform() or _needs_gradient(tensors):
                     function = getattr(_functions, f"{name}_backward_{count}")
                     results = function.apply(*_distinct(tensors) if compiling else tensors, settings)
+                else:
+                    results = backward(*tensors, *settings)
                 results = (results,) if isinstance(results, Tensor) else results
                 found = [grad if need else None for grad, need in zip(results, needs, strict=False)]
                 return *found, *[None] * (count + 1 - len(found))
@@ -116,6 +126,17 @@ def differentiable(
             @staticmethod
             def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
                 return forward_rule(Forward.apply, info.batch_size, in_dims, arguments)
+
+        class Eager(Forward):
+            """Outside transforms: torch takes twice as long to call a Function with a `setup_context`."""
+
+            setup_context = staticmethod(torch.autograd.Function.setup_context)
+
+            @staticmethod
+            def forward(ctx: Any, *arguments: Any) -> Any:
+                output = forward(*arguments[:-1], *arguments[-1])
+                Forward.setup_context(ctx, arguments, output)
+                return output
 
         class Backward(torch.autograd.Function):
             @staticmethod
@@ -147,21 +168,18 @@ def differentiable(
         # Without a signature torch inspects `forward` at every call; Dynamo counts its parameters.
         _sign(Forward, count + 1)
         _sign(Backward, len(smooth) + len(inputs) + len(kept) + len(exposed) + 1)
-        return Forward, Backward
+        return Forward, Backward, Eager
 
     _makers[name] = make
     return call
 
 
-def _is_constant(arguments: tuple[Any, ...]) -> bool:
-    """Return whether nothing needs a gradient or a transform's rule, while not compiling."""
-    if _torch_private.in_transform():
-        return False
+def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
     if torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.requires_grad:
-                return False
-    return True
+                return True
+    return False
 
 
 def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -198,35 +216,33 @@ def _differentiate(
     return found
 
 
-def _save(ctx: Any, inputs: list[Any], kept: list[Tensor], exposed: list[Tensor]) -> None:
+def _save(ctx: Any, tensors: Sequence[Any], kept: list[Tensor], exposed: list[Tensor]) -> None:
     """Save tensors for the backward, including outputs that later layers may write over.
 
     Torch refuses a backward that finds a saved output changed. Here the output is kept with its version, unless
     hooks wait for what is saved, as in checkpointing and off-loading: they would not see it.
     """
-    ctx.complete, ctx.exposed = torch.compiler.is_compiling(), None
-    if ctx.complete:  # Copies, which the compiler drops where nobody writes.
-        ctx.save_for_backward(*inputs, *[output.clone() for output in (*kept, *exposed)])
+    ctx.complete = torch.compiler.is_compiling() or not exposed
+    if torch.compiler.is_compiling():  # Copies, which the compiler drops where nobody writes.
+        ctx.save_for_backward(*tensors, *[output.clone() for output in (*kept, *exposed)])
         return
-    ctx.save_for_backward(*inputs, *kept)
-    ctx.complete = not exposed
-    if (
-        exposed
-        and any(ctx.needs_input_grad)
-        and not exposed[0].is_inference()
-        and not _torch_private.saving_is_hooked()
-        and not _torch_private.is_transformed(exposed[0])
-    ):
-        ctx.exposed = [(output.detach(), output._version) for output in exposed]
+    ctx.save_for_backward(*tensors, *kept)
+    if exposed:
+        hidden = exposed[0].is_inference() or _torch_private.is_transformed(exposed[0])
+        ctx.exposed = None
+        if not hidden and any(ctx.needs_input_grad) and not _torch_private.saving_is_hooked():
+            ctx.exposed = [(output.detach(), output._version) for output in exposed]
 
 
 def _load(ctx: Any, again: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    """Return the saved tensors; compute exposed outputs again if they were written to or not kept."""
+    """Return the saved tensors and the exposed outputs, computed again if they were written to or not kept."""
     tensors: tuple[Any, ...] = ctx.saved_tensors
-    if ctx.complete:
-        return tensors
     # Kept for one backward: the context may live on with the loss.
     exposed, ctx.exposed = ctx.exposed, None
-    if exposed is None or any(output._version != version for output, version in exposed):
-        return *tensors, *again(*(None if t is None else t.detach() for t in tensors))
-    return *tensors, *(output for output, _ in exposed)
+    if exposed is not None:
+        for output, version in exposed:
+            if output._version != version:
+                break
+        else:
+            return *tensors, *[output for output, _ in exposed]
+    return *tensors, *again(*(None if t is None else t.detach() for t in tensors))

@@ -198,8 +198,11 @@ def lip_pool2d(
     checks.floating("input", input)
     checks.floating("logit", logit)
     checks.same_device("logit", logit, "input", input)
-    checks.shape("input", input, ("N", "C", "H", "W"), ("C", "H", "W"))
-    checks.shape("logit", logit, tuple(input.shape), (*input.shape[:-3], 1, *input.shape[-2:]))
+    sizes = input.shape
+    if not 3 <= len(sizes) <= 4:
+        checks.shape("input", input, ("N", "C", "H", "W"), ("C", "H", "W"))
+    if logit.shape != sizes:
+        checks.shape("logit", logit, tuple(sizes), (*sizes[:-3], 1, *sizes[-2:]))
     kernel = checks.pair("kernel_size", kernel_size, 1)
     step = (
         kernel
@@ -207,19 +210,21 @@ def lip_pool2d(
         else checks.pair("stride", stride, 1)
     )
     pad = checks.pair("padding", padding, 0)
-    if any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
-        raise ValueError(f"padding: expected at most half of kernel_size {kernel_size!r}, got {padding!r}")
-    for side, length, k, s, p in zip(("height", "width"), input.shape[-2:], kernel, step, pad, strict=True):
-        limit = length + 2 * p + (s - 1 if ceil_mode else 0)
+    for side in (0, 1):
+        length, k, p = sizes[side - 2], kernel[side], pad[side]
+        if 2 * p > k:
+            raise ValueError(f"padding: expected at most half of kernel_size {kernel_size!r}, got {padding!r}")
+        limit = length + 2 * p + (step[side] - 1 if ceil_mode else 0)
         if limit < k:
-            most = f"the padded {side}{' plus stride - 1' if ceil_mode else ''}, {limit}"
+            most = f"the padded {('height', 'width')[side]}{' plus stride - 1' if ceil_mode else ''}, {limit}"
             raise ValueError(f"kernel_size: expected at most {most}, got {kernel_size!r}")
         if length < 1:
-            raise ValueError(f"input: expected at least one row and one column, got {tuple(input.shape)}")
+            raise ValueError(f"input: expected at least one row and one column, got {tuple(sizes)}")
 
-    dtype = torch.promote_types(input.dtype, logit.dtype)
-    input, logit = input.to(dtype), logit.to(dtype)
+    if input.dtype != logit.dtype:
+        dtype = torch.promote_types(input.dtype, logit.dtype)
+        input, logit = input.to(dtype), logit.to(dtype)
     geometry = (kernel, step, pad, bool(ceil_mode))
-    if input.dim() == 3:
+    if len(sizes) == 3:
         return _pooled(input[None], logit[None], geometry)[0]
     return _pooled(input, logit, geometry)

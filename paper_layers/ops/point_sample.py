@@ -213,20 +213,24 @@ def _named(name: str, value: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
 
 def _check_maps(input: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Return the maps in one dtype."""
-    maps = _named("input", input)
-    if not maps:
+    named = _named("input", input)
+    if not named:
         raise ValueError("input: expected at least one map, got none")
-    first = next(iter(maps.values()))
-    for name, map in maps.items():
+    maps = list(named.values())
+    first = maps[0]
+    for name, map in named.items():
         checks.floating(name, map)
-        checks.shape(name, map, ("N", "C", "H", "W"))
-        if 0 in map.shape[2:]:
+        if map.dim() != 4 or 0 in map.shape[2:]:
+            checks.shape(name, map, ("N", "C", "H", "W"))
             raise ValueError(f"{name}: expected shape (N, C, H, W) with pixels, got {tuple(map.shape)}")
-        if map.shape[0] != first.shape[0]:
-            raise ValueError(f"{name}: expected as many images as input[0], {first.shape[0]}, got {map.shape[0]}")
-        checks.same_device(name, map, "input[0]", first)
-    dtype = functools.reduce(torch.promote_types, (map.dtype for map in maps.values()))
-    return [map.to(dtype) for map in maps.values()]
+        if map is not first:
+            if map.shape[0] != first.shape[0]:
+                raise ValueError(f"{name}: expected as many images as input[0], {first.shape[0]}, got {map.shape[0]}")
+            checks.same_device(name, map, "input[0]", first)
+    if any(map.dtype != first.dtype for map in maps[1:]):
+        dtype = functools.reduce(torch.promote_types, (map.dtype for map in maps))
+        return [map.to(dtype) for map in maps]
+    return maps
 
 
 def _check_boxes(boxes: Tensor | Sequence[Tensor], images: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -312,20 +316,21 @@ def point_sample(
     checks.same_device("points", points, "input", maps[0])
     checks.choice("mode", mode, MODES)
     checks.choice("padding_mode", padding_mode, PADDINGS)
-    scales = _check_scales(spatial_scale, len(maps))
     count = maps[0].shape[0]
     points = points.to(dtypes.accumulation(points))
-    image = None
+    image = scales = None
     if boxes is not None:
+        scales = _check_scales(spatial_scale, len(maps))
         corners, image = _check_boxes(boxes, count, maps[0].device)
         count = corners.shape[0]
     elif spatial_scale != 1.0:
         raise ValueError(f"spatial_scale: expected 1.0 without boxes, got {spatial_scale!r}")
     checks.shape("points", points, (count, "P", 2), (count, "H_g", "W_g", 2))
-    grid, points = points.shape[1:-1], points.flatten(1, -2)
+    grid = points.shape[1:-1]
+    if len(grid) == 2:
+        points = points.flatten(1, 2)
     if image is not None:
         corners = corners.to(points.dtype)[:, None]
         points = corners[..., :2] + points * (corners[..., 2:] - corners[..., :2])
-    options = (None if image is None else scales, mode, padding_mode)
-    output = _sampled(points, *maps, image, options)
+    output = _sampled(points, *maps, image, (scales, mode, padding_mode))
     return output if len(grid) == 1 else output.unflatten(2, grid)
