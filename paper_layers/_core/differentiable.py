@@ -130,7 +130,7 @@ def differentiable(
         class Eager(Forward):
             """Outside transforms: torch takes twice as long to call a Function with a `setup_context`."""
 
-            setup_context = staticmethod(torch.autograd.Function.setup_context)
+            setup_context: Any = staticmethod(torch.autograd.Function.setup_context)
 
             @staticmethod
             def forward(ctx: Any, *arguments: Any) -> Any:
