@@ -36,6 +36,26 @@ def one_by_one(
     return stacked, (0,) * len(stacked)
 
 
+def as_clouds(
+    function: Callable[..., Any], batch_size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Call ops that take (N, C) or clouds (B, N, C) once: each element is a cloud of its own, or several."""
+    if batch_size == 0:
+        return one_by_one(function, batch_size, in_dims, arguments)
+    dims = arguments[0].dim() - isinstance(in_dims[0], int)
+    if dims == 3:
+        return folded()(function, batch_size, in_dims, arguments)
+    batched = (
+        (a.movedim(d, 0) if isinstance(d, int) else a.expand(batch_size, *a.shape)) if isinstance(a, Tensor) else a
+        for a, d in zip(arguments, in_dims, strict=True)
+    )
+    results = function(*batched)
+    if isinstance(results, Tensor):
+        return results, 0
+    # An empty tensor stands for a result that nobody asked for.
+    return tuple(r.expand(batch_size, 0) if r.shape == (0,) else r for r in results), (0,) * len(results)
+
+
 def folded(into: int = 0, renumber: Callable[..., tuple[Any, ...]] | None = None) -> Rule:
     """Make a rule for ops whose dimension `into` is one of independent elements: call once, with more of these.
 
