@@ -1,4 +1,4 @@
-"""The linear layer of edges, on nodes."""
+"""Linear layers on two inputs side by side, without the concatenation."""
 
 from __future__ import annotations
 
@@ -56,3 +56,34 @@ def edge_linear(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         return F.linear(x, own - difference, linear.bias), F.linear(x, difference)
     center, neighbor, _ = _edge_linear(x, own, difference, linear.bias, ())
     return center, neighbor
+
+
+def _sum(x: Tensor, other: Tensor, own: Tensor, rest: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.addmm(F.linear(x, own, bias), other, rest.t())
+
+
+def _sum_gradients(
+    grad: Tensor, x: Tensor, other: Tensor, own: Tensor, rest: Tensor, bias: Any, needs: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    none, turned = x.new_empty(0), grad.t()
+    return (
+        grad.mm(own) if needs[0] else none,
+        grad.mm(rest) if needs[1] else none,
+        turned.mm(x),
+        turned.mm(other),
+        grad.sum(0) if needs[4] else none,
+    )
+
+
+_pair_linear = differentiable(
+    "pair_linear", _sum, _sum_gradients, formula=_sum_gradients, vmap=one_by_one, selective=True
+)
+
+
+def pair_linear(x: Tensor, other: Tensor, linear: nn.Linear) -> Tensor:
+    """Apply a linear layer to the concatenation of rows x and other rows, both of shape (N, C)."""
+    own, rest = linear.weight.split([x.shape[1], other.shape[1]], 1)
+    if autocasts(x.device.type):
+        return F.linear(x, own, linear.bias) + F.linear(other, rest)
+    result: Tensor = _pair_linear(x, other, own, rest, linear.bias, ())
+    return result

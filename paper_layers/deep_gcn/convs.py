@@ -13,7 +13,7 @@ from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn._clouds import ptr_of
 from paper_layers.deep_gcn._each_edge import dropout_channels, edge_outputs, reduce_each_edge, sort_by_cloud
-from paper_layers.deep_gcn._edge_linear import edge_linear
+from paper_layers.deep_gcn._edge_linear import edge_linear, pair_linear
 from paper_layers.deep_gcn._edge_norm import edge_max
 from paper_layers.deep_gcn.edges import check_nodes
 from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron, may_fuse_edges, may_split_linear
@@ -85,6 +85,13 @@ def _checked_table(index: Tensor, x: Tensor) -> Tensor:
     index = checks.neighbors("index", index, *x.shape[:-1])
     checks.same_device("index", index, "x", x)
     return index
+
+
+def _on_pair(layer: nn.Module, x: Tensor, other: Tensor, ptr: Tensor | None) -> Tensor:
+    """Run the perceptron on the concatenation of x and `other`."""
+    if not may_split_linear(layer):
+        return call_perceptron(layer, torch.cat([x, other], -1), ptr)
+    return layer.finish(pair_linear(x.flatten(0, -2), other.flatten(0, -2), layer.linear), x, ptr)
 
 
 def _scatter(values: Tensor, target: Tensor, nodes: int, reduction: str) -> Tensor:
@@ -198,12 +205,7 @@ class MRConv(_PerceptronConv):
         )
 
     def _combine(self, x: Tensor, relative: Tensor, ptr: Tensor | None) -> Tensor:
-        if not may_split_linear(self.nn):
-            return call_perceptron(self.nn, torch.cat([x, relative], -1), ptr)
-        # The linear layer on the concatenation, without the concatenation.
-        own, difference = self.nn.linear.weight.chunk(2, 1)
-        z = F.linear(x, own, self.nn.linear.bias) + F.linear(relative, difference)
-        return self.nn.dropout_channels(self.nn.activate_and_normalize(z, ptr), ptr)
+        return _on_pair(self.nn, x, relative, ptr)
 
 
 class GINConv(_PerceptronConv):
@@ -361,7 +363,7 @@ class SAGEConv(_GraphConv):
         return self.nn1.linear(self._edge(x, mean))
 
     def _combine(self, x: Tensor, aggregate: Tensor, ptr: Tensor | None) -> Tensor:
-        output = call_perceptron(self.nn2, torch.cat([x, aggregate], -1), ptr)
+        output = _on_pair(self.nn2, x, aggregate, ptr)
         if self.bias is not None:
             output = output + self.bias
         return F.normalize(output, dim=-1) if self.normalize else output

@@ -277,10 +277,13 @@ def edge_conv(
     checks.floating("center", center)
     checks.floating("neighbor", neighbor)
     checks.same_device("neighbor", neighbor, "center", center)
-    checks.shape("center", center, ("M", "C"), ("B", "M", "C"))
-    clouds, channels = center.shape[:-2], center.shape[-1]
-    checks.shape("neighbor", neighbor, (*clouds, "N", channels))
-    index = checks.neighbors("index", index, *center.shape[:-1])
+    sizes, others = center.shape, neighbor.shape
+    if len(sizes) not in (2, 3):
+        checks.shape("center", center, ("M", "C"), ("B", "M", "C"))
+    channels = sizes[-1]
+    if len(others) != len(sizes) or others[-1] != channels or others[:-2] != sizes[:-2]:
+        checks.shape("neighbor", neighbor, (*sizes[:-2], "N", channels))
+    index = checks.neighbors("index", index, *sizes[:-1])
     checks.same_device("index", index, "center", center)
     if minimum_where is not None:
         if not isinstance(minimum_where, Tensor) or minimum_where.dtype != torch.bool:

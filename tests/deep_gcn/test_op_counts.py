@@ -20,10 +20,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "EdgeConv": (lambda: EdgeConv(4, 4), 25),
     "EdgeConv without norm": (lambda: EdgeConv(4, 4, norm=None), 27),
     "EdgeConv, norm before PReLU": (lambda: EdgeConv(4, 4, act="prelu", order="norm_act"), 57),
-    "MRConv": (lambda: MRConv(4, 4), 43),
-    "GINConv": (lambda: GINConv(4, 4), 37),
-    "SAGEConv": (lambda: SAGEConv(4, 4), 51),
-    "SAGEConv of means": (lambda: SAGEConv(4, 4, reduction="mean"), 77),
+    "MRConv": (lambda: MRConv(4, 4), 31),
+    "GINConv": (lambda: GINConv(4, 4), 33),
+    "SAGEConv": (lambda: SAGEConv(4, 4), 49),
+    "SAGEConv of means": (lambda: SAGEConv(4, 4, reduction="mean"), 73),
 }
 
 
