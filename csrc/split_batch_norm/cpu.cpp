@@ -41,25 +41,6 @@ struct SplitBackward {
 namespace paper_layers {
 namespace {
 
-// The problem as the kernels take it: rows of fewer channels than a vector holds go through planes, where a copy of
-// the input costs less than parts of vectors, but without pixels there are only rows.
-SplitBatchNormProblem in_kernels_layout(SplitBatchNormProblem problem) {
-  constexpr int64_t kVectorElements = 16;
-  problem.transposed = problem.pixels == 1 || (problem.transposed && problem.channels >= kVectorElements);
-  return problem;
-}
-
-// An output, which the kernels write in their layout.
-Tensor new_output(const Tensor& input, const SplitBatchNormProblem& given, const SplitBatchNormProblem& kernels) {
-  return new_like(input, given.pixels == 1 ? given : kernels);
-}
-Tensor in_given_layout(const Tensor& output, const Tensor& input, const SplitBatchNormProblem& given) {
-  if (!given.transposed || is_transposed(output)) return output;
-  Tensor result = empty_like(input);
-  torch::stable::copy_(result, output);
-  return result;
-}
-
 // Parameters of all splits, (S, C), in the dtype of statistics.
 template <typename A>
 class Table {

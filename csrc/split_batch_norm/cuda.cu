@@ -13,16 +13,6 @@
 namespace paper_layers {
 namespace {
 
-// Without pixels the two orders are one, which is better read as rows.
-SplitBatchNormProblem in_kernels_layout(SplitBatchNormProblem problem) {
-  problem.transposed = problem.transposed || problem.pixels == 1;
-  return problem;
-}
-Tensor new_output(const Tensor& input, const SplitBatchNormProblem& given, const SplitBatchNormProblem&) {
-  return new_like(input, given);
-}
-Tensor in_given_layout(const Tensor& output, const Tensor&, const SplitBatchNormProblem&) { return output; }
-
 // Calls function(elements): numbers of 32 bits where they reach, packs where runs of elements allow it.
 template <typename T, bool rows, typename Function>
 void with_elements(const SplitBatchNormProblem& problem, std::initializer_list<Tensor> tensors, Function function) {

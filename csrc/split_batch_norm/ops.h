@@ -1,5 +1,5 @@
 // The seven ops, for the CPU and for CUDA. Include this after the functions that they call: move_running_statistics, and
-// run_forward, run_backward, in_kernels_layout, new_output and in_given_layout, which cpu.cpp and cuda.cu define.
+// run_forward and run_backward, which cpu.cpp and cuda.cu define.
 #pragma once
 
 #include <array>
@@ -19,11 +19,11 @@ using Tensors = std::vector<Tensor>;
 
 std::tuple<Tensor, Tensor, Tensor> split_batch_norm(const Tensor& input, Tensors weight, Tensors bias,
                                                     Sizes split_sizes, double eps) {
-  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
+  const auto problem = split_batch_norm_problem(input, split_sizes);
   const Tensor mean = new_values(input, problem), var = new_values(input, problem);
-  const Tensor output = new_output(input, given, problem);
+  const Tensor output = new_like(input);
   run_forward(input, problem, std::move(weight), std::move(bias), mean, var, output, false, eps);
-  return {in_given_layout(output, input, given), mean, var};
+  return {output, mean, var};
 }
 
 // The same, and running statistics move.
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> split_batch_norm_training(const Tensor& input
 }
 
 std::tuple<Tensor, Tensor> split_batch_norm_statistics(const Tensor& input, Sizes split_sizes) {
-  const auto problem = in_kernels_layout(split_batch_norm_problem(input, split_sizes));
+  const auto problem = split_batch_norm_problem(input, split_sizes);
   const Tensor mean = new_values(input, problem), var = new_values(input, problem);
   run_forward(input, problem, {}, {}, mean, var, std::nullopt, false, 0);
   return {mean, var};
@@ -52,12 +52,12 @@ std::tuple<Tensor, Tensor> split_batch_norm_statistics(const Tensor& input, Size
 
 Tensor split_batch_norm_normalize(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
                                   const Tensor& mean, const Tensor& var, Sizes split_sizes, double eps) {
-  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
+  const auto problem = split_batch_norm_problem(input, split_sizes);
   check_values("mean", mean, input, problem);
   check_values("var", var, input, problem);
-  const Tensor output = new_output(input, given, problem);
+  const Tensor output = new_like(input);
   run_forward(input, problem, listed(weight), listed(bias), to_contiguous(mean), to_contiguous(var), output, true, eps);
-  return in_given_layout(output, input, given);
+  return output;
 }
 
 // The gradients of the weights and of `biases` biases have the weights' shape and dtype. Without weights one bias is a
@@ -65,7 +65,7 @@ Tensor split_batch_norm_normalize(const Tensor& input, const MaybeTensor& weight
 std::tuple<Tensor, Tensors, Tensors> split_batch_norm_backward(const Tensor& grad, const Tensor& input, Tensors weight,
                                                                const Tensor& mean, const Tensor& var, int64_t biases,
                                                                Sizes split_sizes, double eps) {
-  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
+  const auto problem = split_batch_norm_problem(input, split_sizes);
   const Parameters weights("weight", std::move(weight), input, problem);
   const int64_t count = weights.tensors.size();
   STD_TORCH_CHECK(biases == 0 || biases == (count > 0 ? count : 1) || (count == 0 && biases == problem.splits()),
@@ -73,14 +73,14 @@ std::tuple<Tensor, Tensors, Tensors> split_batch_norm_backward(const Tensor& gra
   const bool is_table = count > 0 ? weights.tensors[0].dim() == 2 : biases != problem.splits();
   const Gradients products(count, is_table, weights.dtype, input, problem);
   const Gradients sums(biases, is_table, weights.dtype, input, problem);
-  const Tensor grad_input = new_output(input, given, problem);
+  const Tensor grad_input = new_like(input);
   run_backward(grad, input, problem, weights, mean, var, products, sums, nullptr, grad_input, eps);
-  return {in_given_layout(grad_input, input, given), products.tensors, sums.tensors};
+  return {grad_input, products.tensors, sums.tensors};
 }
 
 std::tuple<Tensor, Tensor> split_batch_norm_backward_sums(const Tensor& grad, const Tensor& input, const Tensor& mean,
                                                           const Tensor& var, Sizes split_sizes, double eps) {
-  const auto problem = in_kernels_layout(split_batch_norm_problem(input, split_sizes));
+  const auto problem = split_batch_norm_problem(input, split_sizes);
   const Tensor products = new_values(input, problem), sums = new_values(input, problem);
   run_backward(grad, input, problem, Parameters("weight", {}, input, problem), mean, var, Gradients(products),
                Gradients(sums), nullptr, std::nullopt, eps);
@@ -90,15 +90,15 @@ std::tuple<Tensor, Tensor> split_batch_norm_backward_sums(const Tensor& grad, co
 Tensor split_batch_norm_backward_input(const Tensor& grad, const Tensor& input, const MaybeTensor& weight,
                                        const Tensor& mean, const Tensor& var, const Tensor& mean_product,
                                        const Tensor& mean_grad, Sizes split_sizes, double eps) {
-  const auto given = split_batch_norm_problem(input, split_sizes), problem = in_kernels_layout(given);
+  const auto problem = split_batch_norm_problem(input, split_sizes);
   check_values("mean_product", mean_product, input, problem);
   check_values("mean_grad", mean_grad, input, problem);
-  const Tensor grad_input = new_output(input, given, problem);
+  const Tensor grad_input = new_like(input);
   const Gradients none(0, false, mean.scalar_type(), input, problem);
   const std::array<Tensor, 2> means = {to_contiguous(mean_product), to_contiguous(mean_grad)};
   run_backward(grad, input, problem, Parameters("weight", listed(weight), input, problem), mean, var, none, none,
                means.data(), grad_input, eps);
-  return in_given_layout(grad_input, input, given);
+  return grad_input;
 }
 
 template <typename Library>

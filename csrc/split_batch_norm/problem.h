@@ -15,7 +15,7 @@ namespace paper_layers {
 struct SplitBatchNormProblem {
   int64_t channels, pixels;
   std::vector<int64_t> starts;  // The first image of each split, and the end.
-  bool transposed;              // Tensors are (N, P, C) in memory, not (N, C, P).
+  bool transposed;              // Tensors are read as (N, P, C) in memory, not as (N, C, P).
 
   int64_t splits() const { return static_cast<int64_t>(starts.size()) - 1; }
   int64_t images() const { return starts.back(); }
@@ -44,6 +44,7 @@ inline SplitBatchNormProblem split_batch_norm_problem(const Tensor& input, const
   STD_TORCH_CHECK(sizes.size() >= 2, "input: expected shape (N, C, ...), got ", to_string(sizes));
   SplitBatchNormProblem problem{sizes[1], 1, {0}, is_transposed(input)};
   for (size_t dim = 2; dim < sizes.size(); ++dim) problem.pixels = checked_product({problem.pixels, sizes[dim]});
+  problem.transposed = problem.transposed || problem.pixels == 1;  // Then the two orders are one.
   problem.starts.reserve(split_sizes.size() + 1);
   for (const int64_t size : split_sizes) {
     STD_TORCH_CHECK(0 <= size && size <= sizes[0] - problem.images(), "split_sizes: expected sizes that sum to ",
@@ -136,10 +137,10 @@ inline Tensor new_contiguous(const Tensor& like, IntHeaderOnlyArrayRef sizes, Sc
   return new_strided(like, sizes, strides, dtype);
 }
 
-// A tensor like the input, in the problem's order, which is the input's where it is transposed. No view: a view
-// that a custom Function returns must not be changed in place, as an activation does.
-inline Tensor new_like(const Tensor& input, const SplitBatchNormProblem& problem) {
-  if (problem.transposed) return new_strided(input, input.sizes(), input.strides(), input.scalar_type());
+// A tensor like the input, in its order. No view: a view that a custom Function returns must not be changed in place,
+// as an activation does.
+inline Tensor new_like(const Tensor& input) {
+  if (is_transposed(input)) return new_strided(input, input.sizes(), input.strides(), input.scalar_type());
   return new_contiguous(input, input.sizes(), input.scalar_type());
 }
 

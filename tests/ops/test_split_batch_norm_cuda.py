@@ -211,13 +211,13 @@ class TestSplitBatchNormOnDevice(CudaBattery, on_cpu.TestSplitBatchNorm):
         x = random((4, 3, 6), torch.float32, 0)
         _, mean, var = ops.split_batch_norm(x, [], [], [1, 3], 1e-5)
         return {
-            "input: expected shape": lambda: ops.split_batch_norm(x[0], None, None, [1, 2], 1e-5),
+            "input: expected shape": lambda: ops.split_batch_norm(x[0, 0], [], [], [1, 2], 1e-5),
             "split_sizes": lambda: ops.split_batch_norm(x, [], [], [1, 2], 1e-5),
-            "weight": lambda: ops.split_batch_norm(x, mean[:1], None, [1, 3], 1e-5),
-            "grad": lambda: ops.split_batch_norm_backward(x[:1], x, None, mean, var, [1, 3], 1e-5),
-            "var": lambda: ops.split_batch_norm_backward(x, x, None, mean, var[:, :2], [1, 3], 1e-5),
+            "weight": lambda: ops.split_batch_norm(x, [mean[:1]], [], [1, 3], 1e-5),
+            "grad": lambda: ops.split_batch_norm_backward(x[:1], x, [], mean, var, 1, [1, 3], 1e-5),
+            "var": lambda: ops.split_batch_norm_backward(x, x, [], mean, var[:, :2], 1, [1, 3], 1e-5),
         }
 
     def refused_devices(self) -> dict[str, Callable[[], Any]]:
         x, bias = random((4, 3, 6), torch.float32, 0), torch.zeros(2, 3)
-        return {"bias: expected the device": lambda: ops.split_batch_norm(x, None, bias, [1, 3], 1e-5)}
+        return {"bias: expected the device": lambda: ops.split_batch_norm(x, [], [bias], [1, 3], 1e-5)}
