@@ -18,7 +18,7 @@ from paper_layers._core.recompute import recomputing
 from paper_layers._core.tracing import Leaf
 from paper_layers.adv_prop import _auxiliary
 from paper_layers.ops.running_statistics import Running
-from paper_layers.ops.split_batch_norm.op import check_counts, normalize_splits
+from paper_layers.ops.split_batch_norm.op import normalize_splits, refuse_one_value
 
 
 class SplitBatchNorm(Leaf, BatchNorm):
@@ -154,11 +154,8 @@ class SplitBatchNorm(Leaf, BatchNorm):
         """Return the running statistics that this batch moves."""
         if not (self.training and self.track_running_stats and self._update_statistics) or recomputing():
             return None
-        mean = _tensors(norms, "_buffers", "running_mean")
-        if not mean:
-            return None
-        var, batches = (_tensors(norms, "_buffers", name) for name in ("running_var", "num_batches_tracked"))
-        return Running(mean, var, batches, self.momentum)
+        mean, var, batches = _tensors(norms, "_buffers", "running_mean", "running_var", "num_batches_tracked")
+        return Running(mean, var, batches, self.momentum) if mean else None
 
     def _is_recalibrated(self) -> bool:
         """Return True while `update_bn` runs: it sets every norm's momentum to None and turns gradients off."""
@@ -166,9 +163,10 @@ class SplitBatchNorm(Leaf, BatchNorm):
 
     def _sizes_for(self, input: Tensor, norms: Sequence[BatchNorm]) -> list[int]:
         """Return how many samples each of these norms gets."""
-        sizes = [input.shape[0]] if len(norms) == 1 else self.sizes(input.shape[0])
-        if sum(sizes) != input.shape[0]:
-            raise ValueError(f"split_sizes: expected sizes that sum to the batch, {input.shape[0]}, got {sizes}")
+        batch_size = input.shape[0]
+        sizes = [batch_size] if len(norms) == 1 else self.sizes(batch_size)
+        if sum(sizes) != batch_size:
+            raise ValueError(f"split_sizes: expected sizes that sum to the batch, {batch_size}, got {sizes}")
         return sizes
 
     def _normalize(
@@ -179,8 +177,9 @@ class SplitBatchNorm(Leaf, BatchNorm):
         counts = [size * pixels for size in sizes]
         if 0 in counts:
             return self._normalize_some(input, norms, sizes, counts)
-        check_counts(counts, sizes, input)
-        weights, biases = affine_of(norms)
+        if 1 in counts:
+            refuse_one_value(sizes, input)
+        weights, biases = _tensors(norms, "_parameters", "weight", "bias")
         return normalize_splits(input, weights, biases, sizes, self.eps, running)[0]
 
     def _normalize_some(self, input: Tensor, norms: Sequence[BatchNorm], sizes: list[int], counts: list[int]) -> Tensor:
@@ -211,20 +210,23 @@ class SplitBatchNorm(Leaf, BatchNorm):
         return f"{super().extra_repr()}, num_splits={self.num_splits}{sizes}"
 
 
-def affine_of(norms: Sequence[BatchNorm]) -> tuple[list[Tensor], list[Tensor]]:
+def affine_of(norms: Sequence[BatchNorm]) -> list[list[Tensor]]:
     """Return the weights and the biases; empty lists if the norms do not have them."""
-    return _tensors(norms, "_parameters", "weight"), _tensors(norms, "_parameters", "bias")
+    return _tensors(norms, "_parameters", "weight", "bias")
 
 
-def _tensors(norms: Sequence[BatchNorm], kind: str, name: str) -> list[Tensor]:
-    """Return the tensors of this name that the norms have: parameters, or attributes that stand for them."""
-    found = []
-    for norm in norms:
-        tensor = getattr(norm, kind).get(name)
-        if tensor is None:
-            tensor = getattr(norm, name)
-        if tensor is not None:
-            found.append(tensor)
+def _tensors(norms: Sequence[BatchNorm], kind: str, *names: str) -> list[list[Any]]:
+    """Return the norms' tensors of each name: parameters or buffers, or attributes that stand for them."""
+    found: list[list[Any]] = []
+    for name in names:
+        tensors = []
+        for norm in norms:
+            tensor = norm.__dict__[kind].get(name)
+            if tensor is None:
+                tensor = getattr(norm, name)
+            if tensor is not None:
+                tensors.append(tensor)
+        found.append(tensors)
     return found
 
 
@@ -308,7 +310,9 @@ class SplitBatchNorm2d(SplitBatchNorm, nn.BatchNorm2d):
     auxiliary_class = _auxiliary.AuxiliaryNorm2d
 
     def _check_input_dim(self, input: Tensor) -> None:
-        checks.shape("input", input, ("N", self.num_features, "H", "W"))
+        shape = input.shape
+        if len(shape) != 4 or shape[1] != self.num_features:
+            checks.shape("input", input, ("N", self.num_features, "H", "W"))
 
 
 class SplitBatchNorm3d(SplitBatchNorm, nn.BatchNorm3d):

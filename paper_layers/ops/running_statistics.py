@@ -20,9 +20,8 @@ class Running(NamedTuple):
     momentum: float | None
 
     def count_versions(self) -> None:
-        """Tell autograd that an op has written to the statistics; graphs that torch compiles do so themselves."""
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version((*self.mean, *self.var, *self.batches))
+        """Tell autograd that an op has written to the statistics."""
+        torch.autograd.graph.increment_version((*self.mean, *self.var, *self.batches))
 
 
 def reference(
@@ -102,4 +101,5 @@ def move_running_statistics(running: Running, mean: Tensor, var: Tensor, counts:
         mean, var = mean.detach(), var.detach()
     on_host, on_device = ([], counts) if isinstance(counts, Tensor) else (counts, None)
     _op(running.mean, running.var, running.batches, mean, var, on_host, on_device, running.momentum)
-    running.count_versions()
+    if not torch.compiler.is_compiling():  # Compiled graphs copy into the statistics.
+        running.count_versions()

@@ -194,13 +194,12 @@ def _check_split_sizes(input: Tensor, split_sizes: Sequence[int]) -> list[int]:
     return split_sizes
 
 
-def check_counts(counts: Sequence[int], split_sizes: Sequence[int], input: Tensor) -> None:
-    """Check for at least 2 values per channel in each split, or none."""
-    if 1 in counts:
-        raise ValueError(
-            f"split_sizes: expected at least 2 values per channel in each split, or none, got {split_sizes!r} "
-            f"for an input of shape {tuple(input.shape)}"
-        )
+def refuse_one_value(split_sizes: Sequence[int], input: Tensor) -> None:
+    """Raise the error for a split of one value per channel."""
+    raise ValueError(
+        f"split_sizes: expected at least 2 values per channel in each split, or none, got {split_sizes!r} "
+        f"for an input of shape {tuple(input.shape)}"
+    )
 
 
 def normalize_splits(
@@ -216,15 +215,15 @@ def normalize_splits(
     Weights and biases are lists of S tensors (C,), or of one (S, C), or empty. Only the output has a gradient.
     """
     number = len(weights)
-    if number not in _normalized or torch.compiler.is_compiling():
+    apart = None
+    if torch.compiler.is_compiling() or in_transform() or number not in _normalized:
         _make_normalized(number)
-    # A Function that is traced or transformed must not write to anything.
-    apart = running is not None and (torch.compiler.is_compiling() or in_transform())
-    settings = (number, len(biases), split_sizes, eps, None if apart else running)
+        running, apart = None, running  # A Function that is traced or transformed must not write to anything.
+    settings = (number, len(biases), split_sizes, eps, running)
     result: tuple[Tensor, Tensor, Tensor] = _normalized[number](input, *weights, *biases, settings)
-    if apart and running is not None:
+    if apart is not None:
         pixels = input.shape[2:].numel()
-        move_running_statistics(running, result[1], result[2], [size * pixels for size in split_sizes])
+        move_running_statistics(apart, result[1], result[2], [size * pixels for size in split_sizes])
     return result
 
 
@@ -290,8 +289,8 @@ def split_batch_norm(
     checks.shape("input", input, ("N", "C", "..."))
     split_sizes = _check_split_sizes(input, split_sizes)
     pixels = input.shape[2:].numel()
-    counts = [size * pixels for size in split_sizes]
-    check_counts(counts, split_sizes, input)
+    if 1 in [size * pixels for size in split_sizes]:
+        refuse_one_value(split_sizes, input)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_var: expected to be given with running_mean, got only one of them")
     if running_mean is not None and running_var is not None:
