@@ -157,7 +157,7 @@ def _make_normalized(weights: int) -> None:
             formula=_formula,
             vmap=folded(1),  # A vmapped dimension goes into the channels.
             outputs=3,
-            saved=range(1 + weights),
+            saved=tuple(range(1 + weights)),
             kept=(1, 2),
             constant=(1, 2),
         )
