@@ -32,7 +32,7 @@ inline bool has_rows(const Tensor& tensor) {
     const size_t dim = i == 0 ? 1 : i + 1 < dims ? dims - i : 0;
     if (sizes[dim] == 1) continue;
     if (strides[dim] != expected) return false;
-    expected *= sizes[dim];
+    if (__builtin_mul_overflow(expected, sizes[dim], &expected)) return false;  // Without elements.
   }
   return true;
 }
@@ -133,7 +133,10 @@ inline Tensor new_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHe
 inline Tensor new_contiguous(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    if (i > 0) stride = checked_product({stride, std::max<int64_t>(sizes[i], 1)});
+  }
   return new_strided(like, sizes, strides, dtype);
 }
 

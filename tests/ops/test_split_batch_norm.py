@@ -279,8 +279,8 @@ def test_parameters_one_a_split() -> None:
         torch.testing.assert_close(torch.stack([p.grad for p in parameters]), together.grad)
 
 
-def test_parameters_one_a_split_under_vmap() -> None:
-    """Weights without biases, and biases without weights; of the input's dtype and of another one."""
+def test_parameters_of_different_kinds() -> None:
+    """Weights without biases and biases without weights, under vmap; of the input's dtype and of another one."""
     x, rows = images(3, 5, 3, 4), images(3, 2, 3)
     for name in ("weight", "bias"):
 
@@ -297,6 +297,10 @@ def test_parameters_one_a_split_under_vmap() -> None:
     weight = [images(3).requires_grad_(), images(3).bfloat16().requires_grad_()]
     split_batch_norm(images(5, 3, 4).bfloat16(), [2, 3], weight=weight).square().sum().backward()
     assert [p.grad is not None and p.grad.dtype == p.dtype for p in weight] == [True, True]
+    mean, var = images(2, 2, 3)
+    half = images(5, 3, 4).bfloat16()
+    arguments = (half, half, [p.detach() for p in weight], mean, var, 2, [2, 3], 1e-5)
+    torch.library.opcheck(OPS["split_batch_norm_backward"], arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_writes_between_forward_and_backward() -> None:

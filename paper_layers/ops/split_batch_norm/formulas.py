@@ -39,9 +39,14 @@ def table(values: Sequence[Tensor]) -> Tensor | None:
     return torch.stack(list(values)) if values else None
 
 
+def dtype_of(parameters: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype that the parameters of a list have in common."""
+    return functools.reduce(torch.promote_types, {one.dtype for one in parameters}) if parameters else torch.float32
+
+
 def untable(values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Return values (S, C) in the shapes and the dtype of a list of parameters."""
-    dtype = functools.reduce(torch.promote_types, {one.dtype for one in like}) if like else values.dtype
+    dtype = dtype_of(like)
     if len(like) == 1 and like[0].dim() == 2:
         return [values.to(dtype, copy=True)]
     return [row.to(dtype, copy=True) for row in values.unbind()] if like else []

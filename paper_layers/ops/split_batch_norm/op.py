@@ -79,7 +79,8 @@ def _backward_fake(
     grad: Tensor, input: Tensor, weight: list[Tensor], mean: Tensor, var: Tensor, biases: int, sizes: Any, eps: float
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     like = weight or [mean if biases == 1 < len(sizes) else mean[0]] * biases
-    grad_weight, grad_bias = ([one.new_empty(one.shape) for one in ones] for ones in (weight, like if biases else []))
+    dtype, ones = formulas.dtype_of(like), (weight, like if biases else [])
+    grad_weight, grad_bias = ([mean.new_empty(one.shape, dtype=dtype) for one in some] for some in ones)
     return formulas.empty(input), grad_weight, grad_bias
 
 
