@@ -33,7 +33,7 @@ inline void move_running_statistics(std::vector<Tensor> running_mean, std::vecto
     const A *means = mean.const_data_ptr<A>(), *vars = var.const_data_ptr<A>();
     for (const RunningStatistics& norm : problem.norms) {
       const double count = static_cast<double>(norm.counted ? *norm.counted : norm.count);
-      if (norm.batches) ++*norm.batches;
+      if (norm.batches) *norm.batches = static_cast<int64_t>(static_cast<uint64_t>(*norm.batches) + 1);
       // The average of all batches does not move where nobody counts them, as in torch.
       const double share = momentum ? *momentum : norm.batches ? 1.0 / static_cast<double>(*norm.batches) : 0.0;
       if (count > 1) {

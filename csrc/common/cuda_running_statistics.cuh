@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
                 double momentum) {
   const RunningStatistics norm = norms.norms[blockIdx.x];
   const double count = static_cast<double>(norm.counted ? *norm.counted : norm.count);
-  const int64_t batches = norm.batches ? *norm.batches + 1 : 0;
+  const int64_t batches = norm.batches ? static_cast<int64_t>(static_cast<uint64_t>(*norm.batches) + 1) : 0;
   __syncthreads();  // All have read it.
   if (norm.batches && threadIdx.x == 0) *norm.batches = batches;
   if (!(count > 1)) return;

@@ -24,6 +24,7 @@ class Running(NamedTuple):
         torch.autograd.graph.increment_version((*self.mean, *self.var, *self.batches))
 
 
+@torch.no_grad()
 def reference(
     running_mean: list[Tensor],
     running_var: list[Tensor],
@@ -99,7 +100,9 @@ def move_running_statistics(running: Running, mean: Tensor, var: Tensor, counts:
     """
     if mean.requires_grad or var.requires_grad:
         mean, var = mean.detach(), var.detach()
-    on_host, on_device = ([], counts) if isinstance(counts, Tensor) else (counts, None)
-    _op(running.mean, running.var, running.batches, mean, var, on_host, on_device, running.momentum)
+    on_host, on_device = ([], counts) if isinstance(counts, Tensor) else ([*counts], None)
+    # Exported graphs hold the formula: ONNX has no ops that write.
+    op = reference if torch.compiler.is_exporting() else _op
+    op([*running.mean], [*running.var], [*running.batches], mean, var, on_host, on_device, running.momentum)
     if not torch.compiler.is_compiling():  # Compiled graphs copy into the statistics.
         running.count_versions()

@@ -132,6 +132,19 @@ def test_plain_checkpoint_fills_every_split() -> None:
         nn.BatchNorm2d(3).load_state_dict(kept)
 
 
+@pytest.mark.tracing
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_export_in_training(momentum: float | None) -> None:
+    """An exported graph moves the statistics, by ops that ONNX has as well."""
+    norm, x = trained(SplitBatchNorm2d(3, momentum=momentum)), torch.randn(4, 3, 2, 5)
+    twin, batch = copy.deepcopy(norm), torch.export.Dim("half", min=2) * 2
+    program = torch.export.export(norm, (torch.cat([x, x]),), dynamic_shapes=({0: batch},))
+    assert not [node for node in program.graph.nodes if "running_statistics" in str(node.target)]
+    exported = program.module()
+    torch.testing.assert_close(exported(torch.cat([x, x])), twin(torch.cat([x, x])))
+    torch.testing.assert_close(dict(exported.named_buffers()), dict(twin.named_buffers()))
+
+
 def test_few_dispatched_ops() -> None:
     """One op forward and one backward; two plain norms dispatch 6 each, and timm's split norm 18 in all."""
     norm, x = SplitBatchNorm2d(8), torch.randn(4, 8, 2, 2, requires_grad=True)
