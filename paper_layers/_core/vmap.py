@@ -60,7 +60,8 @@ def folded(into: int = 0, renumber: Callable[..., tuple[Any, ...]] | None = None
     """Make a rule for ops whose dimension `into` is one of independent elements: call once, with more of these.
 
     Args:
-        into: The dimension of all arguments and results that the vmapped dimension is moved into.
+        into: The dimension of all arguments and results that the vmapped dimension is moved into; the last one of
+            those with fewer dimensions.
         renumber: Called with the batch size and the arguments (B, ...); returns them with numbers of elements that
             count through the batch.
     """
@@ -76,16 +77,19 @@ def folded(into: int = 0, renumber: Callable[..., tuple[Any, ...]] | None = None
         )
         if renumber is not None:
             batched = renumber(batch_size, *batched)
-        results = function(
-            *(a.movedim(0, into).flatten(into, into + 1) if isinstance(a, Tensor) else a for a in batched)
-        )
+        results = function(*(_fold(a, min(into, a.dim() - 2)) if isinstance(a, Tensor) else a for a in batched))
         if isinstance(results, Tensor):
             return results.unflatten(into, (batch_size, -1)), into
+        dims = tuple(min(into, r.dim() - 1) for r in results)
         # An empty tensor stands for a result that nobody asked for.
         parts = tuple(
-            r.expand(batch_size, 0).movedim(0, min(into, 1)) if r.shape == (0,) else r.unflatten(into, (batch_size, -1))
-            for r in results
+            r.expand(batch_size, 0) if r.shape == (0,) else r.unflatten(d, (batch_size, -1))
+            for r, d in zip(results, dims, strict=True)
         )
-        return parts, (into,) * len(parts)
+        return parts, dims
 
     return rule
+
+
+def _fold(tensor: Tensor, into: int) -> Tensor:
+    return tensor.movedim(0, into).flatten(into, into + 1)

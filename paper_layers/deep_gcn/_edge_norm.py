@@ -18,7 +18,7 @@ from paper_layers._core.recompute import recomputing
 from paper_layers.deep_gcn._clouds import broadcast_to_rows, global_pool
 from paper_layers.ops.edge_conv import edge_conv
 from paper_layers.ops.edge_conv_norm import edge_conv_norm, normalize_edges
-from paper_layers.ops.running_statistics import move_running_statistics
+from paper_layers.ops.running_statistics import Running, move_running_statistics
 
 Order = Literal["act_norm", "norm_act"]
 BatchNorm = nn.BatchNorm1d | nn.SyncBatchNorm
@@ -215,7 +215,7 @@ def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -
         return
     assert norm.running_var is not None
     batches = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
-    move_running_statistics([norm.running_mean], [norm.running_var], batches, mean, var, count, norm.momentum)
+    move_running_statistics(Running([norm.running_mean], [norm.running_var], batches, norm.momentum), mean, var, count)
 
 
 def _combine_ranks(mean: Tensor, var: Tensor, count: Tensor, group: object) -> tuple[Tensor, Tensor, Tensor]:

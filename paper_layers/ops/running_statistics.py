@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,21 @@ from torch import Tensor
 from paper_layers._core.library import define
 
 
-def _reference(
+class Running(NamedTuple):
+    """Running statistics of S norms, and how they move: see `move_running_statistics`."""
+
+    mean: Sequence[Tensor]
+    var: Sequence[Tensor]
+    batches: Sequence[Tensor]
+    momentum: float | None
+
+    def count_versions(self) -> None:
+        """Tell autograd that an op has written to the statistics."""
+        torch.autograd.graph.increment_version((*self.mean, *self.var, *self.batches))
+
+
+@torch.no_grad()
+def reference(
     running_mean: list[Tensor],
     running_var: list[Tensor],
     batches: list[Tensor],
@@ -21,6 +35,7 @@ def _reference(
     counted: Tensor | None,
     momentum: float | None,
 ) -> None:
+    """Compute `move_running_statistics` in PyTorch."""
     norms = len(running_mean)
     many: Any = counts if counted is None else counted.reshape(-1).unbind()
     for i, (new_mean, new_var) in enumerate(zip(mean.reshape(norms, -1), var.reshape(norms, -1), strict=True)):
@@ -64,37 +79,30 @@ def _vmap(function: Any, batch_size: int, in_dims: tuple[Any, ...], arguments: t
 _op = define(
     "move_running_statistics_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] batches, Tensor mean,"
     " Tensor var, SymInt[] counts, Tensor? counted, float? momentum) -> ()",
-    _reference,
+    reference,
     lambda *_: None,
     vmap=_vmap,
 )
 
 
-def move_running_statistics(
-    running_mean: Sequence[Tensor],
-    running_var: Sequence[Tensor],
-    batches: Sequence[Tensor],
-    mean: Tensor,
-    var: Tensor,
-    counts: Sequence[int] | Tensor,
-    momentum: float | None,
-) -> None:
+def move_running_statistics(running: Running, mean: Tensor, var: Tensor, counts: Sequence[int] | Tensor) -> None:
     """Count one more batch of each of S norms, and move its running statistics in place, as torch's norms do.
 
     A norm with fewer than two values in this batch only counts the batch.
 
     Args:
-        running_mean: S tensors (C,).
-        running_var: S tensors (C,); they move towards the unbiased variance.
-        batches: S int64 tensors with one element, the numbers of batches; or none.
+        running: The running statistics: means, S tensors (C,); variances, likewise, which move towards the unbiased
+            variance; the numbers of batches, S int64 tensors with one element, or none; the share of this batch, or
+            None for the average of all batches, which needs their numbers.
         mean: Means of this batch, S * C elements of float32 or float64.
         var: Biased variances, likewise.
         counts: Number of values in each mean: S ints, or S int64 elements that the host does not know.
-        momentum: Share of this batch; None for the average of all batches, which needs `batches`.
     """
     if mean.requires_grad or var.requires_grad:
         mean, var = mean.detach(), var.detach()
-    on_host = not isinstance(counts, Tensor)
-    _op(running_mean, running_var, batches, mean, var, *((counts, None) if on_host else ([], counts)), momentum)
-    if not torch.compiler.is_compiling():  # Compiled graphs copy into the tensors, which counts.
-        torch.autograd.graph.increment_version((*running_mean, *running_var, *batches))
+    on_host, on_device = ([], counts) if isinstance(counts, Tensor) else ([*counts], None)
+    # Exported graphs hold the formula: ONNX has no ops that write.
+    op = reference if torch.compiler.is_exporting() else _op
+    op([*running.mean], [*running.var], [*running.batches], mean, var, on_host, on_device, running.momentum)
+    if not torch.compiler.is_compiling():  # Compiled graphs copy into the statistics.
+        running.count_versions()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paper_layers.ops import running_statistics
-from paper_layers.ops.running_statistics import move_running_statistics
+from paper_layers.ops.running_statistics import Running, move_running_statistics
 from testing import raw_ops
 from testing.cases import by_dtype, on_device
 
@@ -83,7 +83,8 @@ class TestRunningStatistics:
         for seed in range(2):
             parts = [part + seed for part in batches(sizes, 300)]
             new, versions = self.place(moments(parts)), [t._version for ts in ours for t in ts]
-            move_running_statistics(*ours, *new, self.place(torch.tensor(sizes)) if counted else sizes, momentum)
+            counts: Any = self.place(torch.tensor(sizes)) if counted else sizes
+            move_running_statistics(Running(*ours, momentum), *new, counts)
             assert [t._version for ts in ours for t in ts] == [version + 1 for version in versions]
             for norm, part in zip(theirs, parts, strict=True):
                 norm(part.double())
@@ -97,7 +98,7 @@ class TestRunningStatistics:
         found = self.place(tensors(norms(3, 4)))
         before = copy.deepcopy(found)
         counts: Any = self.place(torch.tensor([0, 1, 2])) if counted else [0, 1, 2]
-        move_running_statistics(*found, *torch.full((2, 3, 4), 9.0, device=self.device), counts, None)
+        move_running_statistics(Running(*found, None), *torch.full((2, 3, 4), 9.0, device=self.device), counts)
         for running, old in zip(found[:2], before[:2], strict=True):
             assert [torch.equal(t, o) for t, o in zip(running, old, strict=True)] == [True, True, False]
         assert [int(t) for t in found[2]] == [1, 2, 3]
@@ -106,7 +107,7 @@ class TestRunningStatistics:
     def test_without_numbers_of_batches(self, momentum: float | None, moved: float) -> None:
         """As in torch, an average does not move where nobody counts the batches."""
         mean, var = torch.zeros(2, 4, device=self.device)
-        move_running_statistics([mean], [var], [], *torch.ones(2, 4, device=self.device), [10], momentum)
+        move_running_statistics(Running([mean], [var], [], momentum), *torch.ones(2, 4, device=self.device), [10])
         assert mean.tolist() == [moved] * 4
 
     @BY_MOMENTUM
@@ -114,7 +115,7 @@ class TestRunningStatistics:
     def test_reference_equals_kernel(self, counted: bool, momentum: float | None) -> None:
         found, want = (self.place(arguments(counted, momentum)) for _ in range(2))
         OP(*found)
-        running_statistics._reference(*want)
+        running_statistics.reference(*want)
         torch.testing.assert_close(found, want)
 
     @BY_MOMENTUM
@@ -130,7 +131,7 @@ class TestRunningStatistics:
         torch._dynamo.reset()
 
         def move(running: list[list[Tensor]], mean: Tensor, var: Tensor) -> Tensor:
-            move_running_statistics(*running, mean, var, [4, 5], momentum)
+            move_running_statistics(Running(*running, momentum), mean, var, [4, 5])
             return running[0][1] + 1
 
         for _ in range(2):
@@ -145,7 +146,7 @@ class TestRunningStatistics:
         running = [[torch.stack([t] * 3, -1) for t in values] for values in want[0]]
 
         def move(running: Any, parts: Any) -> Tensor:
-            move_running_statistics(*running, *moments(parts), [4, 5], 0.1)
+            move_running_statistics(Running(*running, 0.1), *moments(parts), [4, 5])
             return parts[0].sum()
 
         torch.func.vmap(move, in_dims=(-1, 0))(running, parts)

@@ -1,4 +1,4 @@
-// The argument checks of move_running_statistics_, for the CPU and the CUDA kernels.
+// Running statistics of several norms: the arguments and their checks, for the CPU and the CUDA kernels.
 #pragma once
 
 #include <cstdint>
