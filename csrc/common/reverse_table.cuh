@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/cuda_tensors.cuh"
+#include "common/neighbor_table.h"
 
 #include <array>
 #include <cstdint>
@@ -62,11 +63,22 @@ struct WriteStarts {
   C10_DEVICE void operator()(int64_t row) const { starts[row] = count_less(keys, edges, static_cast<Key>(row)); }
 };
 
-// The row that an edge of the table leads to.
+// The row of all clouds that an edge of the table leads to; beyond all of them where it is out of range.
 struct RowOfEdge {
   const int64_t* index;
+  int64_t edges, cloud_edges, rows;
 
-  C10_DEVICE int64_t operator()(int64_t edge) const { return index[edge]; }
+  RowOfEdge(const int64_t* index, const CloudTable& table)
+      : index(index),
+        edges(table.nodes * table.k),
+        cloud_edges(table.cloud_nodes * table.k),
+        rows(table.cloud_rows) {}
+
+  C10_DEVICE int64_t operator()(int64_t edge) const {
+    const int64_t row = index[edge];
+    if (row >= rows) return INT64_MAX;
+    return row < 0 ? row : row + first_row(edge, cloud_edges, edges, rows);
+  }
 };
 
 struct ReverseTable {

@@ -55,9 +55,10 @@ struct Edges {
 
   void select(int64_t node) {
     rows.clear();
+    const int64_t start = problem.start(node);
     for (int64_t column = 0; column < problem.k; ++column) {
       const int64_t row = index[node * problem.k + column];
-      if (row >= 0) rows.push_back(row * problem.channels);
+      if (row >= 0) rows.push_back((start + row) * problem.channels);
     }
   }
 };
@@ -68,14 +69,14 @@ class Forward {
   using V = Vec<A>;
 
  public:
-  Forward(const Edges<T>& edges, A slope, const bool* smallest, bool statistics)
+  Forward(const Edges<T>& edges, A slope, const Kept<A>& kept, bool statistics)
       : edges_(edges),
         channels_(edges.problem.channels),
         activation_{slope},
         statistics_(statistics),
         signs_(channels_),
         shifts_(channels_) {
-    for (int64_t c = 0; c < channels_; ++c) signs_[c] = smallest != nullptr && smallest[c] ? -1 : 1;
+    for (int64_t c = 0; c < channels_; ++c) signs_[c] = kept.least(c) ? -1 : 1;
     if (statistics) find_shifts();
   }
 
@@ -97,7 +98,7 @@ class Forward {
       }
     });
     if (!statistics_) return;
-    const double edges = count_edges(problem, edges_.index);
+    const double edges = std::max<int64_t>(1, count_edges(problem, edges_.index));
     for (int64_t c = 0; c < channels_; ++c) {
       double sum = 0, square = 0;
       for (int64_t b = 0; b < blocks; ++b) {
@@ -119,7 +120,8 @@ class Forward {
     for (int64_t e = 0; e < count; e += step) {
       if (edges_.index[e] < 0) continue;
       ++found;
-      const T *a = edges_.center + e / problem.k * channels_, *b = edges_.neighbor + edges_.index[e] * channels_;
+      const int64_t node = e / problem.k, row = problem.start(node) + edges_.index[e];
+      const T *a = edges_.center + node * channels_, *b = edges_.neighbor + row * channels_;
       for_each_group<V::size, 1>(0, channels_, [&](int64_t c, auto lanes, auto) __attribute__((always_inline)) {
         add_to(sums.data() + c, activation_(load(a + c, lanes) + load(b + c, lanes)), lanes);
       });
@@ -203,9 +205,10 @@ class Forward {
 
 template <typename T>
 void edge_conv(const EdgeConvProblem& problem, const T* center, const T* neighbor, const int64_t* index,
-               Accumulator<T> slope, const bool* smallest, T* output, Accumulator<T>* mean, Accumulator<T>* var) {
+               Accumulator<T> slope, const Kept<Accumulator<T>>& kept, T* output, Accumulator<T>* mean,
+               Accumulator<T>* var) {
   const Edges<T> edges{problem, center, neighbor, index};
-  Forward<T>(edges, slope, smallest, mean != nullptr).run(output, mean, var);
+  Forward<T>(edges, slope, kept, mean != nullptr).run(output, mean, var);
 }
 
 // Half types keep edges rounded.
@@ -226,7 +229,7 @@ struct Backward {
   const Edges<T>& edges;
   const T *grad, *output;
   LeakyReLU<A> activation;
-  const A *mean, *constant, *linear;  // an edge's part in the statistics: constant + linear (y - mean)
+  const A *factor, *mean, *constant, *linear;  // an edge's part in the statistics: constant + linear (y - mean)
   T* grad_center;
   A *grad_neighbor, *slopes;
 
@@ -247,8 +250,10 @@ struct Backward {
  private:
   // Asks for the rows of a node, which may lie anywhere, before their turn.
   void fetch(int64_t node, int64_t first, int64_t last) const {
+    const int64_t start = edges.problem.start(node);
     for (int64_t column = 0; column < edges.problem.k; ++column) {
-      const int64_t row = std::max<int64_t>(0, edges.index[node * edges.problem.k + column]) * edges.problem.channels;
+      const int64_t own = edges.index[node * edges.problem.k + column];
+      const int64_t row = own < 0 ? 0 : (start + own) * edges.problem.channels;
       for (int64_t c = first; c < last; c += 64 / sizeof(A)) {
         __builtin_prefetch(edges.neighbor + row + c);
         __builtin_prefetch(grad_neighbor + row + c, 1);
@@ -289,6 +294,7 @@ struct Backward {
       center[v] = load(edges.center + at + offset, lanes);
       kept[v] = load(output + at + offset, lanes);
       left[v] = load(grad + at + offset, lanes);  // goes to the first edge that equals what was kept
+      if (factor != nullptr) left[v] = left[v] * V(load(factor + first + offset, lanes));
       sum[v] = slanted[v] = none;
       if (!statistics) continue;
       middle[v] = load(mean + first + offset, lanes);
@@ -321,22 +327,22 @@ struct Backward {
 };
 
 template <typename T>
-void edge_conv_backward(const EdgeConvProblem& problem, const T* grad, const Accumulator<T>* grad_mean,
-                        const Accumulator<T>* grad_var, const T* center, const T* neighbor, const int64_t* index,
-                        Accumulator<T> slope, const T* output, const Accumulator<T>* mean, T* grad_center,
-                        Accumulator<T>* grad_neighbor, Accumulator<T>* grad_slope) {
+void edge_conv_backward(const EdgeConvProblem& problem, const T* grad, const EdgeGradients<Accumulator<T>>& gradients,
+                        const T* center, const T* neighbor, const int64_t* index, Accumulator<T> slope,
+                        const T* output, T* grad_center, Accumulator<T>* grad_neighbor, Accumulator<T>* grad_slope) {
   using A = Accumulator<T>;
   const int64_t channels = problem.channels;
   const Edges<T> edges{problem, center, neighbor, index};
-  const double count = count_edges(problem, index);
+  const double count = std::max<int64_t>(1, count_edges(problem, index));
+  const A* const mean = gradients.mean;
   Scratch<A> constant(channels), linear(channels), slopes(channels);
   for (int64_t c = 0; c < (mean != nullptr ? channels : 0); ++c) {
-    linear[c] = static_cast<A>(2 * grad_var[c] / count);
+    linear[c] = static_cast<A>(2 * gradients.grad_var[c] / count);
     // An infinite mean leaves no edge a gradient.
-    constant[c] = static_cast<A>(grad_mean[c] / count) + linear[c] * (mean[c] - mean[c]);
+    constant[c] = static_cast<A>(gradients.grad_mean[c] / count) + linear[c] * (mean[c] - mean[c]);
   }
-  const Backward<T> backward{edges,           grad,          output,      {slope},       mean,
-                             constant.data(), linear.data(), grad_center, grad_neighbor, slopes.data()};
+  const Backward<T> backward{edges, grad,        output,        {slope},      gradients.factor, mean, constant.data(),
+                             linear.data(), grad_center, grad_neighbor, slopes.data()};
   constexpr int64_t line = 64 / sizeof(A);
   parallel_for(0, (channels + line - 1) / line, 1, [&](int64_t begin, int64_t end) {
     backward.run(begin * line, std::min(channels, end * line));
@@ -345,3 +351,5 @@ void edge_conv_backward(const EdgeConvProblem& problem, const T* grad, const Acc
   for (const A s : slopes) total += s;
   *grad_slope = static_cast<A>(total);
 }
+
+#include "edge_conv/cpu_norm.isa.h"

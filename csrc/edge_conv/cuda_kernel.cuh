@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/cuda_neighbors.cuh"
+#include "edge_conv/problem.h"
 
 namespace paper_layers {
 namespace {
@@ -30,13 +31,16 @@ struct Graph {
   int64_t nodes;
   const Pack<T, V>* center;
   const Pack<T, V>* neighbor;
-  const A* slope;
+  const A* slope_at;  // or null
+  A slope_number;
+
+  C10_DEVICE A slope() const { return slope_at != nullptr ? *slope_at : slope_number; }
 
   // Calls body(column, z, y) for the edges of a node.
   template <typename Body>
   C10_DEVICE void each(int64_t node, int64_t pack, Body body) const {
     const Pack<T, V> own = center[node * shape.packs + pack];
-    const A factor = *slope;
+    const A factor = slope();
     neighbors.each(node, neighbor, shape.packs, pack, [&](int32_t column, const Pack<T, V>& row) {
       A z[V], y[V];
       for (int v = 0; v < V; ++v) {
@@ -56,9 +60,10 @@ struct Graph {
       const int64_t row = neighbors.index[edge];
       if (row < 0 || row >= neighbors.rows) continue;
       const int64_t node = edge / neighbors.k;
-      const Pack<T, V> own = center[node * shape.packs + pack], other = neighbor[row * shape.packs + pack];
+      const Pack<T, V> own = center[node * shape.packs + pack];
+      const Pack<T, V> other = neighbor[(neighbors.start(node) + row) * shape.packs + pack];
       for (int v = 0; v < V; ++v) {
-        const double y = leaky_relu(A(own[v]) + A(other[v]), *slope);
+        const double y = leaky_relu(A(own[v]) + A(other[v]), slope());
         if (y - y == 0) shift[v] = y;  // finite
       }
       return;
@@ -74,7 +79,7 @@ struct EdgeForward {
 
   Graph<T, R> graph;
   int64_t workers;
-  const bool* smallest;  // or null
+  Kept<A> kept;
   Pack<T, V>* output;
   double* sums;    // of deviations and of their squares, (workers, 2, channels)
   double* counts;  // of edges
@@ -83,7 +88,7 @@ struct EdgeForward {
     const int64_t worker = graph.shape.by_packs(index), packs = graph.shape.packs, pack = index - worker * packs;
     bool least[V];
     double shift[V], sum[V] = {}, square[V] = {};
-    for (int v = 0; v < V; ++v) least[v] = smallest != nullptr && smallest[pack * V + v];
+    for (int v = 0; v < V; ++v) least[v] = kept.least(pack * V + v);
     if (statistics) graph.find_shift(pack, shift);
     int64_t count = 0;
     for (int64_t node = worker; node < graph.nodes; node += workers) {
@@ -142,31 +147,25 @@ struct Statistics {
   }
 };
 
-// An edge's part in the gradient of the statistics: of mean and variance over all edges.
+// An edge's part in the gradient of the statistics, of mean and variance over all edges, and the factor of the kept
+// edge's gradient.
 template <typename A, int V>
-struct StatisticsGradient {
-  A mean[V], constant[V], linear[V];
+struct ChannelGradients {
+  A factor[V], mean[V], constant[V], linear[V];
 
-  C10_DEVICE StatisticsGradient(const A* means, const A* grad_mean, const A* grad_var, const double* count,
-                                int64_t pack) {
+  C10_DEVICE ChannelGradients(const EdgeGradients<A>& of, const double* count, int64_t pack) {
     for (int v = 0; v < V; ++v) {
-      const double edges = means != nullptr && *count > 1 ? *count : 1;
+      const double edges = of.mean != nullptr && *count > 1 ? *count : 1;
       const int64_t channel = pack * V + v;
-      mean[v] = means != nullptr ? means[channel] : A(0);
-      linear[v] = means != nullptr ? static_cast<A>(2 * grad_var[channel] / edges) : A(0);
+      factor[v] = of.factor != nullptr ? of.factor[channel] : A(1);
+      mean[v] = of.mean != nullptr ? of.mean[channel] : A(0);
+      linear[v] = of.mean != nullptr ? static_cast<A>(2 * of.grad_var[channel] / edges) : A(0);
       // An infinite mean leaves no edge a gradient.
-      constant[v] =
-          means != nullptr ? static_cast<A>(grad_mean[channel] / edges) + linear[v] * (mean[v] - mean[v]) : A(0);
+      constant[v] = of.mean != nullptr
+                        ? static_cast<A>(of.grad_mean[channel] / edges) + linear[v] * (mean[v] - mean[v])
+                        : A(0);
     }
   }
-};
-
-template <typename A>
-struct EdgeGradients {
-  const A* mean;  // or null: no statistics
-  const A* grad_mean;
-  const A* grad_var;
-  const double* count;
 };
 
 // The gradient of the centre terms and of the slope, and which edge each node kept, -1 for none.
@@ -177,6 +176,7 @@ struct EdgeBackwardCenter {
 
   Graph<T, R> graph;
   EdgeGradients<A> gradients;
+  const double* count;  // of edges
   int64_t workers;
   const Pack<T, V>* grad;
   const Pack<T, V>* output;
@@ -186,9 +186,9 @@ struct EdgeBackwardCenter {
 
   C10_DEVICE void operator()(typename R::Index index) const {
     const int64_t worker = graph.shape.by_packs(index), packs = graph.shape.packs, pack = index - worker * packs;
-    const StatisticsGradient<A, V> all(gradients.mean, gradients.grad_mean, gradients.grad_var, gradients.count, pack);
+    const ChannelGradients<A, V> all(gradients, count, pack);
     const bool statistics = gradients.mean != nullptr;
-    const A slope = *graph.slope;
+    const A slope = graph.slope();
     double slanted = 0;
     for (int64_t node = worker; node < graph.nodes; node += workers) {
       const Pack<T, V> g = grad[node * packs + pack], kept = output[node * packs + pack];
@@ -201,7 +201,7 @@ struct EdgeBackwardCenter {
           A part = 0;
           if (chosen[v] < 0 && (rounded == best || (rounded != rounded && best != best))) {
             chosen[v] = column;
-            part = A(g[v]);
+            part = A(g[v]) * all.factor[v];
           }
           if (statistics) part += all.constant[v] + all.linear[v] * (y[v] - all.mean[v]);
           if (!(z[v] > A(0))) {
@@ -229,6 +229,7 @@ struct EdgeBackwardNeighbor {
 
   Graph<T, R> graph;
   EdgeGradients<A> gradients;
+  const double* count;  // of edges
   Divider<Index> by_k;
   const int64_t* edges;
   const int64_t* starts;
@@ -238,9 +239,9 @@ struct EdgeBackwardNeighbor {
 
   C10_DEVICE void operator()(Index index) const {
     const int64_t row = graph.shape.by_packs(index), packs = graph.shape.packs, pack = index - row * packs;
-    const StatisticsGradient<A, V> all(gradients.mean, gradients.grad_mean, gradients.grad_var, gradients.count, pack);
+    const ChannelGradients<A, V> all(gradients, count, pack);
     const bool statistics = gradients.mean != nullptr;
-    const A slope = *graph.slope;
+    const A slope = graph.slope();
     const Pack<T, V> own = graph.neighbor[index];
     const int64_t end = starts[row + 1];
     A sum[V] = {};
@@ -251,7 +252,7 @@ struct EdgeBackwardNeighbor {
       const Pack<int32_t, V> chosen = arg[node * packs + pack];
       for (int v = 0; v < V; ++v) {
         const A z = A(other[v]) + A(own[v]);
-        A part = chosen[v] == column ? A(g[v]) : A(0);
+        A part = chosen[v] == column ? A(g[v]) * all.factor[v] : A(0);
         if (statistics) part += all.constant[v] + all.linear[v] * (leaky_relu(z, slope) - all.mean[v]);
         sum[v] += z > A(0) ? part : slope * part;
       }

@@ -12,10 +12,10 @@ namespace paper_layers {
 namespace {
 
 std::tuple<Tensor, Tensor> neighbor_reduce(Tensor input, Tensor index, std::string reduce, bool relative) {
-  const NeighborReduceProblem problem = neighbor_reduce_problem("input", input, index, reduce, relative);
+  const NeighborReduceProblem problem = neighbor_reduce_problem("input", input, index, input.dim() > 1 ? input.size(-2) : 0, reduce, relative);
   make_contiguous(input, index);
-  check_index(index.const_data_ptr<int64_t>(), index.numel(), problem.rows);
-  Tensor output = new_empty(input, {problem.nodes, problem.channels}), arg = new_arg(input, problem);
+  check_index(index.const_data_ptr<int64_t>(), index.numel(), problem.cloud_rows);
+  Tensor output = new_empty(input, with_row_count(input, problem.cloud_nodes)), arg = new_arg(input, problem);
   if (output.numel() == 0) return {output, arg};
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -32,7 +32,7 @@ Tensor neighbor_reduce_backward(const Tensor& grad, Tensor index, Tensor arg, in
   const Tensor g = to_contiguous(to_dtype(grad, dtype));
   make_contiguous(index, arg);
   check_index(index.const_data_ptr<int64_t>(), index.numel(), rows);
-  Tensor grad_input = new_empty(g, {rows, problem.channels});
+  Tensor grad_input = new_empty(g, with_row_count(g, rows));
   if (grad_input.numel() == 0 || g.numel() == 0) return to_dtype(zero_(grad_input), grad.scalar_type());
   dispatch_accumulator(dtype, [&](auto element) {
     using A = decltype(element);

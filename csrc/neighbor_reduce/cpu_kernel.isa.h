@@ -67,7 +67,7 @@ void neighbor_reduce(const NeighborReduceProblem& problem, const T* input, const
   parallel_for(0, problem.nodes, grain_size(32768, {channels, k}), [&](int64_t begin, int64_t end) {
     Neighbors<T> from;
     for (int64_t i = begin; i < end; ++i) {
-      from.select(input, channels, index + i * k, k);
+      from.select(input + problem.start(i) * channels, channels, index + i * k, k);
       const T* own = problem.relative ? input + i * channels : nullptr;
       T* out = output + i * channels;
       if (from.rows.empty()) {
@@ -99,10 +99,11 @@ void neighbor_reduce_backward(const NeighborReduceProblem& problem, const T* gra
     for (int64_t i = 0; i < problem.nodes; ++i) {
       const T* from = grad + i * channels;
       T* own = grad_input + i * channels;
+      const int64_t start = problem.start(i);
       int64_t count = 0;
       for (int64_t column = 0; column < k; ++column) {
         const int64_t row = index[i * k + column];
-        rows[column] = row < 0 ? nowhere.data() : grad_input + row * channels;
+        rows[column] = row < 0 ? nowhere.data() : grad_input + (start + row) * channels;
         count += row >= 0;
       }
       if (count == 0) continue;

@@ -21,14 +21,13 @@ namespace paper_layers {
 namespace {
 
 std::tuple<Tensor, Tensor> neighbor_reduce(Tensor input, Tensor index, std::string reduce, bool relative) {
-  const NeighborReduceProblem problem = neighbor_reduce_problem("input", input, index, reduce, relative);
+  const NeighborReduceProblem problem = neighbor_reduce_problem("input", input, index, input.dim() > 1 ? input.size(-2) : 0, reduce, relative);
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   make_contiguous(input, index);
-  const Tensor output = new_empty(input, {problem.nodes, problem.channels}), arg = new_arg(input, problem);
+  const Tensor output = new_empty(input, with_row_count(input, problem.cloud_nodes)), arg = new_arg(input, problem);
   if (output.numel() == 0) return {output, arg};
-  // Without rows there are no neighbours.
-  const NeighborRows neighbors{index.const_data_ptr<int64_t>(), problem.rows > 0 ? problem.k : 0, problem.rows};
+  const NeighborRows neighbors(index.const_data_ptr<int64_t>(), problem);
   dispatch(input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     with_rows<T>(problem.nodes * problem.channels, problem.channels, {input, output, arg}, [&](auto rows) {
@@ -56,10 +55,10 @@ Tensor neighbor_reduce_backward(Tensor grad, Tensor index, Tensor arg, int64_t r
   const int32_t device = grad.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   make_contiguous(grad, index, arg);
-  const Tensor grad_input = new_empty(grad, {rows, problem.channels});
+  const Tensor grad_input = new_empty(grad, with_row_count(grad, rows));
   if (grad_input.numel() == 0 || grad.numel() == 0) return torch::stable::fill_(grad_input, 0);
-  const RowOfEdge row_of{index.const_data_ptr<int64_t>()};
-  const ReverseTable reverse = reverse_table(grad, index.numel(), rows, row_of);
+  const RowOfEdge row_of(index.const_data_ptr<int64_t>(), problem);
+  const ReverseTable reverse = reverse_table(grad, index.numel(), problem.rows, row_of);
   const bool counted = problem.reduce == Reduce::mean || (relative && !problem.has_arg());
   const Tensor counts = new_empty(grad, {problem.nodes}, accumulation_dtype(grad.scalar_type()));
   dispatch(grad.scalar_type(), [&](auto element) {
@@ -82,7 +81,7 @@ Tensor neighbor_reduce_backward(Tensor grad, Tensor index, Tensor arg, int64_t r
                               problem.has_arg() ? packs<int32_t, V>(arg) : nullptr,
                               count,
                               mutable_packs<T, V>(grad_input)};
-      for_each_index<typename R::Index>(rows * packed.packs, device, body);
+      for_each_index<typename R::Index>(problem.rows * packed.packs, device, body);
     });
   });
   return grad_input;

@@ -1,5 +1,7 @@
 // Batch normalisation of the parts of a batch on the CPU.
+#include "common/cpu_running_statistics.h"
 #include "common/range.h"
+#include "common/scratch.h"
 #include "split_batch_norm/problem.h"
 
 namespace paper_layers {
@@ -39,37 +41,48 @@ struct SplitBackward {
 namespace paper_layers {
 namespace {
 
-// The problem as the kernels take it: rows of fewer channels than a vector holds go through planes, where a copy of
-// the input costs less than parts of vectors, but without pixels there are only rows.
-SplitBatchNormProblem in_kernels_layout(SplitBatchNormProblem problem) {
-  constexpr int64_t kVectorElements = 16;
-  problem.transposed = problem.pixels == 1 || (problem.transposed && problem.channels >= kVectorElements);
-  return problem;
-}
+// Parameters of all splits, (S, C), in the dtype of statistics.
+template <typename A>
+class Table {
+ public:
+  Table(const Parameters& parameters, const SplitBatchNormProblem& problem)
+      : values_(parameters.rows.size() * problem.channels) {
+    dispatch(parameters.dtype, [&](auto element) {
+      A* to = values_.data();
+      for (const void* row : parameters.rows) {
+        to = std::copy_n(static_cast<const decltype(element)*>(row), problem.channels, to);
+      }
+    });
+  }
+  const A* data() const { return values_.empty() ? nullptr : values_.data(); }
 
-// An output, which the kernels write in their layout.
-Tensor new_output(const Tensor& input, const SplitBatchNormProblem& given, const SplitBatchNormProblem& kernels) {
-  return new_like(input, given.pixels == 1 ? given : kernels);
-}
-Tensor in_given_layout(const Tensor& output, const Tensor& input, const SplitBatchNormProblem& given) {
-  if (!given.transposed || is_transposed(output)) return output;
-  Tensor result = empty_like(input);
-  torch::stable::copy_(result, output);
-  return result;
+ private:
+  Scratch<A> values_;
+};
+
+template <typename A>
+void write(const Scratch<A>& values, const Gradients& to, int64_t channels) {
+  dispatch(to.dtype, [&](auto element) {
+    const A* from = values.data();
+    for (void* row : to.rows) {
+      std::copy_n(from, channels, static_cast<decltype(element)*>(row));
+      from += channels;
+    }
+  });
 }
 
 // Statistics are computed, or given; without `output`, nothing more than them.
-void run_forward(const Tensor& input, const SplitBatchNormProblem& problem, const MaybeTensor& weight,
-                 const MaybeTensor& bias, const Tensor& mean, const Tensor& var, const MaybeTensor& output,
+void run_forward(const Tensor& input, const SplitBatchNormProblem& problem, std::vector<Tensor> weight,
+                 std::vector<Tensor> bias, const Tensor& mean, const Tensor& var, const MaybeTensor& output,
                  bool has_statistics, double eps) {
-  check_values("weight", weight, input, problem);
-  check_values("bias", bias, input, problem);
+  const Parameters weights("weight", std::move(weight), input, problem);
+  const Parameters biases("bias", std::move(bias), input, problem);
   if (mean.numel() == 0) return;
   const Tensor x = in_order(input, problem.transposed);
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    const Values<A> w(weight), b(bias);
+    const Table<A> w(weights, problem), b(biases, problem);
     const SplitForward<T> arguments{problem,
                                     x.const_data_ptr<T>(),
                                     w.data(),
@@ -83,32 +96,40 @@ void run_forward(const Tensor& input, const SplitBatchNormProblem& problem, cons
   });
 }
 
-// Sums are computed, or their means are given; without `grad_input`, nothing more than them.
+// Sums are computed, or their means are given: a pair of tables. Without `grad_input`, nothing more than sums.
 void run_backward(const Tensor& grad, const Tensor& input, const SplitBatchNormProblem& problem,
-                  const MaybeTensor& weight, const Tensor& mean, const Tensor& var, const Tensor& products,
-                  const Tensor& sums, const MaybeTensor& grad_input, bool has_means, double eps) {
+                  const Parameters& weights, const Tensor& any_mean, const Tensor& any_var, const Gradients& products,
+                  const Gradients& sums, const Tensor* means, const MaybeTensor& grad_input, double eps) {
   check_grad(grad, input);
-  check_values("weight", weight, input, problem);
-  check_values("mean", mean, input, problem);
-  check_values("var", var, input, problem);
-  if (mean.numel() == 0) return;
+  check_values("mean", any_mean, input, problem);
+  check_values("var", any_var, input, problem);
+  if (any_mean.numel() == 0) return;
+  const Tensor mean = to_contiguous(any_mean), var = to_contiguous(any_var);
   const Tensor g = in_order(grad, problem.transposed), x = in_order(input, problem.transposed);
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    const Values<A> w(weight), m(mean), v(var);
+    const Table<A> w(weights, problem);
+    Scratch<A> tables[2];
+    for (int i = 0; i < 2; ++i) {
+      const int64_t values = mean.numel();
+      if (means) tables[i].assign(means[i].const_data_ptr<A>(), means[i].const_data_ptr<A>() + values);
+      else tables[i].resize(values);
+    }
     const SplitBackward<T> arguments{problem,
                                      g.const_data_ptr<T>(),
                                      x.const_data_ptr<T>(),
                                      w.data(),
-                                     m.data(),
-                                     v.data(),
-                                     products.mutable_data_ptr<A>(),
-                                     sums.mutable_data_ptr<A>(),
+                                     mean.const_data_ptr<A>(),
+                                     var.const_data_ptr<A>(),
+                                     tables[0].data(),
+                                     tables[1].data(),
                                      grad_input && grad_input->numel() > 0 ? grad_input->mutable_data_ptr<T>() : nullptr,
-                                     has_means,
+                                     means != nullptr,
                                      static_cast<A>(eps)};
     PAPER_LAYERS_DISPATCH(backward(arguments));
+    write(tables[0], products, problem.channels);
+    write(tables[1], sums, problem.channels);
   });
 }
 

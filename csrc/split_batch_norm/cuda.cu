@@ -1,6 +1,7 @@
 // Batch normalisation of the parts of a batch on the GPU: sums of parts of each split, then their totals, merged in
 // order, then a sweep over the elements. No atomics, so results do not vary from run to run.
 
+#include "common/cuda_running_statistics.cuh"
 #include "common/cuda_tensors.cuh"
 
 #include <limits>
@@ -11,16 +12,6 @@
 
 namespace paper_layers {
 namespace {
-
-// Without pixels the two orders are one, which is better read as rows.
-SplitBatchNormProblem in_kernels_layout(SplitBatchNormProblem problem) {
-  problem.transposed = problem.transposed || problem.pixels == 1;
-  return problem;
-}
-Tensor new_output(const Tensor& input, const SplitBatchNormProblem& given, const SplitBatchNormProblem&) {
-  return new_like(input, given);
-}
-Tensor in_given_layout(const Tensor& output, const Tensor&, const SplitBatchNormProblem&) { return output; }
 
 // Calls function(elements): numbers of 32 bits where they reach, packs where runs of elements allow it.
 template <typename T, bool rows, typename Function>
@@ -117,20 +108,27 @@ template <typename A>
 A* values_at(const Tensor& table, int64_t row, int64_t value) {
   return table.mutable_data_ptr<A>() + row * table.size(1) + value;
 }
-template <typename A>
-const A* values_at(const Values<A>& values, int64_t value) {
-  return values.data() ? values.data() + value : nullptr;
+
+// The rows of some splits, from the first on; none if there are none.
+template <typename Pointer>
+ParameterRows<Pointer> rows_at(const std::vector<Pointer>& rows, ScalarType dtype, int64_t channels, int64_t first) {
+  ParameterRows<Pointer> result{};
+  result.dtype = dtype;
+  result.channels = channels;
+  if (rows.empty()) return result;
+  std::copy_n(rows.begin() + first, std::min<int64_t>(kSplits, rows.size() - first), result.rows);
+  return result;
 }
 
 // Statistics are computed, or given; without `output`, nothing more than them.
-void run_forward(const Tensor& any_input, const SplitBatchNormProblem& problem, const MaybeTensor& weight,
-                 const MaybeTensor& bias, const Tensor& mean, const Tensor& var, const MaybeTensor& output,
+void run_forward(const Tensor& any_input, const SplitBatchNormProblem& problem, std::vector<Tensor> weight,
+                 std::vector<Tensor> bias, const Tensor& mean, const Tensor& var, const MaybeTensor& output,
                  bool has_statistics, double eps) {
-  check_values("weight", weight, any_input, problem);
-  check_values("bias", bias, any_input, problem);
+  const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
+  const Parameters weights("weight", std::move(weight), any_input, problem);
+  const Parameters biases("bias", std::move(bias), any_input, problem);
   const int64_t values = checked_product({problem.splits(), problem.channels});
   if (values == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const Tensor input = in_order(any_input, problem.transposed);
   const Tensor table = new_empty(mean, {2, values});
   const int32_t device = input.get_device_index();
@@ -138,13 +136,13 @@ void run_forward(const Tensor& any_input, const SplitBatchNormProblem& problem, 
     using T = decltype(element);
     using E = decltype(elements);
     using A = Accumulator<T>;
-    const Values<A> w(weight), b(bias);
     const T* x = input.const_data_ptr<T>();
     A *const means = mean.mutable_data_ptr<A>(), *const vars = var.mutable_data_ptr<A>();
     each_splits(problem, [&](Splits splits, int64_t first, int64_t value) {
+      const int64_t split = value / problem.channels;
       const Grid grid = divide(problem, elements, splits);
-      const Normalization<A> normalization{values_at(w, value),
-                                           values_at(b, value),
+      const Normalization<A> normalization{rows_at(weights.rows, weights.dtype, problem.channels, split),
+                                           rows_at(biases.rows, biases.dtype, problem.channels, split),
                                            means + value,
                                            vars + value,
                                            static_cast<A>(eps),
@@ -166,17 +164,16 @@ void run_forward(const Tensor& any_input, const SplitBatchNormProblem& problem, 
   });
 }
 
-// Sums are computed, or their means are given; without `grad_input`, nothing more than them.
+// Sums are computed, or their means are given: a pair of tables. Without `grad_input`, nothing more than sums.
 void run_backward(const Tensor& any_grad, const Tensor& any_input, const SplitBatchNormProblem& problem,
-                  const MaybeTensor& weight, const Tensor& any_mean, const Tensor& any_var, const Tensor& products,
-                  const Tensor& sums, const MaybeTensor& grad_input, bool has_means, double eps) {
+                  const Parameters& weights, const Tensor& any_mean, const Tensor& any_var, const Gradients& products,
+                  const Gradients& sums, const Tensor* given, const MaybeTensor& grad_input, double eps) {
+  const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   check_grad(any_grad, any_input);
-  check_values("weight", weight, any_input, problem);
   check_values("mean", any_mean, any_input, problem);
   check_values("var", any_var, any_input, problem);
   const int64_t values = checked_product({problem.splits(), problem.channels});
   if (values == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(any_input.get_device_index());
   const Tensor grad = in_order(any_grad, problem.transposed), input = in_order(any_input, problem.transposed);
   const Tensor mean = to_contiguous(any_mean), var = to_contiguous(any_var);
   const Tensor table = new_empty(mean, {3, values});
@@ -185,26 +182,29 @@ void run_backward(const Tensor& any_grad, const Tensor& any_input, const SplitBa
     using T = decltype(element);
     using E = decltype(elements);
     using A = Accumulator<T>;
-    const Values<A> w(weight);
     const A *const means = mean.const_data_ptr<A>(), *const vars = var.const_data_ptr<A>();
-    A *const all_products = products.mutable_data_ptr<A>(), *const all_sums = sums.mutable_data_ptr<A>();
     each_splits(problem, [&](Splits splits, int64_t first, int64_t value) {
+      const int64_t split = value / problem.channels;
       const Grid grid = divide(problem, elements, splits);
-      const Pullback<A> pullback{values_at(w, value),
+      const Pullback<A> pullback{rows_at(weights.rows, weights.dtype, problem.channels, split),
                                  vars + value,
-                                 all_products + value,
-                                 all_sums + value,
+                                 given ? given[0].const_data_ptr<A>() + value : nullptr,
+                                 given ? given[1].const_data_ptr<A>() + value : nullptr,
                                  static_cast<A>(eps),
                                  grad_input ? values_at<A>(table, 0, value) : nullptr,
                                  values_at<A>(table, 1, value),
                                  values_at<A>(table, 2, value)};
       const auto *g = packs_at<T, E>(grad.const_data_ptr<T>(), first),
                  *x = packs_at<T, E>(input.const_data_ptr<T>(), first);
-      if (has_means) {
+      if (given) {
         for_each_index<int64_t>(splits.count * problem.channels, device, pullback);
       } else {
-        const FinishSums<A> finish{splits,           problem.channels, problem.pixels, all_products + value,
-                                   all_sums + value, pullback};
+        const FinishSums<A> finish{splits,
+                                   problem.channels,
+                                   problem.pixels,
+                                   rows_at(products.rows, products.dtype, problem.channels, split),
+                                   rows_at(sums.rows, sums.dtype, problem.channels, split),
+                                   pullback};
         reduce<ThreadSums<T, E>>(splits, grid, elements, input, {g, x, means + value}, finish);
       }
       if (!grad_input) return;

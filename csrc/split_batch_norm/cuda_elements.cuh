@@ -8,19 +8,54 @@
 namespace paper_layers {
 namespace {
 
+// Weights or biases, or their gradients, of some splits: a row for each, of A or of another dtype.
+template <typename Pointer>
+struct ParameterRows {
+  Pointer rows[kSplits];
+  ScalarType dtype;
+  int64_t channels;
+
+  C10_DEVICE explicit operator bool() const { return rows[0]; }
+};
+
+template <typename A>
+C10_DEVICE double parameter_at(const ParameterRows<const void*>& from, int64_t at, double otherwise) {
+  if (!from) return otherwise;
+  const int64_t split = at / from.channels, channel = at - split * from.channels;
+  const void* row = from.rows[split];
+  if (from.dtype == ScalarType::Half) return double(static_cast<const torch::headeronly::Half*>(row)[channel]);
+  if (from.dtype == ScalarType::BFloat16) return double(static_cast<const torch::headeronly::BFloat16*>(row)[channel]);
+  return double(static_cast<const A*>(row)[channel]);
+}
+
+template <typename A>
+C10_DEVICE void set_parameter(const ParameterRows<void*>& to, int64_t at, double value) {
+  if (!to) return;
+  const int64_t split = at / to.channels, channel = at - split * to.channels;
+  void* row = to.rows[split];
+  if (to.dtype == ScalarType::Half) {
+    static_cast<torch::headeronly::Half*>(row)[channel] = static_cast<torch::headeronly::Half>(static_cast<A>(value));
+  } else if (to.dtype == ScalarType::BFloat16) {
+    static_cast<torch::headeronly::BFloat16*>(row)[channel] =
+        static_cast<torch::headeronly::BFloat16>(static_cast<A>(value));
+  } else {
+    static_cast<A*>(row)[channel] = static_cast<A>(value);
+  }
+}
+
 // For each split and channel: y = (x - center) scale + shift.
 template <typename A>
 struct Normalization {
-  const A *weight, *bias;  // or null
+  ParameterRows<const void*> weight, bias;  // or empty
   const A *mean, *var;
   A eps;
   A *scale, *shift;
 
   // A float32 mean of 1e4 is off by 1e-3 of a deviation of 1: what its rounding leaves goes into the shift.
   C10_DEVICE void set(int64_t at, double exact_mean) const {
-    const double of_x = (weight ? double(weight[at]) : 1.0) / std::sqrt(double(var[at]) + double(eps));
+    const double of_x = parameter_at<A>(weight, at, 1.0) / std::sqrt(double(var[at]) + double(eps));
     scale[at] = static_cast<A>(of_x);
-    shift[at] = static_cast<A>((bias ? double(bias[at]) : 0.0) - (exact_mean - double(mean[at])) * of_x);
+    shift[at] = static_cast<A>(parameter_at<A>(bias, at, 0.0) - (exact_mean - double(mean[at])) * of_x);
   }
   C10_DEVICE void operator()(int64_t at) const { set(at, double(mean[at])); }
 };
@@ -70,14 +105,15 @@ struct Normalize {
 // For each split and channel: the input's gradient is of_grad grad + of_input (x - center) + shift.
 template <typename A>
 struct Pullback {
-  const A *weight, *var;  // weight: or null
+  ParameterRows<const void*> weight;  // or empty
+  const A* var;
   const A *mean_product, *mean_grad;  // of the op whose means are given
   A eps;
   A *of_grad, *of_input, *shift;
 
   C10_DEVICE void set(int64_t at, double product, double grad) const {
     const double invstd = 1.0 / std::sqrt(double(var[at]) + double(eps));
-    const double scale = (weight ? double(weight[at]) : 1.0) * invstd;
+    const double scale = parameter_at<A>(weight, at, 1.0) * invstd;
     of_grad[at] = static_cast<A>(scale);
     of_input[at] = static_cast<A>(-scale * invstd * product);
     shift[at] = static_cast<A>(-scale * grad);
@@ -89,7 +125,7 @@ template <typename A>
 struct FinishSums {
   Splits splits;
   int64_t channels, pixels;
-  A *products, *sums;
+  ParameterRows<void*> products, sums;  // or empty
   Pullback<A> pullback;  // Without of_grad: sums only.
 
   C10_DEVICE void operator()(int64_t at, const Sums<double>& of) const {
@@ -97,8 +133,8 @@ struct FinishSums {
     const int64_t values = (splits.images[split + 1] - splits.images[split]) * pixels;
     const double count = double(values > 0 ? values : 1);
     const double product = of.product / std::sqrt(double(pullback.var[at]) + double(pullback.eps));
-    products[at] = static_cast<A>(product);
-    sums[at] = static_cast<A>(of.grad);
+    set_parameter<A>(products, at, product);
+    set_parameter<A>(sums, at, of.grad);
     if (pullback.of_grad) pullback.set(at, product / count, of.grad / count);
   }
 };

@@ -56,6 +56,7 @@ def is_transformed(tensor: torch.Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def in_backward() -> bool:
     """Return whether this thread runs a backward."""
     return torch._C._current_graph_task_id() != -1

@@ -62,8 +62,8 @@ def readable(layer: Any, *kinds: type[nn.Module]) -> bool:
         return False
     own, parameters = layer.__dict__, layer._parameters
     # A layer that torch replicates, or that prunes itself, has its weight as a plain attribute.
-    weight, bias = (parameters.get(name, own.get(name)) for name in ("weight", "bias"))
-    return is_plain(weight) and is_plain(bias)
+    weight, bias = parameters.get("weight", own.get("weight")), parameters.get("bias", own.get("bias"))
+    return type(weight) in _PLAIN and type(bias) in _PLAIN
 
 
 def parameter_dtype(layer: nn.Module, otherwise: torch.dtype) -> torch.dtype:

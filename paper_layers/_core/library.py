@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from paper_layers._core._torch_private import register_decomposition
+from paper_layers._core._torch_private import register_decomposition, tree_leaves, tree_map_only
 from paper_layers._core.version import __version__
 from paper_layers._core.vmap import Rule
 
@@ -57,11 +57,13 @@ def _without_negative_bits(op: Any) -> Callable[..., Any]:
     written = [argument.is_write for argument in op._schema.arguments]
 
     def call(*arguments: Any) -> Any:
-        plain = [a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in arguments]
+        plain = tree_map_only(torch.Tensor, torch.Tensor.resolve_neg, list(arguments))
         result = op(*plain)
         for before, after, changed in zip(arguments, plain, written, strict=False):
-            if changed and before is not after:
-                before.copy_(after)
+            if changed:
+                for old, new in zip(tree_leaves(before), tree_leaves(after), strict=True):
+                    if old is not new:
+                        old.copy_(new)
         return result
 
     return call

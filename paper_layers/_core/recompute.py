@@ -19,7 +19,7 @@ Context = Callable[[], AbstractContextManager[None]]
 def recomputing() -> bool:
     """Return True where `torch.utils.checkpoint` computes a forward pass again for its backward."""
     # A compiled graph moves statistics by its own rules.
-    return not torch.compiler.is_compiling() and in_backward()
+    return in_backward() and not torch.compiler.is_compiling()
 
 
 class _Open(threading.local):

@@ -31,7 +31,8 @@ class Leaf(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, or add a node that runs it to the graph that is being traced."""
-        tracer = tracer_of(args, kwargs)
+        # Without a loop in Python where nothing is traced.
+        tracer = tracer_of(args, kwargs) if kwargs or has_torch_function(args) else None
         if tracer is None:
             return super().__call__(*args, **kwargs)
 

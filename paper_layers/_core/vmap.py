@@ -36,11 +36,32 @@ def one_by_one(
     return stacked, (0,) * len(stacked)
 
 
+def as_clouds(
+    function: Callable[..., Any], batch_size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Call ops that take (N, C) or clouds (B, N, C) once: each element is a cloud of its own, or several."""
+    if batch_size == 0:
+        return one_by_one(function, batch_size, in_dims, arguments)
+    dims = arguments[0].dim() - isinstance(in_dims[0], int)
+    if dims == 3:
+        return folded()(function, batch_size, in_dims, arguments)
+    batched = (
+        (a.movedim(d, 0) if isinstance(d, int) else a.expand(batch_size, *a.shape)) if isinstance(a, Tensor) else a
+        for a, d in zip(arguments, in_dims, strict=True)
+    )
+    results = function(*batched)
+    if isinstance(results, Tensor):
+        return results, 0
+    # An empty tensor stands for a result that nobody asked for.
+    return tuple(r.expand(batch_size, 0) if r.shape == (0,) else r for r in results), (0,) * len(results)
+
+
 def folded(into: int = 0, renumber: Callable[..., tuple[Any, ...]] | None = None) -> Rule:
     """Make a rule for ops whose dimension `into` is one of independent elements: call once, with more of these.
 
     Args:
-        into: The dimension of all arguments and results that the vmapped dimension is moved into.
+        into: The dimension of all arguments and results that the vmapped dimension is moved into; the last one of
+            those with fewer dimensions.
         renumber: Called with the batch size and the arguments (B, ...); returns them with numbers of elements that
             count through the batch.
     """
@@ -56,16 +77,19 @@ def folded(into: int = 0, renumber: Callable[..., tuple[Any, ...]] | None = None
         )
         if renumber is not None:
             batched = renumber(batch_size, *batched)
-        results = function(
-            *(a.movedim(0, into).flatten(into, into + 1) if isinstance(a, Tensor) else a for a in batched)
-        )
+        results = function(*(_fold(a, min(into, a.dim() - 2)) if isinstance(a, Tensor) else a for a in batched))
         if isinstance(results, Tensor):
             return results.unflatten(into, (batch_size, -1)), into
+        dims = tuple(min(into, r.dim() - 1) for r in results)
         # An empty tensor stands for a result that nobody asked for.
         parts = tuple(
-            r.expand(batch_size, 0).movedim(0, min(into, 1)) if r.shape == (0,) else r.unflatten(into, (batch_size, -1))
-            for r in results
+            r.expand(batch_size, 0) if r.shape == (0,) else r.unflatten(d, (batch_size, -1))
+            for r, d in zip(results, dims, strict=True)
         )
-        return parts, (into,) * len(parts)
+        return parts, dims
 
     return rule
+
+
+def _fold(tensor: Tensor, into: int) -> Tensor:
+    return tensor.movedim(0, into).flatten(into, into + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,8 @@ from paper_layers._core import checks, dtypes
 from paper_layers._core._torch_private import BatchNorm
 from paper_layers.adv_prop._auxiliary import AuxiliaryNorm2d
 from paper_layers.adv_prop.norm import SplitBatchNorm, affine_of
-from paper_layers.ops.split_batch_norm.op import per_split_parameters
+from paper_layers.ops.running_statistics import Running, move_running_statistics
+from paper_layers.ops.split_batch_norm.op import check_parameters
 from paper_layers.ops.split_batch_norm.steps import (
     split_backward_input,
     split_backward_sums,
@@ -71,17 +72,25 @@ class SplitSyncBatchNorm(SplitBatchNorm, nn.BatchNorm2d):
             raise
 
     def _normalize(
-        self, input: Tensor, norms: Sequence[BatchNorm], sizes: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Any]]:
+        self, input: Tensor, norms: Sequence[BatchNorm], sizes: list[int], running: Running | None
+    ) -> Tensor:
         if not self._is_synchronized():
-            return super()._normalize(input, norms, sizes)
-        splits, affine = len(sizes), zip(("weight", "bias"), affine_of(norms), strict=True)
-        stacked = [per_split_parameters(name, values, splits, input) for name, values in affine]
+            return super()._normalize(input, norms, sizes, running)
+        splits, stacked = len(sizes), []
+        for name, values in zip(("weight", "bias"), affine_of(norms), strict=True):
+            check_parameters(name, values or None, splits, input)
+            stacked.append(torch.stack(values).to(dtypes.accumulation(input)) if values else None)
         flat = input.flatten(2) if input.dim() > 2 else input[..., None]
         first = 0 if splits > 1 else self._split or 0
         options = sizes, slice(first, first + splits), self.num_splits, self.eps, self.process_group
         output, mean, var, counts = _Synchronized.apply(flat, *stacked, options)
-        return output.reshape(input.shape), mean, var, counts
+        filled = [i for i, count in enumerate(counts) if count]
+        if running is not None and filled:
+            if len(filled) < splits:
+                running, mean, var = self._running([norms[i] for i in filled]), mean[filled], var[filled]
+            assert running is not None
+            move_running_statistics(running, mean, var, [counts[i] for i in filled])
+        return cast(Tensor, output.reshape(input.shape))
 
 
 def _gather(own: Tensor, group: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -16,6 +17,8 @@ from paper_layers._core.ragged import check_starts
 from paper_layers._core.recompute import recomputing
 from paper_layers.deep_gcn._clouds import broadcast_to_rows, global_pool
 from paper_layers.ops.edge_conv import edge_conv
+from paper_layers.ops.edge_conv_norm import edge_conv_norm, normalize_edges
+from paper_layers.ops.running_statistics import Running, move_running_statistics
 
 Order = Literal["act_norm", "norm_act"]
 BatchNorm = nn.BatchNorm1d | nn.SyncBatchNorm
@@ -53,10 +56,15 @@ def _synchronized_norm(norm: nn.SyncBatchNorm, rows: Tensor) -> Tensor:
     if not _uses_batch_statistics(norm):
         return norm(rows)
     count = torch.full((), len(rows), device=rows.device)
-    if _world_size(norm) == 1:
+    mean, var = (moment[0] for moment in _moments(rows[None].to(accumulation(rows)), None))
+    if _world_size(norm) > 1:
+        mean, var, count = _combine_ranks(mean, var, count, norm.process_group)
+    else:
         _refuse_one_value("x", count)
-    mean, var = _moments(rows[None].to(accumulation(rows)), None)
-    return _affine(rows, *_scale_and_shift(norm, mean[0], var[0], count))
+    _update_running(norm, mean, var, count.long())
+    factor = (var + norm.eps).rsqrt() if norm.weight is None else (var + norm.eps).rsqrt() * norm.weight
+    output = (rows.to(mean.dtype) - mean) * factor
+    return (output if norm.bias is None else output + norm.bias).to(rows.dtype)
 
 
 def instance_norm(x: Tensor, ptr: Tensor | None) -> Tensor:
@@ -76,53 +84,97 @@ def _moments(x: Tensor, ptr: Tensor | None) -> tuple[Tensor, Tensor]:
 def edge_max(center: Tensor, neighbor: Tensor, index: Tensor, act_norm: ActNorm, ptr: Tensor | None = None) -> Tensor:
     """Return each node's maximum over its edges ``center[i] + neighbor[j]``, activated and normalised; 0 without edges.
 
-    Batch norm normalises over all edges, instance norm over the edges of each cloud.
+    Batch norm normalises over all edges, instance norm over the edges of each cloud. The terms are rows (M, C) for a
+    table (M, k), and the rows of all clouds, (B M, C), for (B, M, k).
     """
-    if act_norm.instance and ptr is not None:
-        starts = check_starts("ptr", ptr, len(center))
-        rows = [slice(first, last) for first, last in itertools.pairwise(starts) if first < last]
-        output = torch.cat([center[:0], *(_edge_max_one_cloud(center[r], neighbor, index[r], act_norm) for r in rows)])
-    elif act_norm.instance and center.dim() == 3:
-        outputs = [_edge_max_one_cloud(*cloud, act_norm) for cloud in zip(center, neighbor, index, strict=True)]
-        output = torch.stack(outputs) if outputs else center
-    else:
-        output = _edge_max_one_cloud(center, neighbor, index, act_norm)
-    return output.where((index >= 0).any(-1, keepdim=True), 0)
+    if not act_norm.instance:
+        return _edge_max_one_set(center, neighbor, index, act_norm)
+    if index.dim() == 3:
+        clouds = zip(*_by_cloud(center, neighbor, index), index, strict=True)
+        outputs = [_edge_max_one_set(*cloud, act_norm) for cloud in clouds]
+        return torch.stack(outputs) if outputs else center.view(*index.shape[:2], center.shape[1])
+    if ptr is None:
+        return _edge_max_one_set(center, neighbor, index, act_norm)
+    starts = check_starts("ptr", ptr, len(center))
+    rows = [slice(first, last) for first, last in itertools.pairwise(starts) if first < last]
+    return torch.cat([center[:0], *(_edge_max_one_set(center[r], neighbor, index[r], act_norm) for r in rows)])
 
 
-def _edge_max_one_cloud(center: Tensor, neighbor: Tensor, index: Tensor, act_norm: ActNorm) -> Tensor:
+def _edge_max_one_set(center: Tensor, neighbor: Tensor, index: Tensor, act_norm: ActNorm) -> Tensor:
     """Compute `edge_max` for edges that share their statistics."""
     act, norm, order, instance = act_norm
-    act_first = order == "act_norm" or (norm is None and not instance)
-    slope = _negative_slope(act) if act_first else 1.0
-    # Where the norm's weight is negative, the smallest edge becomes the largest.
-    smallest = None if norm is None or norm.weight is None else norm.weight < 0
-    needs_statistics = instance or (norm is not None and _uses_batch_statistics(norm))
-    count = (index >= 0).sum() if needs_statistics else None
-    if count is not None and _world_size(norm) == 1:
-        _refuse_one_value("index", count)
-    extreme, mean, var = edge_conv(
-        center, neighbor, index, negative_slope=slope, minimum_where=smallest, return_statistics=needs_statistics
-    )
-    if instance:
-        scale = (var + INSTANCE_EPS).rsqrt()
-        shift = -mean * scale
-    elif norm is not None:
-        scale, shift = _scale_and_shift(norm, mean, var, count)
-    else:
-        return extreme
-    output = _affine(extreme, scale, shift)
+    if norm is None and not instance:
+        return edge_conv(
+            *_by_cloud(center, neighbor, index), index, negative_slope=_negative_slope(act), return_statistics=False
+        ).output
+    act_first = order == "act_norm"
+    normalized = _normalized_edges(center, neighbor, index, norm, _negative_slope(act) if act_first else 1.0)
+    output = normalized(False)
     if act_first or act is None:
         return output
     output = act(output)
     if isinstance(act, nn.PReLU) or (isinstance(act, nn.LeakyReLU) and act.negative_slope < 0):
         # The activation decreases below zero, so the edge at the other end may become the largest.
-        opposite = torch.ones_like(scale, dtype=torch.bool) if smallest is None else ~smallest
-        other, _, _ = edge_conv(
-            center, neighbor, index, negative_slope=1.0, minimum_where=opposite, return_statistics=False
-        )
-        output = torch.maximum(output, act(_affine(other, scale, shift)))
+        output = torch.maximum(output, act(normalized(True)))
     return output
+
+
+def _normalized_edges(
+    center: Tensor, neighbor: Tensor, index: Tensor, norm: BatchNorm | None, slope: float | Tensor
+) -> Callable[[bool], Tensor]:
+    """Return a function of `opposite`, see `edge_conv_norm`, to call first with False: it moves running statistics."""
+    if norm is None:
+        weight = bias = mean = var = None
+        batch, eps = True, INSTANCE_EPS
+    else:
+        weight, bias, eps, batch = norm.weight, norm.bias, norm.eps, _uses_batch_statistics(norm)
+        mean, var = (None, None) if batch else (norm.running_mean, norm.running_var)
+    if norm is not None and batch and _world_size(norm) > 1:
+        smallest = (
+            torch.zeros(center.shape[1], dtype=torch.bool, device=center.device) if weight is None else weight < 0
+        )
+        kept, mean, var = edge_conv(
+            *_by_cloud(center, neighbor, index), index, negative_slope=slope, minimum_where=smallest
+        )
+        mean, var, count = _combine_ranks(mean, var, (index >= 0).sum(), norm.process_group)
+        _update_running(norm, mean, var, count.long())
+
+        def synchronized(opposite: bool) -> Tensor:
+            options: Any = {"negative_slope": slope, "minimum_where": ~smallest, "return_statistics": False}
+            extreme = edge_conv(*_by_cloud(center, neighbor, index), index, **options).output if opposite else kept
+            return normalize_edges(extreme, mean, var, weight, bias, index, eps)
+
+        return synchronized
+
+    def normalized(opposite: bool) -> Tensor:
+        result = edge_conv_norm(
+            center,
+            neighbor,
+            index,
+            negative_slope=slope,
+            weight=weight,
+            bias=bias,
+            mean=mean,
+            var=var,
+            eps=eps,
+            opposite=opposite,
+        )
+        if batch and not opposite:
+            _refuse_one_value("index", result.count)
+            if norm is not None:
+                _update_running(norm, result.mean, result.var, result.count)
+        return result.output
+
+    return normalized
+
+
+def _by_cloud(center: Tensor, neighbor: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the terms in the dimensions of the table."""
+    if index.dim() == 2:
+        return center, neighbor
+    clouds, nodes = index.shape[:2]
+    rows = len(neighbor) // max(1, clouds)
+    return center.view(clouds, nodes, center.shape[1]), neighbor.view(clouds, rows, center.shape[1])
 
 
 def _negative_slope(act: nn.Module | None) -> float | Tensor:
@@ -134,10 +186,6 @@ def _negative_slope(act: nn.Module | None) -> float | Tensor:
     return 0.0 if isinstance(act, nn.ReLU) else 1.0
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
-
-
 def _uses_batch_statistics(norm: BatchNorm) -> bool:
     return norm.training or norm.running_mean is None
 
@@ -147,7 +195,7 @@ def _refuse_one_value(name: str, counts: Tensor) -> None:
     if torch.compiler.is_compiling() or not counts.is_cpu:
         return
     try:
-        one = bool((counts == 1).any())
+        one = counts.item() == 1 if counts.dim() == 0 else bool((counts == 1).any())
     except RuntimeError:  # A fake tensor, or a tensor of vmap with one count for each element.
         return
     if one:
@@ -161,35 +209,13 @@ def _world_size(norm: BatchNorm | None) -> int:
     return 1
 
 
-def _scale_and_shift(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return factor and summand of each channel. In training, update the running statistics."""
-    if count is None:
-        mean, var = norm.running_mean, norm.running_var  # type: ignore[assignment]
-    else:
-        if _world_size(norm) > 1:
-            mean, var, count = _combine_ranks(mean, var, count, norm.process_group)
-        if norm.running_mean is not None and norm.track_running_stats and not recomputing():
-            _update_running(norm, mean.detach(), var.detach(), count)
-    scale = (var + norm.eps).rsqrt()
-    weight, bias = cast(Tensor | None, norm.weight), cast(Tensor | None, norm.bias)
-    scale = scale if weight is None else scale * weight
-    return scale, -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-
-
-@torch.no_grad()
 def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
-    """Update running statistics as torch does. An empty batch only adds one to the number of batches."""
-    assert norm.running_mean is not None
+    """Move the running statistics, unless checkpointing recomputes the forward pass."""
+    if norm.running_mean is None or not norm.track_running_stats or recomputing():
+        return
     assert norm.running_var is not None
-    batches = norm.num_batches_tracked
-    if batches is not None:
-        batches.add_(1)
-    rate: Any = norm.momentum
-    if rate is None:  # Torch's cumulative mean does not move without num_batches_tracked.
-        rate = 0.0 if batches is None else batches.to(mean.dtype).reciprocal()
-    unbiased = var * count / (count - 1).clamp(min=1)
-    norm.running_mean.add_(((mean - norm.running_mean) * rate).where(count > 1, 0))
-    norm.running_var.add_(((unbiased - norm.running_var) * rate).where(count > 1, 0))
+    batches = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
+    move_running_statistics(Running([norm.running_mean], [norm.running_var], batches, norm.momentum), mean, var, count)
 
 
 def _combine_ranks(mean: Tensor, var: Tensor, count: Tensor, group: object) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from paper_layers._core import checks
 from paper_layers._core.tracing import Leaf
 from paper_layers.deep_gcn._clouds import ptr_of
 from paper_layers.deep_gcn._each_edge import dropout_channels, edge_outputs, reduce_each_edge, sort_by_cloud
+from paper_layers.deep_gcn._edge_linear import edge_linear, pair_linear
 from paper_layers.deep_gcn._edge_norm import edge_max
 from paper_layers.deep_gcn.edges import check_nodes
 from paper_layers.deep_gcn.perceptron import LayerOptions, Perceptron, call_perceptron, may_fuse_edges, may_split_linear
@@ -79,6 +80,20 @@ class _GraphConv(Leaf, abc.ABC):
     def _on_edges(self, x: Tensor, edge_index: Tensor, ptr: Tensor | None) -> Tensor: ...
 
 
+def _checked_table(index: Tensor, x: Tensor) -> Tensor:
+    """Return the neighbours of each node as int64."""
+    index = checks.neighbors("index", index, *x.shape[:-1])
+    checks.same_device("index", index, "x", x)
+    return index
+
+
+def _on_pair(layer: nn.Module, x: Tensor, other: Tensor, ptr: Tensor | None) -> Tensor:
+    """Run the perceptron on the concatenation of x and `other`."""
+    if not may_split_linear(layer):
+        return call_perceptron(layer, torch.cat([x, other], -1), ptr)
+    return layer.finish(pair_linear(x.flatten(0, -2), other.flatten(0, -2), layer.linear), x, ptr)
+
+
 def _scatter(values: Tensor, target: Tensor, nodes: int, reduction: str) -> Tensor:
     """Reduce the edges of each target as PyG does; 0 without edges."""
     from torch_geometric.utils import scatter
@@ -133,14 +148,10 @@ class EdgeConv(_PerceptronConv):
         torch.Size([2, 1024, 32])
     """
 
-    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Split the linear layer on [x_i, x_j - x_i] into a term of i and a term of j."""
-        own, difference = self.nn.linear.weight.chunk(2, 1)
-        return F.linear(x, own - difference, self.nn.linear.bias), F.linear(x, difference)
-
     def _on_table(self, x: Tensor, index: Tensor, ptr: Tensor | None) -> Tensor:
         if may_fuse_edges(self.nn):
-            output = edge_max(*self._terms(x), index, self.nn.act_norm, ptr)
+            index = _checked_table(index, x)
+            output = edge_max(*edge_linear(x.flatten(0, -2), self.nn.linear), index, self.nn.act_norm, ptr)
         else:
             output = reduce_each_edge(self.nn, x, index, ptr, "max", self._edge)
         return dropout_channels(self.nn, output, ptr)
@@ -149,7 +160,7 @@ class EdgeConv(_PerceptronConv):
         order, edge_ptr = sort_by_cloud(edge_index[1], ptr)
         source, target = edge_index[:, order]
         if may_split_linear(self.nn):
-            center, neighbor = self._terms(x)
+            center, neighbor = edge_linear(x, self.nn.linear)
             edges = self.nn.activate_and_normalize(
                 center.index_select(0, target) + neighbor.index_select(0, source), edge_ptr
             )
@@ -194,12 +205,7 @@ class MRConv(_PerceptronConv):
         )
 
     def _combine(self, x: Tensor, relative: Tensor, ptr: Tensor | None) -> Tensor:
-        if not may_split_linear(self.nn):
-            return call_perceptron(self.nn, torch.cat([x, relative], -1), ptr)
-        # The linear layer on the concatenation, without the concatenation.
-        own, difference = self.nn.linear.weight.chunk(2, 1)
-        z = F.linear(x, own, self.nn.linear.bias) + F.linear(relative, difference)
-        return self.nn.dropout_channels(self.nn.activate_and_normalize(z, ptr), ptr)
+        return _on_pair(self.nn, x, relative, ptr)
 
 
 class GINConv(_PerceptronConv):
@@ -324,7 +330,7 @@ class SAGEConv(_GraphConv):
             if self._mean_before_linear:
                 return self._combine(x, self._mean(x, neighbor_reduce(x, index, "mean")), ptr)
         elif may_fuse_edges(self.nn1):
-            terms = self.nn1.linear(x)
+            index, terms = _checked_table(index, x), self.nn1.linear(x.flatten(0, -2))
             largest = edge_max(torch.zeros_like(terms), terms, index, self.nn1.act_norm, ptr)
             return self._combine(x, largest, ptr)
         return self._combine(x, reduce_each_edge(self.nn1, x, index, ptr, self.reduction, self._edge), ptr)
@@ -357,7 +363,7 @@ class SAGEConv(_GraphConv):
         return self.nn1.linear(self._edge(x, mean))
 
     def _combine(self, x: Tensor, aggregate: Tensor, ptr: Tensor | None) -> Tensor:
-        output = call_perceptron(self.nn2, torch.cat([x, aggregate], -1), ptr)
+        output = _on_pair(self.nn2, x, aggregate, ptr)
         if self.bias is not None:
             output = output + self.bias
         return F.normalize(output, dim=-1) if self.normalize else output

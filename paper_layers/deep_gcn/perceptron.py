@@ -119,14 +119,24 @@ class Perceptron(Leaf):
     def forward(self, x: Tensor, *, batch: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
         """Apply the layer to (B, N, C), or to (N, C) of one cloud or of the clouds of `batch` or `ptr`."""
         ptr = ptr_of(x, batch, ptr)
+        if x.dim() > 2 and self.norm is not None and readable(self.linear, nn.Linear):
+            return self.finish(self.linear(x.flatten(0, -2)), x, ptr)
         return self.dropout_channels(self.activate_and_normalize(self.linear(x), ptr), ptr)
+
+    def finish(self, rows: Tensor, x: Tensor, ptr: Tensor | None = None) -> Tensor:
+        """Apply what follows the linear layer to its output, a row for each row of x."""
+        shape = (*x.shape[:-1], rows.shape[-1])
+        if self.norm is None:  # An instance norm needs the clouds.
+            rows = rows.view(shape)
+        output = self.activate_and_normalize(rows, ptr)
+        return self.dropout_channels(output if output.dim() == len(shape) else output.view(shape), ptr)
 
     def activate_and_normalize(self, z: Tensor, ptr: Tensor | None = None) -> Tensor:
         """Apply the activation and the norm, which follow the linear layer."""
         act = self.act or nn.Identity()
         rows = z if self.norm is None else z.flatten(0, -2)
         rows = act(self._normalize(rows, ptr)) if self.order == "norm_act" else self._normalize(act(rows), ptr)
-        return rows.view(z.shape)
+        return rows if rows.dim() == z.dim() else rows.view(z.shape)
 
     def _normalize(self, rows: Tensor, ptr: Tensor | None) -> Tensor:
         if self.instance:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from paper_layers._core import checks
+from paper_layers._core import checks, dtypes
 from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
 from paper_layers._core.vmap import one_by_one
-from paper_layers.ops.flat_index import check_rows, flat_index
+from paper_layers.ops.flat_index import across_clouds, check_rows
 
 
 class EdgeMax(NamedTuple):
@@ -39,27 +39,45 @@ def _edges(center: Tensor, neighbor: Tensor, index: Tensor, column: int, dtype: 
     return center.to(dtype) + neighbor[index[:, column].clamp(min=0)].to(dtype), index[:, column, None] >= 0
 
 
+def slope_tensor(center: Tensor, slope: Tensor | None, number: float) -> Tensor:
+    """Return the slope of the activation below zero in the dtype of the computation."""
+    return center.new_full((), number, dtype=dtypes.accumulation(center)) if slope is None else slope
+
+
+def as_rows(center: Tensor, neighbor: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the terms of all clouds as rows, and the table of these rows; reads the data."""
+    neighbor = neighbor.flatten(0, -2)
+    if index.dim() == 3:
+        index = across_clouds(index, len(neighbor) // max(1, len(index)))
+    else:
+        check_rows(index, len(neighbor))
+    return center.flatten(0, -2), neighbor, index
+
+
 def _reference(
-    center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None, statistics: bool
+    center: Tensor,
+    neighbor: Tensor,
+    index: Tensor,
+    slope: Tensor | None,
+    smallest: Tensor | None,
+    number: float,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_rows(index, len(neighbor))
-    best = _kept(center, neighbor, index, slope, smallest)
-    mean, var = (center.new_zeros(center.shape[1] if statistics else 0, dtype=slope.dtype) for _ in range(2))
+    shape, factor = (*index.shape[:-1], center.shape[-1]), slope_tensor(center, slope, number)
+    rows = as_rows(center, neighbor, index)
+    best = kept_edges(*rows, factor, smallest).view(shape)
     if statistics:
-        mean = _mean(center, neighbor, index, slope)
-        count = (index >= 0).sum().clamp(min=1)
-        for column in _columns(index, neighbor):
-            z, there = _edges(center, neighbor, index, column, slope.dtype)
-            var = var + (_activate(z, slope) - mean).square().where(there, 0).sum(0) / count
-    return best, mean, var
+        mean = edge_mean(*rows, factor)
+        return best, mean, edge_variance(*rows, factor, mean)
+    return best, factor.new_empty(0), factor.new_empty(0)
 
 
 def _columns(index: Tensor, neighbor: Tensor) -> range:
     return range(index.shape[1] if len(neighbor) else 0)
 
 
-def _kept(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None) -> Tensor:
-    """Return each node's largest edge, or smallest."""
+def kept_edges(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None) -> Tensor:
+    """Return each node's largest edge, or smallest; 0 without edges."""
     best = torch.zeros_like(center, dtype=slope.dtype)
     found = index.new_zeros(index.shape[0], 1, dtype=torch.bool)
     for column in _columns(index, neighbor):
@@ -71,7 +89,8 @@ def _kept(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smalle
     return best.to(center.dtype)
 
 
-def _mean(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor) -> Tensor:
+def edge_mean(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor) -> Tensor:
+    """Return the mean of all edges; 0 without edges."""
     mean = center.new_zeros(center.shape[1], dtype=slope.dtype)
     count = (index >= 0).sum().clamp(min=1)
     for column in _columns(index, neighbor):
@@ -80,14 +99,25 @@ def _mean(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor) -> Ten
     return mean
 
 
+def edge_variance(center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, mean: Tensor) -> Tensor:
+    """Return the biased variance of all edges; 0 without edges."""
+    var = torch.zeros_like(mean)
+    count = (index >= 0).sum().clamp(min=1)
+    for column in _columns(index, neighbor):
+        z, there = _edges(center, neighbor, index, column, slope.dtype)
+        var = var + (_activate(z, slope) - mean).square().where(there, 0).sum(0) / count
+    return var
+
+
 def _fake(
-    center: Tensor, neighbor: Tensor, index: Tensor, slope: Tensor, smallest: Tensor | None, statistics: bool
+    center: Tensor, neighbor: Tensor, index: Tensor, slope: Any, smallest: Any, number: float, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var = (slope.new_empty(center.shape[1] if statistics else 0) for _ in range(2))
-    return center.new_empty(center.shape), mean, var
+    wide = dtypes.accumulation(center)
+    mean, var = (center.new_empty(center.shape[-1] if statistics else 0, dtype=wide) for _ in range(2))
+    return center.new_empty(*index.shape[:-1], center.shape[-1]), mean, var
 
 
-def _backward_reference(
+def edge_gradients(
     grad: Tensor,
     grad_mean: Tensor,
     grad_var: Tensor,
@@ -98,6 +128,7 @@ def _backward_reference(
     output: Tensor,
     mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the terms and of the slope, from those of the kept edges and of the statistics."""
     dtype = slope.dtype
     grad_center = torch.zeros_like(center, dtype=dtype)
     grad_neighbor = torch.zeros_like(neighbor, dtype=dtype)
@@ -121,48 +152,70 @@ def _backward_reference(
     return grad_center.to(center.dtype), grad_neighbor.to(neighbor.dtype), grad_slope
 
 
-def _checked_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    check_rows(arguments[5], len(arguments[4]))
-    return _backward_reference(*arguments)
+def _backward_reference(
+    grad: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+    center: Tensor,
+    neighbor: Tensor,
+    index: Tensor,
+    slope: Tensor | None,
+    output: Tensor,
+    mean: Tensor,
+    number: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, output = grad.flatten(0, -2), output.flatten(0, -2)
+    rows, factor = as_rows(center, neighbor, index), slope_tensor(center, slope, number)
+    grads = edge_gradients(grad, grad_mean, grad_var, *rows, factor, output, mean)
+    return grads[0].view(center.shape), grads[1].view(neighbor.shape), grads[2]
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    center, neighbor, _, slope = arguments[3:7]
-    return center.new_empty(center.shape), neighbor.new_empty(neighbor.shape), slope.new_empty(())
+    center, neighbor = arguments[3:5]
+    slope = center.new_empty((), dtype=dtypes.accumulation(center))
+    return center.new_empty(center.shape), neighbor.new_empty(neighbor.shape), slope
 
 
 _forward_op = define(
-    "edge_conv(Tensor center, Tensor neighbor, Tensor index, Tensor slope, Tensor? smallest, bool statistics) "
-    "-> (Tensor, Tensor, Tensor)",
+    "edge_conv(Tensor center, Tensor neighbor, Tensor index, Tensor? slope, Tensor? smallest, float number, "
+    "bool statistics) -> (Tensor, Tensor, Tensor)",
     _reference,
     _fake,
 )
 _backward_op = define(
     "edge_conv_backward(Tensor grad, Tensor grad_mean, Tensor grad_var, Tensor center, Tensor neighbor, Tensor index, "
-    "Tensor slope, Tensor output, Tensor mean) -> (Tensor, Tensor, Tensor)",
-    _checked_backward,
+    "Tensor? slope, Tensor output, Tensor mean, float number) -> (Tensor, Tensor, Tensor)",
+    _backward_reference,
     _backward_fake,
 )
 
 
 def _forward(
-    center: Tensor, neighbor: Tensor, slope: Tensor, index: Tensor, smallest: Tensor | None, statistics: bool
+    center: Tensor,
+    neighbor: Tensor,
+    slope: Tensor | None,
+    index: Tensor,
+    smallest: Tensor | None,
+    number: float,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_op(center, neighbor, index, slope, smallest, statistics)
+    return _forward_op(center, neighbor, index, slope, smallest, number, statistics)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *grads, center, neighbor, slope, index, _, output, mean, _ = arguments
-    return _backward_op(*grads, center, neighbor, index, slope, output, mean)
+    *grads, center, neighbor, slope, index, _, output, mean, number, _ = arguments
+    return _backward_op(*grads, center, neighbor, index, slope, output, mean, number)
 
 
 def _formula(
-    grad: Tensor, grad_mean: Tensor, grad_var: Tensor, center: Tensor, neighbor: Tensor, slope: Tensor, *others: Any
+    grad: Tensor, grad_mean: Tensor, grad_var: Tensor, center: Tensor, neighbor: Tensor, slope: Any, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    index, smallest, statistics = others
-    output = _kept(center, neighbor, index, slope, smallest).detach()
-    mean = _mean(center, neighbor, index, slope) if statistics else slope.new_empty(0)
-    return _backward_reference(grad, grad_mean, grad_var, center, neighbor, index, slope, output, mean)
+    index, smallest, number, statistics = others
+    factor, rows = slope_tensor(center, slope, number), as_rows(center, neighbor, index)
+    output = kept_edges(*rows, factor, smallest).detach()
+    mean = edge_mean(*rows, factor) if statistics else factor.new_empty(0)
+    grads = edge_gradients(grad.flatten(0, -2), grad_mean, grad_var, *rows, factor, output, mean)
+    return grads[0].view(center.shape), grads[1].view(neighbor.shape), grads[2]
 
 
 _edge_conv = differentiable(
@@ -224,10 +277,13 @@ def edge_conv(
     checks.floating("center", center)
     checks.floating("neighbor", neighbor)
     checks.same_device("neighbor", neighbor, "center", center)
-    checks.shape("center", center, ("M", "C"), ("B", "M", "C"))
-    clouds, channels = center.shape[:-2], center.shape[-1]
-    checks.shape("neighbor", neighbor, (*clouds, "N", channels))
-    index = checks.neighbors("index", index, *center.shape[:-1])
+    sizes, others = center.shape, neighbor.shape
+    if len(sizes) not in (2, 3):
+        checks.shape("center", center, ("M", "C"), ("B", "M", "C"))
+    channels = sizes[-1]
+    if len(others) != len(sizes) or others[-1] != channels or others[:-2] != sizes[:-2]:
+        checks.shape("neighbor", neighbor, (*sizes[:-2], "N", channels))
+    index = checks.neighbors("index", index, *sizes[:-1])
     checks.same_device("index", index, "center", center)
     if minimum_where is not None:
         if not isinstance(minimum_where, Tensor) or minimum_where.dtype != torch.bool:
@@ -236,21 +292,24 @@ def edge_conv(
         checks.shape("minimum_where", minimum_where, (channels,))
         checks.same_device("minimum_where", minimum_where, "center", center)
 
+    center, neighbor = promoted(center, neighbor)
+    slope, number = split_slope(negative_slope, center)
+    return EdgeMax(*_edge_conv(center, neighbor, slope, index, minimum_where, (number, bool(return_statistics))))
+
+
+def promoted(center: Tensor, neighbor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the terms in one dtype."""
+    if center.dtype == neighbor.dtype:
+        return center, neighbor
     dtype = torch.promote_types(center.dtype, neighbor.dtype)
-    center, neighbor = center.to(dtype), neighbor.to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    if isinstance(negative_slope, Tensor):
-        if negative_slope.numel() != 1:
-            raise ValueError(f"negative_slope: expected one element, got shape {tuple(negative_slope.shape)}")
-        checks.same_device("negative_slope", negative_slope, "center", center)
-        slope = negative_slope.to(wide).reshape(())
-    else:
-        number = checks.number("negative_slope", negative_slope)
-        slope = torch.full((), number, dtype=wide, device=center.device)
-    if center.dim() == 2:
-        return EdgeMax(*_edge_conv(center, neighbor, slope, index, minimum_where, (bool(return_statistics),)))
-    flat = flat_index(index, neighbor.shape[1])
-    output, mean, var = _edge_conv(
-        center.flatten(0, 1), neighbor.flatten(0, 1), slope, flat, minimum_where, (bool(return_statistics),)
-    )
-    return EdgeMax(output.view(center.shape), mean, var)
+    return center.to(dtype), neighbor.to(dtype)
+
+
+def split_slope(negative_slope: float | Tensor, center: Tensor) -> tuple[Tensor | None, float]:
+    """Return the slope as a tensor, which has a gradient, or as a number."""
+    if not isinstance(negative_slope, Tensor):
+        return None, float(checks.number("negative_slope", negative_slope))
+    if negative_slope.numel() != 1:
+        raise ValueError(f"negative_slope: expected one element, got shape {tuple(negative_slope.shape)}")
+    checks.same_device("negative_slope", negative_slope, "center", center)
+    return negative_slope.to(dtypes.accumulation(center)).reshape(()), 0.0

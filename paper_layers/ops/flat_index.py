@@ -16,7 +16,8 @@ def check_rows(index: Tensor, rows: int) -> None:
         raise RuntimeError(f"index: expected -1 or a row below {rows}, got {int(index[wrong][0])}")
 
 
-def _reference(index: Tensor, rows: int) -> Tensor:
+def across_clouds(index: Tensor, rows: int) -> Tensor:
+    """Compute what the op does, in PyTorch."""
     if index.numel() == 0:
         return index.new_empty(index.shape[0] * index.shape[1], index.shape[2])
     check_rows(index, rows)
@@ -28,7 +29,7 @@ def _fake(index: Tensor, rows: int) -> Tensor:
     return index.new_empty(index.shape[0] * index.shape[1], index.shape[2])
 
 
-_op = define("flat_index(Tensor index, SymInt rows) -> Tensor", _reference, _fake, vmap=one_by_one)
+_op = define("flat_index(Tensor index, SymInt rows) -> Tensor", across_clouds, _fake, vmap=one_by_one)
 
 
 def flat_index(index: Tensor, rows: int) -> Tensor:

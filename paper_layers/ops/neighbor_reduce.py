@@ -11,8 +11,8 @@ from paper_layers._core import checks, dtypes
 from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
-from paper_layers._core.vmap import folded
-from paper_layers.ops.flat_index import check_rows, flat_index
+from paper_layers._core.vmap import as_clouds
+from paper_layers.ops.flat_index import across_clouds, check_rows
 
 REDUCTIONS = ("max", "min", "sum", "mean")
 
@@ -23,6 +23,10 @@ def _gathered(input: Tensor, index: Tensor, column: int) -> tuple[Tensor, Tensor
 
 
 def _reference(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
+    if input.dim() == 3:
+        output, arg = _reference(input.flatten(0, 1), across_clouds(index, input.shape[1]), reduce, relative)
+        shape = (*index.shape[:2], input.shape[2])
+        return output.view(shape), arg.view(shape) if arg.dim() == 2 else arg
     check_rows(index, len(input))
     dtype = dtypes.accumulation(input)
     shape = (index.shape[0], input.shape[1])
@@ -51,11 +55,16 @@ def _reference(input: Tensor, index: Tensor, reduce: str, relative: bool) -> tup
 
 
 def _fake(input: Tensor, index: Tensor, reduce: str, *_: Any) -> tuple[Tensor, Tensor]:
-    shape = (index.shape[0], input.shape[1])
+    shape = (*index.shape[:-1], input.shape[-1])
     return input.new_empty(shape), index.new_empty(shape if reduce in ("max", "min") else 0, dtype=torch.int32)
 
 
 def _backward_reference(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool) -> Tensor:
+    if grad.dim() == 3:
+        clouds, flat = len(grad), across_clouds(index, rows)
+        chosen = arg.flatten(0, 1) if arg.dim() == 3 else arg
+        result = _backward_reference(grad.flatten(0, 1), flat, chosen, clouds * rows, reduce, relative)
+        return result.view(clouds, rows, grad.shape[2])
     dtype = dtypes.accumulation(grad)
     result = grad.new_zeros(rows, grad.shape[1], dtype=dtype)
     weight = grad.to(dtype)
@@ -77,7 +86,7 @@ def _checked_backward(grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduc
 
 
 def _backward_fake(grad: Tensor, index: Tensor, arg: Tensor, rows: int, *_: Any) -> Tensor:
-    return grad.new_empty(rows, grad.shape[1])
+    return grad.new_empty(*grad.shape[:-2], rows, grad.shape[-1])
 
 
 _forward_op = define(
@@ -90,40 +99,36 @@ _backward_op = define(
 )
 
 
-def _forward(input: Tensor, index: Tensor, rows: int, reduce: str, relative: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    input: Tensor, index: Tensor, like: Tensor | None, rows: int, reduce: str, relative: bool
+) -> tuple[Tensor, Tensor]:
     return _forward_op(input, index, reduce, relative)
 
 
+def _backward(
+    grad: Tensor, index: Tensor, like: Tensor | None, arg: Tensor, rows: int, reduce: str, relative: bool
+) -> Tensor:
+    return _backward_op(grad, index, arg, rows if like is None else like.shape[-2], reduce, relative)
+
+
 def _second_order(
-    along: tuple[Tensor], grad: Tensor, index: Tensor, arg: Tensor, rows: int, reduce: str, relative: bool
+    along: tuple[Tensor], grad: Tensor, index: Tensor, like: Any, arg: Tensor, rows: int, reduce: str, relative: bool
 ) -> tuple[Tensor]:
     # The reduction is linear once the choice is made.
     if reduce in ("sum", "mean"):
-        return (_reduced(along[0], index, (rows, reduce, relative))[0],)
-    chosen = along[0].gather(0, index.gather(1, arg.clamp(min=0).long()).clamp(min=0))
+        return (_reduced(along[0], index, like, (rows, reduce, relative))[0],)
+    chosen = along[0].gather(-2, index.gather(-1, arg.clamp(min=0).long()).clamp(min=0))
     return ((chosen - along[0] if relative else chosen).where(arg >= 0, 0),)
-
-
-def _side_by_side(batch_size: int, input: Tensor, index: Tensor, settings: tuple[int, str, bool]) -> tuple[Any, ...]:
-    rows, *others = settings
-    return input, flat_index(index, rows).view(index.shape), (batch_size * rows, *others)
-
-
-def _grads_side_by_side(
-    batch_size: int, grad: Tensor, index: Tensor, arg: Tensor, settings: tuple[int, str, bool]
-) -> tuple[Any, ...]:
-    _, index, settings = _side_by_side(batch_size, grad, index, settings)
-    return grad, index, arg, settings
 
 
 _reduced = differentiable(
     "neighbor_reduce",
     _forward,
-    _backward_op,
+    _backward,
     second=_second_order,
-    vmap=(folded(renumber=_side_by_side), folded(renumber=_grads_side_by_side)),
+    vmap=as_clouds,
     outputs=2,
-    saved=(1,),
+    saved=(1, 2),
     kept=(1,),
     constant=(1,),
 )
@@ -170,8 +175,7 @@ def neighbor_reduce(input: Tensor, index: Tensor, reduction: str = "max", *, rel
     checks.choice("reduction", reduction, REDUCTIONS)
     if relative and index.shape[-2] != input.shape[-2]:
         raise ValueError(f"index: expected {input.shape[-2]} rows with relative, got {index.shape[-2]}")
-    if input.dim() == 2:
-        return _reduced(input, index, (input.shape[0], reduction, relative))[0]
-    rows = flat_index(index, input.shape[1])
-    flat = input.flatten(0, 1)
-    return _reduced(flat, rows, (flat.shape[0], reduction, relative))[0].unflatten(0, index.shape[:2])
+    if torch.compiler.is_compiling():
+        # Dynamo loses a symbolic number that only the backward needs; a tensor's size it keeps.
+        return _reduced(input, index, input.new_empty(*input.shape[:-1], 0), (0, reduction, relative))[0]
+    return _reduced(input, index, None, (input.shape[-2], reduction, relative))[0]

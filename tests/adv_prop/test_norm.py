@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # isort: off
 from testing import torchvision_stub  # noqa: F401 (must come first)
@@ -129,6 +130,40 @@ def test_plain_checkpoint_fills_every_split() -> None:
         assert len({t.data_ptr() for t in norm.state_dict().values()}) == 15
         kept = {name: t for name, t in norm.state_dict().items() if "aux_bn" not in name}
         nn.BatchNorm2d(3).load_state_dict(kept)
+
+
+@pytest.mark.tracing
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_export_in_training(momentum: float | None) -> None:
+    """An exported graph moves the statistics, by ops that ONNX has as well."""
+    norm, x = trained(SplitBatchNorm2d(3, momentum=momentum)), torch.randn(4, 3, 2, 5)
+    twin, batch = copy.deepcopy(norm), torch.export.Dim("half", min=2) * 2
+    program = torch.export.export(norm, (torch.cat([x, x]),), dynamic_shapes=({0: batch},))
+    assert not [node for node in program.graph.nodes if "running_statistics" in str(node.target)]
+    exported = program.module()
+    torch.testing.assert_close(exported(torch.cat([x, x])), twin(torch.cat([x, x])))
+    torch.testing.assert_close(dict(exported.named_buffers()), dict(twin.named_buffers()))
+
+
+def test_few_dispatched_ops() -> None:
+    """One op forward and one backward; two plain norms dispatch 6 each, and timm's split norm 18 in all."""
+    norm, x = SplitBatchNorm2d(8), torch.randn(4, 8, 2, 2, requires_grad=True)
+    grad = torch.ones(4, 8, 2, 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        norm(x).backward(grad)
+    names = [event.name for event in profile.events() or ()]
+    ours = ["paper_layers::split_batch_norm_training_", "paper_layers::split_batch_norm_backward"]
+    assert [name for name in names if name.startswith("paper_layers::")] == ours
+    dispatched: list[Any] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            dispatched.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        norm(x).backward(grad)
+    assert len(dispatched) <= 11, dispatched
 
 
 def test_split_in_eval_uses_its_running_statistics() -> None:

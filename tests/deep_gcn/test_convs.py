@@ -382,3 +382,16 @@ def test_refuses_nodes_that_do_not_exist() -> None:
                     kind(4, 4)(x, edge_index=edges), name
     with pytest.raises(ValueError, match="index: expected nodes from 0 to 2, got 0 to 3"):
         to_edge_index(torch.tensor([[[1], [-1], [3]], [[0], [1], [2]]]))
+
+
+@convs
+def test_compiles_for_other_sizes(name: str) -> None:
+    """Sizes become symbolic at the second call; the sum's backward needs one that its forward does not use."""
+    torch._dynamo.reset()
+    conv = CONVS[name](6, 5).eval()
+    compiled = torch.compile(conv, backend="aot_eager", fullgraph=True)
+    for rows in (30, 20, 25):
+        x = features(rows, 6).requires_grad_()
+        index = knn(x.detach(), k=4)[0]
+        (got,), (want,) = (torch.autograd.grad(f(x, index).square().sum(), x) for f in (compiled, conv))
+        torch.testing.assert_close(got, want)

@@ -24,7 +24,7 @@ def test_products_of_sizes_that_wrap() -> None:
     assert wide.grad is not None
     loss = pl.soft_triple_loss(torch.ones(3, 1), torch.empty(0, 6148914691236517205, 1), torch.full((3,), -100), tau=0)
     assert loss == 0
-    assert ops.split_batch_norm(torch.empty(0, 2**56, 1), None, None, [], 1e-5)[0].shape == (0, 2**56, 1)
+    assert ops.split_batch_norm(torch.empty(0, 2**56, 1), [], [], [], 1e-5)[0].shape == (0, 2**56, 1)
     rows = torch.empty(2**48, 0)
     assert pl.edge_conv(rows, rows, torch.empty(2**48, 0, dtype=torch.int64))[0].shape == rows.shape
 

@@ -101,9 +101,10 @@ class TestEdgeConv(OpBattery):
     }
     taken = frozenset(
         [
-            ("edge_conv", "a dimension more of tensor 3"),
+            ("edge_conv", "a dimension more of tensor 2"),  # a table of one cloud, beside the rows of all clouds
+            ("edge_conv", "a dimension more of tensor 3"),  # slopes
             ("edge_conv_backward", "a dimension more of tensor 6"),
-        ]  # slopes
+        ]
     )
     bad_inputs = {  # noqa: RUF012
         "rank": (call(center=features(3)), ValueError, r"center: expected shape .*got \(3,\)"),
@@ -150,14 +151,12 @@ class TestEdgeConv(OpBattery):
     @staticmethod
     def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
         (center, neighbor, slope), index = case.tensors, case.options["index"]
-        if center.dim() == 3:
-            center, neighbor, index = center[0], neighbor[0], index[0]
-        minimum_where = case.options.get("minimum_where")
-        output, mean, var = torch.ops.paper_layers.edge_conv(center, neighbor, index, slope, minimum_where, True)
+        arguments = (center, neighbor, index, slope, case.options.get("minimum_where"), 0.0, True)
+        output, mean, var = torch.ops.paper_layers.edge_conv(*arguments)
         grads = (torch.ones_like(output), torch.ones_like(mean), torch.ones_like(var))
         return {
-            "edge_conv": (center, neighbor, index, slope, minimum_where, True),
-            "edge_conv_backward": (*grads, center, neighbor, index, slope, output, mean),
+            "edge_conv": arguments,
+            "edge_conv_backward": (*grads, center, neighbor, index, slope, output, mean, 0.0),
         }
 
 

@@ -29,19 +29,19 @@ def _check(
     """All outputs of both directions. Half types round before they compare, as the reference does."""
     wide = torch.promote_types(center.dtype, torch.float32)
     factor = torch.tensor(slope, dtype=wide, device=DEVICE)
-    output, mean, var = forward(center, neighbor, index, factor, smallest, statistics)
+    output, mean, var = forward(center, neighbor, index, factor, smallest, 0.0, statistics)
     grad = random(*output.shape, dtype=center.dtype, seed=3)
     grad_mean, grad_var = (random(len(mean), dtype=wide, seed=seed) for seed in (4, 5))
-    grads = backward(grad, grad_mean, grad_var, center, neighbor, index, factor, output, mean)
+    grads = backward(grad, grad_mean, grad_var, center, neighbor, index, factor, output, mean, 0.0)
     c, n, i, f = center.cpu().double(), neighbor.cpu().double(), index.cpu(), factor.cpu().double()
     least = None if smallest is None else smallest.cpu()
-    expected = op._reference(c, n, i, f, least, statistics)
+    expected = op._reference(c, n, i, f, least, 0.0, statistics)
     exact = (grad.cpu().double(), grad_mean.cpu().double(), grad_var.cpu().double(), c, n, i, f)
     if center.dtype.itemsize < 4:  # which edge was kept is seen after rounding
         half = (grad.cpu(), *(t.cpu() for t in (grad_mean, grad_var)), center.cpu(), neighbor.cpu(), i, factor.cpu())
-        wanted = op._backward_reference(*half, output.cpu(), mean.cpu())
+        wanted = op._backward_reference(*half, output.cpu(), mean.cpu(), 0.0)
     else:
-        wanted = op._backward_reference(*exact, *expected[:2])
+        wanted = op._backward_reference(*exact, *expected[:2], 0.0)
     terms = max(1, index.numel()) ** 0.5
     names = ("output", "mean", "var", "grad_center", "grad_neighbor", "grad_slope")
     for name, got, want in zip(names, (output, mean, var, *grads), (*expected, *wanted), strict=True):
@@ -85,13 +85,13 @@ def test_extremes() -> None:
     center = torch.zeros(3, 4, device=DEVICE)
     neighbor = torch.tensor([-torch.inf, 1.0, torch.nan], device=DEVICE).unsqueeze(1).expand(3, 4)
     slope, index = torch.zeros((), device=DEVICE), torch.tensor([[0], [1], [0]], device=DEVICE)
-    output, mean, _ = forward(center, neighbor, index, slope, None, True)
+    output, mean, _ = forward(center, neighbor, index, slope, None, 0.0, True)
     assert output[:, 0].tolist() == [0, 1, 0]
     torch.testing.assert_close(mean, torch.full((4,), 1 / 3, device=DEVICE))
     index = torch.tensor([[0, 2], [2, 1], [2, -1]], device=DEVICE)
-    assert forward(center, neighbor, index, slope, None, False)[0].isnan().all()
+    assert forward(center, neighbor, index, slope, None, 0.0, False)[0].isnan().all()
     offset = random(3000, 8) + 1e4
-    _, _, var = forward(offset, random(3000, 8, seed=1), table(3000, 9, rows=3000), slope + 1, None, True)
+    _, _, var = forward(offset, random(3000, 8, seed=1), table(3000, 9, rows=3000), slope + 1, None, 0.0, True)
     torch.testing.assert_close(var, torch.full_like(var, 2.0), rtol=0.2, atol=0)
 
 
@@ -112,22 +112,22 @@ class TestEdgeConvOnDevice(CudaBattery, on_cpu.TestEdgeConv):
 
         def function(center: Tensor, neighbor: Tensor, index: Tensor) -> tuple[Tensor, ...]:
             slope = torch.full((), 0.2, device=center.device)
-            output, mean, var = forward(center, neighbor, index, slope, None, True)
-            return output, mean, var, *backward(output, mean, var, center, neighbor, index, slope, output, mean)
+            output, mean, var = forward(center, neighbor, index, slope, None, 0.0, True)
+            return output, mean, var, *backward(output, mean, var, center, neighbor, index, slope, output, mean, 0.0)
 
         return {"with statistics": Step(inputs, function)}
 
     def refused(self) -> dict[str, Callable[[], Any]]:
         x, i, slope = random(9, 4), table(9, 3, rows=9), torch.ones((), device=DEVICE)
         return {
-            "center: expected": lambda: forward(x[0], x, i, slope, None, True),
-            "neighbor: expected": lambda: forward(x, x[:, :2], i, slope, None, True),
-            "index: expected int64": lambda: forward(x, x, i.int(), slope, None, True),
+            "center: expected": lambda: forward(x[0], x, i, slope, None, 0.0, True),
+            "neighbor: expected": lambda: forward(x, x[:, :2], i, slope, None, 0.0, True),
+            "index: expected int64": lambda: forward(x, x, i.int(), slope, None, 0.0, True),
         }
 
     def refused_devices(self) -> dict[str, Callable[[], Any]]:
         x, i, slope = random(9, 4), table(9, 3, rows=9), torch.ones((), device=DEVICE)
         return {
-            "neighbor: expected the device": lambda: forward(x, x.cpu(), i, slope, None, True),
-            "index: expected the device": lambda: forward(x, x, i.cpu(), slope, None, True),
+            "neighbor: expected the device": lambda: forward(x, x.cpu(), i, slope, None, 0.0, True),
+            "index: expected the device": lambda: forward(x, x, i.cpu(), slope, None, 0.0, True),
         }

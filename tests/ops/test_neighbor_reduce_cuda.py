@@ -169,7 +169,7 @@ torch.ops.paper_layers.neighbor_reduce_backward(x[:8], i, i.int()[:, :0], 10, "s
         x, i = random(9, 4), table(7, 3, rows=9)
         out, arg = forward(x, i, "max", False)
         return {
-            "input: expected two dimensions": lambda: forward(x[0], i, "max", False),
+            "input: expected two dimensions or three": lambda: forward(x[0], i, "max", False),
             "index: expected int64": lambda: forward(x, i.int(), "max", False),
             "reduce: expected": lambda: forward(x, i, "median", False),
             "input: expected float32": lambda: forward(x.int(), i, "max", False),

@@ -14,7 +14,7 @@ from paper_layers.ops.split_batch_norm import op as module
 from testing.battery import OpBattery
 from testing.cases import Case, assert_close, by_dtype
 
-NAMES = ("", "_backward", "_statistics", "_normalize", "_backward_sums", "_backward_input")
+NAMES = ("", "_training_", "_backward", "_statistics", "_normalize", "_backward_sums", "_backward_input")
 OPS: dict[str, Any] = {
     f"split_batch_norm{name}": getattr(torch.ops.paper_layers, f"split_batch_norm{name}").default for name in NAMES
 }
@@ -132,12 +132,17 @@ class TestSplitBatchNorm(OpBattery):
     def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
         tensors = (*case.tensors, None, None)
         input, weight, bias = tensors[0].view(*tensors[0].shape[:2], -1), tensors[1], tensors[2]
+        # One tensor for all splits or one a split; without weights, gradients of biases.
+        weights, biases = (
+            [] if t is None else [t] if t is weight and bias is not None else [*t] for t in (weight, bias)
+        )
         split_sizes = case.options["split_sizes"]
         options = (split_sizes, case.options.get("eps", 1e-5))
         mean, var = (torch.stack(values) for values in zip(*map(moments, input.split(split_sizes)), strict=True))
         arguments = (
-            (input, weight, bias, *options),
-            (input.cos(), input, weight, mean, var, *options),
+            (input, weights, biases, *options),
+            (input, weights, biases, *([*t.clone()] for t in (mean, var)), [], *options, 0.3),
+            (input.cos(), input, weights, mean, var, max(1, len(weights)), *options),
             (input, split_sizes),
             (input, weight, bias, mean, var, *options),
             (input.cos(), input, mean, var, *options),
@@ -274,6 +279,41 @@ def test_parameters_one_a_split() -> None:
         torch.testing.assert_close(torch.stack([p.grad for p in parameters]), together.grad)
 
 
+def test_parameters_of_different_kinds() -> None:
+    """Weights without biases and biases without weights, under vmap; of the input's dtype and of another one."""
+    x, rows = images(3, 5, 3, 4), images(3, 2, 3)
+    for name in ("weight", "bias"):
+
+        def grads(x: Tensor, rows: Tensor, name: str = name) -> Any:
+            def loss(x: Tensor, *parameters: Tensor) -> Tensor:
+                options: dict[str, Any] = {name: parameters}
+                return split_batch_norm(x, [2, 3], **options).square().sum()
+
+            return torch.func.grad(loss, (0, 1, 2))(x, *rows)
+
+        mapped = torch.func.vmap(grads)(x, rows)
+        for i in range(3):
+            torch.testing.assert_close([g[i] for g in mapped], [*grads(x[i], rows[i])])
+    weight = [images(3).requires_grad_(), images(3).bfloat16().requires_grad_()]
+    split_batch_norm(images(5, 3, 4).bfloat16(), [2, 3], weight=weight).square().sum().backward()
+    assert [p.grad is not None and p.grad.dtype == p.dtype for p in weight] == [True, True]
+    mean, var = images(2, 2, 3)
+    half = images(5, 3, 4).bfloat16()
+    arguments = (half, half, [p.detach() for p in weight], mean, var, 2, [2, 3], 1e-5)
+    torch.library.opcheck(OPS["split_batch_norm_backward"], arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_writes_between_forward_and_backward() -> None:
+    """A bias may change, as with torch's norm; statistics count their versions, which graphs that saved them check."""
+    x, bias, running = images(5, 3, 4).requires_grad_(), images(2, 3).requires_grad_(), torch.ones(2, 2, 3)
+    output = split_batch_norm(x, [2, 3], bias=bias, running_mean=running[0], running_var=running[1])
+    assert running._version == 4
+    with torch.no_grad():
+        bias.zero_()
+    output.sum().backward()
+    assert bias.grad is not None
+
+
 @pytest.mark.parametrize("rank", [4, 5])
 def test_output_may_be_changed_in_place(rank: int) -> None:
     """As an activation after the norm does, in each layout, which the output and the gradient keep."""
@@ -307,15 +347,14 @@ def test_same_for_any_number_of_threads() -> None:
 def test_empty(shape: tuple[int, ...]) -> None:
     """Nothing comes of no values, and their moments are 0, in the kernels as in their reference."""
     ops, x, sizes = torch.ops.paper_layers, torch.zeros(shape), [shape[0] // 4, shape[0] - shape[0] // 4]
-    output, mean, var = ops.split_batch_norm(x, None, None, sizes, 1e-5)
-    grads = ops.split_batch_norm_backward(x, x, None, mean, var, sizes, 1e-5)
+    output, mean, var = found = ops.split_batch_norm(x, [], [], sizes, 1e-5)
+    arguments = (x, x, [torch.ones_like(mean)], mean, var, 1, sizes, 1e-5)
+    grads = ops.split_batch_norm_backward(*arguments)
     assert output.shape == grads[0].shape == shape
-    assert mean.shape == var.shape == grads[1].shape == grads[2].shape == (2, shape[1])
-    assert not grads[2].any()
-    for got, want in zip((output, mean, var), module._reference(x, None, None, sizes, 1e-5), strict=True):
-        assert torch.equal(got, want)
-    for got, want in zip(grads, module._backward_reference(x, x, None, mean, var, sizes, 1e-5), strict=True):
-        assert torch.equal(got, want)
+    assert mean.shape == var.shape == grads[1][0].shape == grads[2][0].shape == (2, shape[1])
+    assert not grads[2][0].any()
+    torch.testing.assert_close(found, module._reference(x, [], [], sizes, 1e-5), rtol=0, atol=0)
+    torch.testing.assert_close(grads, module._backward_reference(*arguments), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -343,17 +382,6 @@ def test_empty_part(space: tuple[int, ...], layout: str) -> None:
     assert (running[:, 1] == 7).all()
 
 
-def test_count_that_the_host_does_not_know() -> None:
-    """As a norm over several processes has it: its bits are the number's, and 0 moves nothing."""
-    moments = images(2, 3, 4).double().exp()
-    running = torch.ones(2, 2, 3, 4, dtype=torch.float64)
-    for got, counts in zip(running, ([5, 0, 7], torch.tensor([5, 0, 7])), strict=True):
-        module.update_statistics(*got, *moments, counts, [0.1] * 3)
-    assert torch.equal(*running)
-    torch.testing.assert_close(running[0, 1, 2], 0.9 + 0.1 * moments[1, 2] * 7 / 6, rtol=1e-15, atol=0)
-    assert (running[:, :, 1] == 1).all()
-
-
 @pytest.mark.parametrize("shape", [(4096, 64), (256, 1000), (16, 32, 12, 12), (1000, 7)])
 def test_variance_is_as_exact_as_that_of_torch(shape: tuple[int, ...]) -> None:
     """Where channels lie side by side; with a first value that is far from all others as well."""
@@ -370,7 +398,7 @@ def test_variance_is_as_exact_as_that_of_torch(shape: tuple[int, ...]) -> None:
         assert ((got - want).abs() / want).max() < 2e-6
 
 
-ARGUMENTS: list[Any] = [images(4, 3, 5), images(4, 3, 5), None, images(2, 3), images(2, 3), [1, 3], 1e-5]
+ARGUMENTS: list[Any] = [images(4, 3, 5), images(4, 3, 5), [], images(2, 3), images(2, 3), 1, [1, 3], 1e-5]
 
 
 @pytest.mark.parametrize(
@@ -378,13 +406,18 @@ ARGUMENTS: list[Any] = [images(4, 3, 5), images(4, 3, 5), None, images(2, 3), im
     [
         ({0: images(4, 3, 4)}, "grad: expected shape"),
         ({0: images(4, 3, 5).double()}, "grad: expected the dtype"),
-        ({0: images(4, 3), 1: images(4, 3)}, "input: expected shape"),
-        ({2: images(3)}, "weight: expected"),
+        ({0: images(4), 1: images(4)}, "input: expected shape"),
+        ({2: [images(3)]}, "weight: expected 2 of them, got 1"),
+        ({2: [images(3), images(2)]}, "weight: expected shape"),
+        ({2: [images(3, 2)]}, "weight: expected shape"),
+        ({2: [images(3), images(3).long()]}, "weight: expected Float"),
+        ({5: 3}, "biases: expected"),
+        ({2: [images(2, 3)], 5: 2}, "biases: expected"),
         ({3: images(1, 3)}, "mean: expected"),
         ({4: images(2, 3).double()}, "var: expected"),
-        ({5: [1, 2]}, "split_sizes: expected sizes that sum to 4"),
-        ({5: [5, -1]}, "split_sizes: expected sizes that sum to 4"),
-        ({5: [2**63 - 1, 4]}, "split_sizes: expected sizes that sum to 4"),
+        ({6: [1, 2]}, "split_sizes: expected sizes that sum to 4"),
+        ({6: [5, -1]}, "split_sizes: expected sizes that sum to 4"),
+        ({6: [2**63 - 1, 4]}, "split_sizes: expected sizes that sum to 4"),
     ],
 )
 def test_kernels_check_again(change: dict[int, Any], message: str) -> None:
@@ -392,6 +425,6 @@ def test_kernels_check_again(change: dict[int, Any], message: str) -> None:
     arguments = [change.get(i, value) for i, value in enumerate(ARGUMENTS)]
     with pytest.raises(RuntimeError, match=message):
         torch.ops.paper_layers.split_batch_norm_backward(*arguments)
-    if not {0, 3, 4} & change.keys():
+    if not {0, 3, 4, 5} & change.keys():
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.paper_layers.split_batch_norm(arguments[1], arguments[2], None, *arguments[5:])
+            torch.ops.paper_layers.split_batch_norm(arguments[1], arguments[2], [], *arguments[6:])

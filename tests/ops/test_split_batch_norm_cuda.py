@@ -29,6 +29,10 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     return cuda_battery.random(*shape, dtype=dtype, seed=seed)
 
 
+def listed(values: Tensor | None) -> list[Tensor]:
+    return [] if values is None else [values]
+
+
 def _check(x: Tensor, grad: Tensor, sizes: list[int], affine: bool = True, scale: float = 1.0) -> None:
     """All six ops, values and strides; `scale` is that of the tolerance of what sums of the elements make."""
     dtype, sums = x.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -41,7 +45,7 @@ def _check(x: Tensor, grad: Tensor, sizes: list[int], affine: bool = True, scale
     def exact(*tensors: Tensor | None) -> list[Any]:
         return [None if t is None else t.cpu().double() for t in tensors]
 
-    output, mean, var = ops.split_batch_norm(x, weight, bias, sizes, eps)
+    output, mean, var = ops.split_batch_norm(x, listed(weight), listed(bias), sizes, eps)
     want = formulas.statistics(*exact(x), sizes)
     close(mean, want[0], 1.0)
     close(var, want[1], 1.0)
@@ -53,7 +57,10 @@ def _check(x: Tensor, grad: Tensor, sizes: list[int], affine: bool = True, scale
     again = ops.split_batch_norm_normalize(x, weight, bias, mean, var, sizes, eps)
     close(again, formulas.normalize(*exact(x, weight, bias, mean, var), sizes, eps), scale)
 
-    grad_input, products, total = ops.split_batch_norm_backward(grad, x, weight, mean, var, sizes, eps)
+    grad_input, *lists = ops.split_batch_norm_backward(grad, x, listed(weight), mean, var, 1, sizes, eps)
+    if weight is None:
+        lists[0] = [ops.split_batch_norm_backward_sums(grad, x, mean, var, sizes, eps)[0]]
+    products, total = (values[0].view(len(sizes), -1) for values in lists)
     want = formulas.backward_sums(*exact(grad, x, mean, var), sizes, eps)
     count = x.numel() // x.shape[1] if x.shape[1] else 1
     close(products, want[0], scale * count**0.5)
@@ -118,7 +125,7 @@ def test_large_offset(shape: tuple[int, ...], layout: str) -> None:
     """Means of 1e4 and variances of 1 in float32, where a sum of squares would leave no digit."""
     x = LAYOUTS[layout](random(shape, torch.float32, 0) + 1e4)
     sizes = [shape[0] // 3, shape[0] - shape[0] // 3]
-    output, mean, var = ops.split_batch_norm(x, None, None, sizes, 1e-5)
+    output, mean, var = ops.split_batch_norm(x, [], [], sizes, 1e-5)
     exact = x.cpu().double()
     want_mean, want_var = formulas.statistics(exact, sizes)
     torch.testing.assert_close(mean.cpu().double(), want_mean, rtol=1e-7, atol=0)
@@ -131,9 +138,9 @@ def test_large_offset(shape: tuple[int, ...], layout: str) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_extremes_stay_in_their_channel_and_split(layout: str, value: float) -> None:
     x = LAYOUTS[layout](random((6, 20, 63), torch.float32, 0))
-    expected = ops.split_batch_norm(x, None, None, [2, 2, 2], 1e-5)[0]
+    expected = ops.split_batch_norm(x, [], [], [2, 2, 2], 1e-5)[0]
     x[3, 17, 4] = value
-    output = ops.split_batch_norm(x, None, None, [2, 2, 2], 1e-5)[0]
+    output = ops.split_batch_norm(x, [], [], [2, 2, 2], 1e-5)[0]
     assert output[2:4, 17].isnan().all()
     output[2:4, 17] = expected[2:4, 17]
     assert torch.equal(output, expected)
@@ -142,11 +149,11 @@ def test_extremes_stay_in_their_channel_and_split(layout: str, value: float) -> 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (4, 0, 8), (4, 3, 0), (4, 20, 0)])
 def test_empty(shape: tuple[int, ...]) -> None:
     x, sizes = torch.zeros(shape, device=DEVICE), [shape[0] // 4, shape[0] - shape[0] // 4]
-    output, mean, var = ops.split_batch_norm(x, None, None, sizes, 1e-5)
-    grads = ops.split_batch_norm_backward(x, x, None, mean, var, sizes, 1e-5)
-    assert output.shape == grads[0].shape == shape
-    assert mean.shape == var.shape == grads[1].shape == (2, shape[1])
-    assert not grads[2].any()
+    output, mean, var = ops.split_batch_norm(x, [], [], sizes, 1e-5)
+    grad, _, (bias,) = ops.split_batch_norm_backward(x, x, [], mean, var, 1, sizes, 1e-5)
+    assert output.shape == grad.shape == shape
+    assert mean.shape == var.shape == bias.shape == (2, shape[1])
+    assert not bias.any()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -174,13 +181,14 @@ def test_more_elements_than_32_bits_count(layout: str) -> None:
     x = torch.empty((5, 2**16, 2**13) if layout == "contiguous" else (5, 2**13, 2**16), device=DEVICE, dtype=torch.half)
     x = (x if layout == "contiguous" else x.mT).normal_()
     assert x.numel() > 2**31
-    output, mean, var = ops.split_batch_norm(x, None, None, [4, 1], 1e-5)
-    grads = ops.split_batch_norm_backward(output, x, None, mean, var, [4, 1], 1e-5)
+    output, mean, var = ops.split_batch_norm(x, [], [], [4, 1], 1e-5)
+    weight = [torch.ones(2, x.shape[1], device=DEVICE)]
+    grad, *grads = ops.split_batch_norm_backward(output, x, weight, mean, var, 1, [4, 1], 1e-5)
     # The last image by itself goes the way of 32 bits.
-    last, *moments = ops.split_batch_norm(x[4:], None, None, [1], 1e-5)
+    last, *moments = ops.split_batch_norm(x[4:], [], [], [1], 1e-5)
     torch.testing.assert_close(output[4:], last)
-    want = ops.split_batch_norm_backward(last, x[4:], None, *moments, [1], 1e-5)
-    for got, of_last in zip(grads, want, strict=True):
+    want, *sums = ops.split_batch_norm_backward(last, x[4:], [weight[0][:1]], *moments, 1, [1], 1e-5)
+    for got, of_last in zip((grad, *(g[0] for g in grads)), (want, *(s[0] for s in sums)), strict=True):
         torch.testing.assert_close(got[-1:], of_last, rtol=1e-3, atol=1e-2)
 
 
@@ -193,22 +201,23 @@ class TestSplitBatchNormOnDevice(CudaBattery, on_cpu.TestSplitBatchNorm):
             return x, grad, random((2, 48), torch.float32, seed)
 
         def function(x: Tensor, grad: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-            output, mean, var = ops.split_batch_norm(x, None, bias, [16, 16], 1e-5)
-            return output, mean, var, *ops.split_batch_norm_backward(grad, x, None, mean, var, [16, 16], 1e-5)
+            output, mean, var = ops.split_batch_norm(x, [], [bias], [16, 16], 1e-5)
+            grad, _, sums = ops.split_batch_norm_backward(grad, x, [], mean, var, 1, [16, 16], 1e-5)
+            return output, mean, var, grad, *sums
 
         return {a: Step(partial(inputs, layout=a), function) for a in ("contiguous", "channels_last")}
 
     def refused(self) -> dict[str, Callable[[], Any]]:
         x = random((4, 3, 6), torch.float32, 0)
-        _, mean, var = ops.split_batch_norm(x, None, None, [1, 3], 1e-5)
+        _, mean, var = ops.split_batch_norm(x, [], [], [1, 3], 1e-5)
         return {
-            "input: expected shape": lambda: ops.split_batch_norm(x[0], None, None, [1, 2], 1e-5),
-            "split_sizes": lambda: ops.split_batch_norm(x, None, None, [1, 2], 1e-5),
-            "weight": lambda: ops.split_batch_norm(x, mean[:1], None, [1, 3], 1e-5),
-            "grad": lambda: ops.split_batch_norm_backward(x[:1], x, None, mean, var, [1, 3], 1e-5),
-            "var": lambda: ops.split_batch_norm_backward(x, x, None, mean, var[:, :2], [1, 3], 1e-5),
+            "input: expected shape": lambda: ops.split_batch_norm(x[0, 0], [], [], [1, 2], 1e-5),
+            "split_sizes": lambda: ops.split_batch_norm(x, [], [], [1, 2], 1e-5),
+            "weight": lambda: ops.split_batch_norm(x, [mean[:1]], [], [1, 3], 1e-5),
+            "grad": lambda: ops.split_batch_norm_backward(x[:1], x, [], mean, var, 1, [1, 3], 1e-5),
+            "var": lambda: ops.split_batch_norm_backward(x, x, [], mean, var[:, :2], 1, [1, 3], 1e-5),
         }
 
     def refused_devices(self) -> dict[str, Callable[[], Any]]:
         x, bias = random((4, 3, 6), torch.float32, 0), torch.zeros(2, 3)
-        return {"bias: expected the device": lambda: ops.split_batch_norm(x, None, bias, [1, 3], 1e-5)}
+        return {"bias: expected the device": lambda: ops.split_batch_norm(x, [], [bias], [1, 3], 1e-5)}
