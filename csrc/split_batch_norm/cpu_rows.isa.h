@@ -166,16 +166,19 @@ void row_moments(const SplitForward<T>& f, const Chunks& chunks, Accumulator<T>*
     add_moments(f.input + rows.begin * channels, rows.size() / chunks.fold, width,
                 {means, means + width, means + 2 * width, sums.data(), sums.data() + width});
   });
-  Scratch<double> means(values), squares(values);
+  // Means are relative to the first one that is merged: sums of small numbers, even if all values have a common offset.
+  Scratch<double> origins(values), means(values), squares(values);
   chunks.each_in_turn(channels, [&](const Chunks::Chunk& chunk, int64_t i, Range of) {
-    double *mean = means.data() + chunk.split * channels, *square = squares.data() + chunk.split * channels;
+    double *origin = origins.data() + chunk.split * channels, *mean = means.data() + chunk.split * channels;
+    double* square = squares.data() + chunk.split * channels;
     double before = double(chunk.rows.begin - f.problem.starts[chunk.split] * f.problem.pixels);
     // Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983.
     const auto merge = [&](double count, auto part) __attribute__((always_inline)) {
       const double share = count / (before + count), weight = before * share;
       for (int64_t c = of.begin; c < of.end; ++c) {
-        const auto [part_mean, part_square] = part(c);
-        const double delta = part_mean - mean[c];
+        const auto [part_mean, part_rest, part_square] = part(c);
+        if (before == 0) origin[c] = part_mean;
+        const double delta = part_mean - origin[c] + part_rest - mean[c];
         mean[c] += delta * share;
         square[c] += part_square + delta * delta * weight;
       }
@@ -185,18 +188,18 @@ void row_moments(const SplitForward<T>& f, const Chunks& chunks, Accumulator<T>*
     for (int64_t row = 0; row < chunks.fold && rows > 0; ++row) {
       const A* part = parts.data() + i * 3 * width + row * channels;
       merge(rows, [&](int64_t c) __attribute__((always_inline)) {
-        return std::make_pair(double(part[c]) + double(part[width + c]), double(part[2 * width + c]));
+        return std::array<double, 3>{double(part[c]), double(part[width + c]), double(part[2 * width + c])};
       });
     }
     for (int64_t row = chunk.rows.begin + rows * chunks.fold; row < chunk.rows.end; ++row) {
       const T* x = f.input + row * channels;
-      merge(1, [&](int64_t c) __attribute__((always_inline)) { return std::make_pair(double(A(x[c])), 0.0); });
+      merge(1, [&](int64_t c) __attribute__((always_inline)) { return std::array<double, 3>{double(A(x[c])), 0, 0}; });
     }
   });
   for (int64_t at = 0; at < values; ++at) {
-    f.mean[at] = static_cast<A>(means[at]);
+    f.mean[at] = static_cast<A>(origins[at] + means[at]);
     f.var[at] = static_cast<A>(squares[at] / double(std::max<int64_t>(f.problem.count(at / channels), 1)));
-    rests[at] = static_cast<A>(means[at] - double(f.mean[at]));
+    rests[at] = static_cast<A>(origins[at] - double(f.mean[at]) + means[at]);
   }
 }
 

@@ -175,7 +175,8 @@ def test_eps_and_momentum_of_later_reach_every_split(fused: bool) -> None:
 
 def test_activations_in_place_after_channels_last() -> None:
     layers: list[nn.Module] = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)]
-    model, x = swap.split_batch_norm(nn.Sequential(*layers)), torch.randn(4, 3, 6, 6)
+    # The two layouts round differently, and little is left of these gradients.
+    model, x = swap.split_batch_norm(nn.Sequential(*layers).double()), torch.randn(4, 3, 6, 6, dtype=torch.float64)
     twin = copy.deepcopy(model)
     last = model(x.contiguous(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last)
