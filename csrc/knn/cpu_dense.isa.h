@@ -1,0 +1,117 @@
+// Clouds of few points, compiled once for each instruction set: all scores of a query at once, of which the largest are
+// taken.
+
+template <typename T>
+class DenseSearch {
+  using V = Vec<T>;
+  static constexpr int64_t width = Panels<T>::width;
+
+ public:
+  static constexpr int64_t kPoints = 2048;             // so many at most,
+  static constexpr int64_t kMatrixBytes = 512 << 10;   // of which the scores of all pairs may take so much memory,
+  static constexpr int64_t kSymmetricChannels = 24;    // where products are dearer than to transpose them
+
+  static bool fits(const Search<T>& search) { return search.points <= kPoints; }
+
+  // Where a cloud searches itself, products may serve the rows of both panels.
+  static bool is_symmetric(const Search<T>& search) {
+    const int64_t rows = (search.points + width - 1) / width * width;
+    return search.searches_itself() && search.channels() >= kSymmetricChannels &&
+           rows * rows * int64_t(sizeof(T)) <= kMatrixBytes;
+  }
+
+  // `products` has room for products of all pairs if it is symmetric, else for those of a panel.
+  DenseSearch(PanelDistances<T>& exact, T* products, bool symmetric)
+      : exact_(exact),
+        products_(products),
+        symmetric_(symmetric),
+        stride_(exact.points.count * width),
+        used_((exact.points.rows + V::size - 1) / V::size * V::size),
+        there_(count_there(exact.points)),
+        candidates_(width, exact.search.wanted(), used_),
+        selection_(exact.search, exact, candidates_) {}
+
+  // The products of panel a with the panels from it on, and with their sides exchanged.
+  void multiply_both(int64_t a) {
+    T* const rows = products_ + a * width * stride_;
+    for (int64_t b = a; b < exact_.points.count; ++b) {
+      multiply_panels(a, b, rows);
+      if (b == a) continue;
+      for (int64_t v = 0; v < exact_.points.vectors(b); ++v) {
+        T* const to = products_ + (b * width + v * V::size) * stride_ + a * width;
+        for (int64_t r = 0; r < width; r += V::size) {
+          transpose(rows + r * stride_ + b * width + v * V::size, stride_, to + r);
+        }
+      }
+    }
+  }
+
+  void finish(int64_t panel) {
+    T* const rows = products_ + (symmetric_ ? panel * width * stride_ : 0);
+    for (int64_t b = 0; b < exact_.points.count && !symmetric_; ++b) multiply_panels(panel, b, rows);
+    candidates_.start_at(panel * width);
+    const int64_t end = std::min((panel + 1) * width, exact_.search.queries);
+    for (int64_t q = panel * width; q < end && !exact_.gives_up(); ++q) {
+      choose(q, rows + (q - panel * width) * stride_);
+      selection_.finish(q, q);
+    }
+  }
+
+ private:
+  static int64_t count_there(const Panels<T>& points) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < points.rows; ++i) count += points.there(i);
+    return count;
+  }
+
+  void multiply_panels(int64_t a, int64_t b, T* rows) const {
+    const Panels<T>& points = exact_.points;
+    const int64_t vectors = points.vectors(b);
+    const auto compute = vectors == 1 ? multiply<1, T> : vectors == 2 ? multiply<2, T> : multiply<3, T>;
+    for (int64_t r = 0; r < exact_.queries.used_rows(a); r += kRows<T>) {
+      compute(exact_.queries.panel(a) + r, points.panel(b), points.channels, rows + r * stride_ + b * width, stride_);
+    }
+  }
+
+  // Makes the largest scores candidates.
+  void choose(int64_t q, T* row) {
+    using Limits = std::numeric_limits<T>;
+    candidates_.clear(q, Limits::infinity());
+    if (!exact_.queries.there(q)) return;
+    const int64_t wanted = candidates_.wanted, most = wanted + wanted / 4 + 4;
+    const V error(exact_.queries.errors[q]), infinity(Limits::infinity()), none(-Limits::infinity());
+    V least = infinity, largest = none;
+    for (int64_t i = 0; i < used_; i += V::size) {
+      const V score =
+          load(row + i) + multiply_add(error, load(&exact_.points.lengths[i]), load(&exact_.points.offsets[i]));
+      store(row + i, score);
+      largest = max_or_second(score, largest);
+      least = min_or_second(V(score.lanes == none.lanes ? infinity.lanes : score.lanes), least);
+    }
+    T limit = -Limits::max();
+    if (there_ > most) {
+      const T low = -largest_of(V(-least.lanes)), top = largest_of(largest);
+      const T reached = limit_between(row, used_, wanted, most, low, there_, top, share_);
+      // Clouds are alike wherever one stands.
+      if (top > low) share_ = (reached - low) / (top - low);
+      limit = std::max(limit, reached - exact_.most_uncertain(q, reached));
+    }
+    candidates_.limit(q) = limit;
+    T* const scores = candidates_.scores(q);
+    int32_t* const indices = candidates_.indices(q);
+    int64_t n = 0;
+    for (int64_t i = 0; i < used_; i += V::size) {
+      const V score = load(row + i);
+      n = append(scores, indices, n, score, indices_from<T>(i), lanes_not_below(score, V(limit)));
+    }
+    candidates_.count(q) = n;
+  }
+
+  PanelDistances<T>& exact_;
+  T* const products_;
+  const bool symmetric_;
+  const int64_t stride_, used_, there_;
+  Candidates<T> candidates_;
+  Selection<T, PanelDistances<T>> selection_;
+  T share_ = T(0.5);  // of the way from the lowest score to the highest one, where the last limit was
+};
