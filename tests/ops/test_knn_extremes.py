@@ -53,10 +53,11 @@ CLOUDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("channels", [3, 8])
+# Few points and many, few channels and many, whose products serve one row or two.
+@pytest.mark.parametrize(("points", "channels"), [(400, 3), (700, 3), (400, 8), (200, 33)])
 @pytest.mark.parametrize("name", CLOUDS)
-def test_unusual_clouds(name: str, channels: int) -> None:
-    x = CLOUDS[name](cloud(400, channels))
+def test_unusual_clouds(name: str, points: int, channels: int) -> None:
+    x = CLOUDS[name](cloud(points, channels))
     assert_equals_reference(x)
     assert_equals_reference(cloud(200, channels), x)
     assert_equals_reference(x, inner=True)
