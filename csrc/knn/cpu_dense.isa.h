@@ -7,17 +7,14 @@ class DenseSearch {
   static constexpr int64_t width = Panels<T>::width;
 
  public:
-  static constexpr int64_t kPoints = 2048;             // so many at most,
-  static constexpr int64_t kMatrixBytes = 512 << 10;   // of which the scores of all pairs may take so much memory,
-  static constexpr int64_t kSymmetricChannels = 24;    // where products are dearer than to transpose them
+  // Where a cloud searches itself, products serve the rows of both panels, unless to compute them again is cheaper than
+  // to transpose them. There are as many products at a time as fit into the caches.
+  static bool is_symmetric(const Search<T>& search) { return search.searches_itself() && search.channels() >= 24; }
 
-  static bool fits(const Search<T>& search) { return search.points <= kPoints; }
-
-  // Where a cloud searches itself, products may serve the rows of both panels.
-  static bool is_symmetric(const Search<T>& search) {
-    const int64_t rows = (search.points + width - 1) / width * width;
-    return search.searches_itself() && search.channels() >= kSymmetricChannels &&
-           rows * rows * int64_t(sizeof(T)) <= kMatrixBytes;
+  static bool fits(const Search<T>& search) {
+    constexpr int64_t cached = 9 << 19;
+    const int64_t rows = is_symmetric(search) ? search.points + width : 512;
+    return search.points <= 2048 && rows * (search.points + width) * int64_t(sizeof(T)) <= cached;
   }
 
   // `products` has room for products of all pairs if it is symmetric, else for those of a panel.
@@ -81,9 +78,10 @@ class DenseSearch {
     const int64_t wanted = candidates_.wanted, most = wanted + wanted / 4 + 4;
     const V error(exact_.queries.errors[q]), infinity(Limits::infinity()), none(-Limits::infinity());
     V least = infinity, largest = none;
-    for (int64_t i = 0; i < used_; i += V::size) {
-      const V score =
-          load(row + i) + multiply_add(error, load(&exact_.points.lengths[i]), load(&exact_.points.offsets[i]));
+    const T *const lengths = exact_.points.lengths.data(), *const offsets = exact_.points.offsets.data();
+    const int64_t used = used_;
+    for (int64_t i = 0; i < used; i += V::size) {
+      const V score = load(row + i) + multiply_add(error, load(lengths + i), load(offsets + i));
       store(row + i, score);
       largest = max_or_second(score, largest);
       least = min_or_second(V(score.lanes == none.lanes ? infinity.lanes : score.lanes), least);
@@ -91,7 +89,7 @@ class DenseSearch {
     T limit = -Limits::max();
     if (there_ > most) {
       const T low = -largest_of(V(-least.lanes)), top = largest_of(largest);
-      const T reached = limit_between(row, used_, wanted, most, low, there_, top, share_);
+      const T reached = limit_between(row, used, wanted, most, low, there_, top, share_);
       // Clouds are alike wherever one stands.
       if (top > low) share_ = (reached - low) / (top - low);
       limit = std::max(limit, reached - exact_.most_uncertain(q, reached));
@@ -100,7 +98,7 @@ class DenseSearch {
     T* const scores = candidates_.scores(q);
     int32_t* const indices = candidates_.indices(q);
     int64_t n = 0;
-    for (int64_t i = 0; i < used_; i += V::size) {
+    for (int64_t i = 0; i < used; i += V::size) {
       const V score = load(row + i);
       n = append(scores, indices, n, score, indices_from<T>(i), lanes_not_below(score, V(limit)));
     }

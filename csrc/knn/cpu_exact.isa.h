@@ -83,12 +83,14 @@ constexpr int64_t kPart = PAPER_LAYERS_VECTOR_BYTES / sizeof(double);
 constexpr int64_t kPoints = kPart / kSums > 1 ? kPart / kSums : 1, kParts = kPoints > 1 ? 1 : kSums / kPart;
 
 // From one row, or of kPoints rows.
-PAPER_LAYERS_INLINE Part load_part(const double* p, const double* next) {
+PAPER_LAYERS_INLINE Part load_part(const double* p, [[maybe_unused]] const double* next) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  return Part(_mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_loadu_pd(p)), _mm256_loadu_pd(next), 1));
+#else
   Part part;
-  const int64_t bytes = sizeof(part) / kPoints;
-  std::memcpy(&part, p, bytes);
-  if (kPoints > 1) std::memcpy(reinterpret_cast<char*>(&part) + bytes, next, bytes);
+  std::memcpy(&part, p, sizeof(part));
   return part;
+#endif
 }
 PAPER_LAYERS_INLINE Part load_part(const float* p, [[maybe_unused]] const float* next) {
 #if PAPER_LAYERS_VECTOR_BYTES == 64
@@ -149,8 +151,8 @@ void find_exactly(const Search<T>& search, const T* query, const int32_t* indice
   const T* rows[most];
   for (int64_t i = 0; i < count; i += most) {
     const int64_t here = std::min(most, count - i);
-    // Beyond the end the first one again.
-    for (int64_t m = 0; m < most; ++m) rows[m] = search.point_at(indices[m < here ? i + m : i]);
+    // Beyond the end the last one again.
+    for (int64_t m = 0; m < most; ++m) rows[m] = search.point_at(indices[std::min(i + m, count - 1)]);
     if (here > most / 2) exact_distances<most, inner>(query, rows, search.channels(), distances);
     else if (here > most / 4) exact_distances<most / 2, inner>(query, rows, search.channels(), distances);
     else exact_distances<most / 4, inner>(query, rows, search.channels(), distances);
