@@ -28,17 +28,17 @@ class DenseSearch {
         candidates_(width, exact.search.wanted(), used_),
         selection_(exact.search, exact, candidates_) {}
 
-  // The products of panel a with the panels from it on, and with their sides exchanged.
+  // The products of panel a with itself and those after it, and with their sides exchanged.
   void multiply_both(int64_t a) {
+    const Panels<T>& points = exact_.points;
     T* const rows = products_ + a * width * stride_;
-    for (int64_t b = a; b < exact_.points.count; ++b) {
-      multiply_panels(a, b, rows);
-      if (b == a) continue;
-      for (int64_t v = 0; v < exact_.points.vectors(b); ++v) {
-        T* const to = products_ + (b * width + v * V::size) * stride_ + a * width;
-        for (int64_t r = 0; r < width; r += V::size) {
-          transpose(rows + r * stride_ + b * width + v * V::size, stride_, to + r);
-        }
+    for (int64_t r = 0; r < points.used_rows(a); r += kRows<T>) multiply_row(a, r, a, r / V::size, rows);
+    for (int64_t b = a + 1; b < points.count; ++b) multiply_panels(a, b, rows);
+    const int64_t vectors = (a + 1) * kVectors, all = (points.count - 1) * kVectors + points.vectors(points.count - 1);
+    for (int64_t v = a * kVectors; v < std::min(vectors, all); ++v) {
+      for (int64_t other = v + 1; other < all; ++other) {
+        transpose(products_ + v * V::size * stride_ + other * V::size, stride_,
+                  products_ + other * V::size * stride_ + v * V::size);
       }
     }
   }
@@ -62,12 +62,16 @@ class DenseSearch {
   }
 
   void multiply_panels(int64_t a, int64_t b, T* rows) const {
+    for (int64_t r = 0; r < exact_.queries.used_rows(a); r += kRows<T>) multiply_row(a, r, b, 0, rows);
+  }
+
+  // The products of kRows rows with the vectors of a panel from one on.
+  PAPER_LAYERS_INLINE void multiply_row(int64_t a, int64_t r, int64_t b, int64_t first, T* rows) const {
     const Panels<T>& points = exact_.points;
-    const int64_t vectors = points.vectors(b);
+    const int64_t vectors = points.vectors(b) - first, column = first * V::size;
     const auto compute = vectors == 1 ? multiply<1, T> : vectors == 2 ? multiply<2, T> : multiply<3, T>;
-    for (int64_t r = 0; r < exact_.queries.used_rows(a); r += kRows<T>) {
-      compute(exact_.queries.panel(a) + r, points.panel(b), points.channels, rows + r * stride_ + b * width, stride_);
-    }
+    compute(exact_.queries.panel(a) + r, points.panel(b) + column, points.channels,
+            rows + r * stride_ + b * width + column, stride_);
   }
 
   // Makes the largest scores candidates.

@@ -49,6 +49,8 @@ class PanelDistances {
         tiny_((points.channels + 16) * std::ldexp(frame.scale * frame.scale, -1072)),
         longest_(*std::max_element(points.lengths.begin(), points.lengths.end())),
         left_(std::max(kExactAtLeast, search.queries * search.points / kPairsPerExact)),
+        rows_(search.point, search.point + (worth_converting(search) ? search.points * search.channels() : 0)),
+        in_double_{search.problem, search.queries, search.points, rows_.data(), rows_.data(), nullptr, nullptr, 0, 1},
         limits_(scores == Scores::exact ? queries.count * queries.width : 0, {0, -1}) {}
 
   int64_t index(int32_t position) const { return position; }
@@ -87,7 +89,8 @@ class PanelDistances {
   }
 
   void find(int64_t q, const int32_t* indices, int64_t count, Found* found) const {
-    find_exactly(search, search.query_at(q), indices, count, found);
+    if (rows_.empty()) find_exactly(search, search.query_at(q), indices, count, found);
+    else find_exactly(in_double_, in_double_.query_at(q), indices, count, found);
   }
 
   T decided(int64_t q, const Found& found) {
@@ -110,6 +113,12 @@ class PanelDistances {
   // One exact distance for so many pairs of the search, and so many at least.
   static constexpr int64_t kPairsPerExact = 128, kExactAtLeast = 4096;
 
+  // A point is converted once in place of whenever it is near, where all fit into the second-level cache.
+  static bool worth_converting(const Search<T>& search) {
+    constexpr int64_t cached = (384 << 10) / sizeof(double);
+    return std::is_same_v<T, float> && search.searches_itself() && search.points * search.channels() <= cached;
+  }
+
   // For scores that are no products.
   T uncertainty_of(T least) const {
     if (scores == Scores::exact) return 0;
@@ -129,6 +138,8 @@ class PanelDistances {
   const double tiny_;
   const T longest_;
   std::atomic<int64_t> left_;  // exact distances
+  const Scratch<double> rows_;  // in float64, or none
+  const Search<double> in_double_;
   std::vector<Found> limits_;  // the point that an exact limit is from; no index where there is none
 };
 
