@@ -79,7 +79,8 @@ class DenseSearch {
     using Limits = std::numeric_limits<T>;
     candidates_.clear(q, Limits::infinity());
     if (!exact_.queries.there(q)) return;
-    const int64_t wanted = candidates_.wanted, most = wanted + wanted / 4 + 4;
+    // Whole vectors, as they are sorted.
+    const int64_t wanted = candidates_.wanted, most = (wanted + wanted / 4 + 3 + V::size) / V::size * V::size;
     const V error(exact_.queries.errors[q]), infinity(Limits::infinity()), none(-Limits::infinity());
     V least = infinity, largest = none;
     const T *const lengths = exact_.points.lengths.data(), *const offsets = exact_.points.offsets.data();

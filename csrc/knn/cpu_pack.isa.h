@@ -155,7 +155,7 @@ class Panels {
   void measure_row(int64_t i, double square, T* to) {
     if (std::isnan(square)) {
       using Limits = std::numeric_limits<T>;
-      for (int64_t c = 0; c < channels; ++c) to[c * width] = 0;
+      for (int64_t c = 0; i < rows && c < channels; ++c) to[c * width] = 0;
       offsets[i] = scores == Scores::exact ? Limits::quiet_NaN() : -Limits::infinity();
       return;
     }

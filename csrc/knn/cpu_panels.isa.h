@@ -113,10 +113,11 @@ class PanelDistances {
   // One exact distance for so many pairs of the search, and so many at least.
   static constexpr int64_t kPairsPerExact = 128, kExactAtLeast = 4096;
 
-  // A point is converted once in place of whenever it is near, where all fit into the second-level cache.
+  // A point is converted once in place of whenever it is near, where it is near to many and all stay in the caches.
   static bool worth_converting(const Search<T>& search) {
-    constexpr int64_t cached = (384 << 10) / sizeof(double);
-    return std::is_same_v<T, float> && search.searches_itself() && search.points * search.channels() <= cached;
+    constexpr int64_t cached = (320 << 10) / sizeof(double);
+    return std::is_same_v<T, float> && search.searches_itself() && search.wanted() >= 8 &&
+           search.points * search.channels() <= cached;
   }
 
   // For scores that are no products.
