@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/huge_pages.h"
+#include "common/team.h"
 #include "knn/problem.h"
 
 #define PAPER_LAYERS_KERNEL "knn/cpu_kernel.isa.h"

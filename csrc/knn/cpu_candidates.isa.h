@@ -101,19 +101,13 @@ PAPER_LAYERS_INLINE int64_t append(T* scores, int32_t* indices, int64_t n, Vec<T
 #endif
 }
 
-// A number that at least `wanted` of the scores reach and, unless many are equal, not more than `most`; and the largest
-// score. Where there is room for a vector more.
+// A number that at least `wanted` of the scores reach and, unless many are equal, not more than `most`. `low` is the
+// least of them, which `at_low` reach, and `top` the largest; the search starts at a share of the way. The number of
+// scores is one of whole vectors, and those that are NaN or less than `low` do not count.
 template <typename T>
-std::pair<T, T> limit_reached_by(T* scores, int64_t count, int64_t wanted, int64_t most) {
+T limit_between(const T* scores, int64_t count, int64_t wanted, int64_t most, T low, int64_t at_low, T top, T share) {
   using V = Vec<T>;
   using Key = std::decay_t<decltype(typename V::BitLanes()[0])>;
-  std::fill_n(scores + count, V::size, std::numeric_limits<T>::quiet_NaN());  // reach nothing
-  V least(std::numeric_limits<T>::infinity()), largest(-std::numeric_limits<T>::infinity());
-  for (int64_t i = 0; i < count; i += V::size) {
-    const V block = load(scores + i);
-    largest = max_or_second(block, largest);
-    least = V(block.lanes < least.lanes ? block.lanes : least.lanes);
-  }
   // Integers in the order of the numbers: of negative ones the magnitude's bits are flipped. It is its own inverse.
   const auto key = [](Key bits) { return bits ^ ((bits >> (8 * sizeof(Key) - 1)) & std::numeric_limits<Key>::max()); };
   const auto key_of = [&](T value) {
@@ -127,12 +121,10 @@ std::pair<T, T> limit_reached_by(T* scores, int64_t count, int64_t wanted, int64
     std::memcpy(&value, &bits, sizeof(value));
     return value;
   };
-  const T top = largest_of(largest);
-  T low = -largest_of(V(-least.lanes)), high = value_of(key_of(top) + 1);
-  int64_t at_low = count, at_high = 0;  // how many reach them
+  T high = value_of(key_of(top) + 1);
+  int64_t at_high = 0;  // how many reach it
   for (int64_t pass = 0; at_low > most; ++pass) {
     // First as if they lay evenly, then by halves, which ends for all.
-    const T share = static_cast<T>(at_low - (wanted + most) / 2) / static_cast<T>(at_low - at_high);
     T middle = low + (high - low) * std::min(std::max(share, T(0.02)), T(0.98));
     if (pass >= 8 || !(middle > low && middle < high)) {
       const Key a = key_of(low), b = key_of(high);
@@ -142,8 +134,24 @@ std::pair<T, T> limit_reached_by(T* scores, int64_t count, int64_t wanted, int64
     const int64_t at_middle = count_not_below(scores, count, V(middle));
     if (at_middle >= wanted) low = middle, at_low = at_middle;
     else high = middle, at_high = at_middle;
+    share = static_cast<T>(at_low - (wanted + most) / 2) / static_cast<T>(at_low - at_high);
   }
-  return {low, top};
+  return low;
+}
+
+// The same for any number of scores, where there is room for a vector more; and the largest score.
+template <typename T>
+std::pair<T, T> limit_reached_by(T* scores, int64_t count, int64_t wanted, int64_t most) {
+  using V = Vec<T>;
+  std::fill_n(scores + count, V::size, std::numeric_limits<T>::quiet_NaN());  // reach nothing
+  V least(std::numeric_limits<T>::infinity()), largest(-std::numeric_limits<T>::infinity());
+  for (int64_t i = 0; i < count; i += V::size) {
+    const V block = load(scores + i);
+    largest = max_or_second(block, largest);
+    least = V(block.lanes < least.lanes ? block.lanes : least.lanes);
+  }
+  const T top = largest_of(largest), share = static_cast<T>(count - (wanted + most) / 2) / static_cast<T>(count);
+  return {limit_between(scores, count, wanted, most, -largest_of(V(-least.lanes)), count, top, share), top};
 }
 
 // Picks the nearest among candidates. `Exact` knows of query q:
@@ -203,9 +211,17 @@ class Selection {
     int64_t count = candidates_.count(q);
     if (!search_.problem.include_self) count = leave_out(row, scores, indices, count);
     if (count > 0 && !sort_few(scores, indices, count)) sort_(scores, indices, count);
-    const int64_t segments = find_segments(q, scores, indices, count);
     const Row<T> written = search_.row(row);
     const KnnProblem& problem = search_.problem;
+    if (ordered(q, scores, std::min(count, problem.positions() + 1))) {
+      const int64_t found = std::min(problem.k, problem.ranks_below(count));
+      for (int64_t r = 0; r < found; ++r) indices[r] = indices[problem.position(r)];
+      exact_.find(q, indices, found, found_.data());
+      for (int64_t r = 0; r < found; ++r) written.write(r, found_[r]);
+      for (int64_t r = found; r < problem.k; ++r) written.write_none(r);
+      return;
+    }
+    const int64_t segments = find_segments(q, scores, indices, count);
     int64_t r = 0;
     Found* found = found_.data();
     for (int64_t s = 0; s < segments; ++s) {
@@ -262,6 +278,20 @@ class Selection {
       return count - 1;
     }
     return count;
+  }
+
+  // Tells if sorted scores lie so far apart that they are surely in the order of the exact distances.
+  bool ordered(int64_t q, const T* scores, int64_t count) const {
+    using V = Vec<T>;
+    if (count == 0) return true;
+    const V uncertainty(exact_.most_uncertain(q, scores[count - 1]));
+    uint32_t near = 0;
+    for (int64_t i = 1; i < count; i += V::size) {
+      uint32_t lanes = lanes_not_below(load(scores + i), load(scores + i - 1) - uncertainty);
+      if (count - i < V::size) lanes &= (1u << (count - i)) - 1;
+      near |= lanes;
+    }
+    return near == 0;
   }
 
   // Splits sorted candidates where the order of the exact distances is known, and computes the distances of segments

@@ -42,6 +42,7 @@ struct Search {
   int64_t* index;
   T* distance;
   int64_t offset;
+  int64_t threads;
 
   int64_t channels() const { return problem.channels; }
   const T* query_at(int64_t i) const { return query + i * problem.channels; }
@@ -75,20 +76,32 @@ PAPER_LAYERS_INLINE Number rounded(Number x) {
 // An exact distance is the sum of four sums, over channels 0, 4, 8 ..., over 1, 5, 9 ... and so on, after which come the
 // channels beyond a multiple of four. All searches sum in this order, or equal distances would not be equal.
 constexpr int64_t kSums = 4;
-constexpr int64_t kPartBytes = PAPER_LAYERS_VECTOR_BYTES < 32 ? PAPER_LAYERS_VECTOR_BYTES : 32;
-constexpr int64_t kPart = kPartBytes / sizeof(double), kParts = kSums / kPart;
-typedef double Part __attribute__((vector_size(kPartBytes)));
 
-PAPER_LAYERS_INLINE Part load_part(const double* p) {
+// Registers of float64 that hold some of the sums of a point, or all sums of kPoints points.
+typedef double Part __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES)));
+constexpr int64_t kPart = PAPER_LAYERS_VECTOR_BYTES / sizeof(double);
+constexpr int64_t kPoints = kPart / kSums > 1 ? kPart / kSums : 1, kParts = kPoints > 1 ? 1 : kSums / kPart;
+
+// From one row, or of kPoints rows.
+PAPER_LAYERS_INLINE Part load_part(const double* p, [[maybe_unused]] const double* next) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  return Part(_mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_loadu_pd(p)), _mm256_loadu_pd(next), 1));
+#else
   Part part;
   std::memcpy(&part, p, sizeof(part));
   return part;
+#endif
 }
-PAPER_LAYERS_INLINE Part load_part(const float* p) {
-  typedef float Floats __attribute__((vector_size(kPartBytes / 2)));
+PAPER_LAYERS_INLINE Part load_part(const float* p, [[maybe_unused]] const float* next) {
+#if PAPER_LAYERS_VECTOR_BYTES == 64
+  const __m256 first = _mm256_castps128_ps256(_mm_loadu_ps(p));
+  return Part(_mm512_cvtps_pd(_mm256_insertf128_ps(first, _mm_loadu_ps(next), 1)));
+#else
+  typedef float Floats __attribute__((vector_size(PAPER_LAYERS_VECTOR_BYTES / 2)));
   Floats part;
   std::memcpy(&part, p, sizeof(part));
   return __builtin_convertvector(part, Part);
+#endif
 }
 
 // A channel's summand of a distance, or to an inner product.
@@ -102,43 +115,48 @@ PAPER_LAYERS_INLINE Number term(Number x, Number y) {
 // In float64, by differences: what decides which neighbour is nearer. Several at once, since each is a chain of sums.
 template <int64_t many, bool inner, typename T>
 PAPER_LAYERS_INLINE void exact_distances(const T* a, const T* const* b, int64_t channels, double* result) {
-  Part sums[many][kParts];
-  for (int64_t m = 0; m < many; ++m) {
+  static_assert(many % kPoints == 0);
+  Part sums[many / kPoints][kParts];
+  for (int64_t m = 0; m < many / kPoints; ++m) {
     for (int64_t part = 0; part < kParts; ++part) sums[m][part] = Part{};
   }
   int64_t c = 0;
   for (; c + kSums <= channels; c += kSums) {
 #pragma GCC unroll 2
     for (int64_t part = 0; part < kParts; ++part) {
-      const Part x = load_part(a + c + part * kPart);
+      const int64_t at = c + part * kPart;
+      const Part x = load_part(a + at, a + at);
 #pragma GCC unroll 4
-      for (int64_t m = 0; m < many; ++m) sums[m][part] += term<inner>(x, load_part(b[m] + c + part * kPart));
+      for (int64_t m = 0; m < many / kPoints; ++m) {
+        sums[m][part] += term<inner>(x, load_part(b[m * kPoints] + at, b[(m + 1) * kPoints - 1] + at));
+      }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int64_t m = 0; m < many; ++m) {
     double total = 0;
     for (int64_t i = c; i < channels; ++i) total += term<inner>(double(a[i]), double(b[m][i]));
-    for (int64_t s = 0; s < kSums; ++s) total += sums[m][s / kPart][s % kPart];
+    for (int64_t s = 0; s < kSums && c > 0; ++s) {
+      const int64_t place = m % kPoints * kSums + s;
+      total += sums[m / kPoints][place / kPart][place % kPart];
+    }
     result[m] = inner ? -total : total;
   }
 }
 
 template <bool inner, typename T>
 void find_exactly(const Search<T>& search, const T* query, const int32_t* indices, int64_t count, Found* found) {
-  constexpr int64_t many = 4;
-  double distances[many];
-  const T* rows[many];
-  int64_t i = 0;
-  for (; i + many <= count; i += many) {
-    for (int64_t m = 0; m < many; ++m) rows[m] = search.point_at(indices[i + m]);
-    exact_distances<many, inner>(query, rows, search.channels(), distances);
-    for (int64_t m = 0; m < many; ++m) found[i + m] = {distances[m], indices[i + m]};
-  }
-  for (; i < count; ++i) {
-    rows[0] = search.point_at(indices[i]);
-    exact_distances<1, inner>(query, rows, search.channels(), distances);
-    found[i] = {distances[0], indices[i]};
+  constexpr int64_t most = 4 * kPoints;
+  double distances[most];
+  const T* rows[most];
+  for (int64_t i = 0; i < count; i += most) {
+    const int64_t here = std::min(most, count - i);
+    // Beyond the end the last one again.
+    for (int64_t m = 0; m < most; ++m) rows[m] = search.point_at(indices[std::min(i + m, count - 1)]);
+    if (here > most / 2) exact_distances<most, inner>(query, rows, search.channels(), distances);
+    else if (here > most / 4) exact_distances<most / 2, inner>(query, rows, search.channels(), distances);
+    else exact_distances<most / 4, inner>(query, rows, search.channels(), distances);
+    for (int64_t m = 0; m < here; ++m) found[i + m] = {distances[m], indices[i + m]};
   }
 }
 

@@ -6,13 +6,17 @@
 #include "knn/cpu_walk.isa.h"
 #include "knn/cpu_ties.isa.h"
 #include "knn/cpu_scores.isa.h"
+#include "knn/cpu_pack.isa.h"
 #include "knn/cpu_panels.isa.h"
+#include "knn/cpu_dense.isa.h"
 #include "knn/cpu_pairs.isa.h"
 #include "knn/cpu_subset.isa.h"
 #include "knn/cpu_backward.isa.h"
 
 // Up to so many pairs, a tree or panels don't pay.
-constexpr int64_t kFewPairs = 4096;
+constexpr int64_t kFewPairs = 256;
+// Up to so many points, panels are faster than a tree.
+constexpr int64_t kFewInSpace = 512;
 
 // The coordinates other than NaN.
 struct Extremes {
@@ -54,7 +58,8 @@ void search_exactly(const Search<T>& search) {
 
 // Up to three channels, without infinities.
 template <typename T>
-void search_space(const Search<T>& search) {
+void search_space(const Search<T>& search, bool scalable = true) {
+  if (scalable && search.points <= kFewInSpace && search_panels(search, Scores::products)) return;
   if (!search_tree(search)) search_exactly(search);
 }
 
@@ -115,17 +120,26 @@ void search_cloud(const Search<T>& search) {
     if (overflows) search_exactly(search);
     else search_channels(search);
   } else if (!many && (overflows || !extremes.large)) {  // few large ones do no harm in float64
-    search_space(search);
+    search_space(search, !extremes.large);
   } else if constexpr (std::is_same_v<T, double>) {
     if (!search_ties(search)) search_exactly(search);
   } else {
-    search_rows<double>(search, all_rows(search.queries), all_rows(search.points), {}, search_space<double>);
+    search_rows<double>(search, all_rows(search.queries), all_rows(search.points), {},
+                        [](const Search<double>& in_double) { search_space(in_double); });
   }
 }
 
+// Clouds that are an equal share of the work or less are claimed by single threads; all threads share the others.
 template <typename T>
 void knn(const KnnProblem& problem, const T* query, const T* points, int64_t* index, T* distance) {
-  for (const Cloud& cloud : problem.clouds) {
+  const int64_t count = problem.clouds.size(), threads = torch::stable::get_num_threads();
+  const auto work = [&](const Cloud& cloud) {
+    return static_cast<double>(cloud.queries.size()) * cloud.points.size() * (problem.channels + 16);
+  };
+  double total = 0;
+  for (const Cloud& cloud : problem.clouds) total += work(cloud);
+  const auto search = [&](int64_t i, int64_t threads) {
+    const Cloud& cloud = problem.clouds[i];
     const int64_t q = cloud.queries.begin, p = cloud.points.begin, most = problem.positions() + !problem.include_self;
     search_cloud(Search<T>{problem,
                            cloud.queries.size(),
@@ -135,6 +149,23 @@ void knn(const KnnProblem& problem, const T* query, const T* points, int64_t* in
                            points + p * problem.channels,
                            index + q * problem.k,
                            distance + q * problem.k,
-                           cloud.offset});
+                           cloud.offset,
+                           threads});
+  };
+  std::vector<int64_t> claimed;
+  for (int64_t i = 0; i < count; ++i) {
+    if (work(problem.clouds[i]) * threads > total) search(i, threads);
+    else claimed.push_back(i);
   }
+  // The last ones, if they are too few for all threads.
+  const int64_t few = count < 4 * threads && threads > 1 ? claimed.size() % threads : 0;
+  for (int64_t i = 0; i < few; ++i) {
+    search(claimed.back(), threads);
+    claimed.pop_back();
+  }
+  if (claimed.empty()) return;
+  const int64_t least = std::min<int64_t>(threads, claimed.size());
+  Team::run(std::min<double>(least, 1 + total / kThreadWork), 1, [&](Team::Each each) {
+    each(claimed.size(), [&](int64_t i) { search(claimed[i], 1); });
+  });
 }

@@ -1,108 +1,5 @@
 // Any number of channels: a matrix product of queries and points, compared with what each query still needs while it
 // is in the first-level cache.
-//
-// With coordinates from a middle of the cloud, x . y - |y|^2 / 2 orders the points of a query x as their distances do.
-// It is computed in T, in error by at most slack |y| (|x| + |y|). Coordinates are scaled so that nothing overflows.
-
-// Where the coordinates of a cloud start, and their unit.
-template <typename T>
-struct Frame {
-  std::vector<double> center;
-  double scale = 1;
-
-  Frame(const Search<T>& search, Scores scores) : center(search.channels()) {
-    if (scores == Scores::exact) return;
-    if (scores == Scores::products && !search.problem.inner) find_center(search);
-    double largest = largest_in(search.point, search.points);
-    if (!search.searches_itself()) largest = std::max(largest, largest_in(search.query, search.queries));
-    if (largest > 0) scale = std::ldexp(1.0, std::min(-std::ilogb(largest), 500));  // its square is finite
-  }
-
-  T coordinate(const T* row, int64_t c) const { return static_cast<T>((row[c] - center[c]) * scale); }
-
- private:
-  // The median of a sample: a far point does not move it.
-  void find_center(const Search<T>& search) {
-    std::vector<double> sample;
-    const int64_t step = search.points / 64 + 1;
-    for (int64_t c = 0; c < search.channels(); ++c) {
-      sample.clear();
-      for (int64_t j = 0; j < search.points; j += step) {
-        const double x = search.point_at(j)[c];
-        if (std::isfinite(x)) sample.push_back(x);
-      }
-      if (sample.empty()) continue;
-      std::nth_element(sample.begin(), sample.begin() + sample.size() / 2, sample.end());
-      center[c] = sample[sample.size() / 2];
-    }
-  }
-
-  double largest_in(const T* rows, int64_t count) const {
-    const int64_t channels = center.size();
-    double largest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const double x = std::abs(rows[i * channels + c] - center[c]);
-        largest = x > largest ? x : largest;
-      }
-    }
-    return largest;
-  }
-};
-
-// The rows of a cloud in panels: channel by channel, the numbers of all the panel's rows.
-template <typename T>
-struct Panels {
-  static constexpr int64_t width = kWidth<T>;
-
-  Scores scores;
-  int64_t channels, count;
-  T slack;
-  Scratch<T> values;
-  Scratch<T> lengths, errors;  // times a point's length: the error of a score
-  // A point's part of the scores: for products -|y|^2 / 2 and the error, else 0. A point that is never a neighbour has
-  // -infinity, or NaN where infinitely far points have -infinity.
-  Scratch<T> offsets;
-
-  Panels(const Search<T>& search, Scores scores, const Frame<T>& frame, const T* rows, int64_t number)
-      : scores(scores),
-        channels(search.channels()),
-        count((number + width - 1) / width),
-        slack((channels + 8) * std::numeric_limits<T>::epsilon()),
-        values(count * width * channels),
-        lengths(count * width),
-        errors(count * width),
-        offsets(count * width) {
-    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * width; i < end * width; ++i) {
-        pack(frame, i < number ? rows + i * channels : nullptr, i, search.problem.inner);
-      }
-    });
-  }
-
-  const T* panel(int64_t p) const { return values.data() + p * width * channels; }
-  bool there(int64_t row) const { return offsets[row] > -std::numeric_limits<T>::infinity(); }
-
- private:
-  void pack(const Frame<T>& frame, const T* row, int64_t i, bool inner) {
-    T* to = values.data() + i / width * width * channels + i % width;
-    double square = row ? 0 : std::numeric_limits<double>::quiet_NaN();
-    for (int64_t c = 0; row && c < channels; ++c) {
-      to[c * width] = frame.coordinate(row, c);
-      square += static_cast<double>(to[c * width]) * to[c * width];
-    }
-    if (std::isnan(square)) {
-      using Limits = std::numeric_limits<T>;
-      for (int64_t c = 0; c < channels; ++c) to[c * width] = 0;
-      offsets[i] = scores == Scores::exact ? Limits::quiet_NaN() : -Limits::infinity();
-      return;
-    }
-    if (scores != Scores::products) return;
-    lengths[i] = static_cast<T>(std::sqrt(square));
-    errors[i] = slack * lengths[i];
-    offsets[i] = static_cast<T>(inner ? 0 : (slack - 0.5) * square) + std::numeric_limits<T>::min();
-  }
-};
 
 // Rows spread over a cloud, whose scores suggest a limit to start from: it is confirmed, or the query is searched again.
 template <typename T>
@@ -126,7 +23,9 @@ struct Sample {
       std::copy_n(search.point_at(static_cast<int64_t>(place * search.points)), search.channels(),
                   rows.begin() + i * search.channels());
     }
-    return Sample{Panels<T>(search, Scores::products, frame, rows.data(), size), rank};
+    Sample sample{Panels<T>(search, Scores::products, frame, rows.data(), size), rank};
+    sample.panels.pack_all();
+    return sample;
   }
 };
 
@@ -147,8 +46,11 @@ class PanelDistances {
         points(points),
         scores(points.scores),
         sample(scores == Scores::products ? Sample<T>::of(search, frame, points) : std::nullopt),
+        tiny_((points.channels + 16) * std::ldexp(frame.scale * frame.scale, -1072)),
         longest_(*std::max_element(points.lengths.begin(), points.lengths.end())),
         left_(std::max(kExactAtLeast, search.queries * search.points / kPairsPerExact)),
+        rows_(search.point, search.point + (worth_converting(search) ? search.points * search.channels() : 0)),
+        in_double_{search.problem, search.queries, search.points, rows_.data(), rows_.data(), nullptr, nullptr, 0, 1},
         limits_(scores == Scores::exact ? queries.count * queries.width : 0, {0, -1}) {}
 
   int64_t index(int32_t position) const { return position; }
@@ -187,7 +89,8 @@ class PanelDistances {
   }
 
   void find(int64_t q, const int32_t* indices, int64_t count, Found* found) const {
-    find_exactly(search, search.query_at(q), indices, count, found);
+    if (rows_.empty()) find_exactly(search, search.query_at(q), indices, count, found);
+    else find_exactly(in_double_, in_double_.query_at(q), indices, count, found);
   }
 
   T decided(int64_t q, const Found& found) {
@@ -210,6 +113,13 @@ class PanelDistances {
   // One exact distance for so many pairs of the search, and so many at least.
   static constexpr int64_t kPairsPerExact = 128, kExactAtLeast = 4096;
 
+  // A point is converted once in place of whenever it is near, where it is near to many and all stay in the caches.
+  static bool worth_converting(const Search<T>& search) {
+    constexpr int64_t cached = (320 << 10) / sizeof(double);
+    return std::is_same_v<T, float> && search.searches_itself() && search.wanted() >= 8 &&
+           search.points * search.channels() <= cached;
+  }
+
   // For scores that are no products.
   T uncertainty_of(T least) const {
     if (scores == Scores::exact) return 0;
@@ -224,12 +134,13 @@ class PanelDistances {
   }
 
   // The error of exact distances of this size, which are rounded too and may underflow.
-  double rounding(double size) const {
-    return (points.channels + 16) * (0x1p-52 * size + std::ldexp(frame.scale * frame.scale, -1072));
-  }
+  double rounding(double size) const { return (points.channels + 16) * 0x1p-52 * size + tiny_; }
 
+  const double tiny_;
   const T longest_;
   std::atomic<int64_t> left_;  // exact distances
+  const Scratch<double> rows_;  // in float64, or none
+  const Search<double> in_double_;
   std::vector<Found> limits_;  // the point that an exact limit is from; no index where there is none
 };
 
@@ -280,17 +191,17 @@ class PanelSearch {
   }
 
  private:
-  using Computation = void (*)(const T* queries, const T* points, int64_t channels, T* to);
+  using Computation = void (*)(const T* queries, const T* points, int64_t channels, T* to, int64_t to_row);
 
   static Computation computation(Scores scores, bool inner) {
-    if (scores == Scores::products) return multiply<T>;
+    if (scores == Scores::products) return multiply<kVectors, T>;
     if constexpr (std::is_same_v<T, float>) return subtract<T>;  // float64 has exact ones for the same time
     else return inner ? measure<true, T> : measure<false, T>;
   }
 
   void compute_all(int64_t queries, const Panels<T>& points, int64_t panel) {
     for (int64_t r = 0; r < width; r += kRows<T>) {
-      compute_(exact_.queries.panel(queries) + r, points.panel(panel), points.channels, products_ + r * width);
+      compute_(exact_.queries.panel(queries) + r, points.panel(panel), points.channels, products_ + r * width, width);
     }
   }
 

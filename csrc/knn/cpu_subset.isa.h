@@ -33,7 +33,10 @@ void search_rows(const Search<T>& search, const Rows& queries, const Rows& point
   for (int64_t first = 0; first < count; first += step) {
     const int64_t here = std::min(step, count - first);
     const S* const q = same ? point_rows.data() : query_rows.data() + first * channels;
-    if (wanted > 0) run(Search<S>{all_positions, here, others, q, point_rows.data(), index.data(), distance.data(), 0});
+    if (wanted > 0) {
+      run(Search<S>{all_positions, here, others, q, point_rows.data(), index.data(), distance.data(), 0,
+                    search.threads});
+    }
     parallel_for(0, here, 1024, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t query = queries[first + i], *const found = index.data() + i * wanted;

@@ -30,6 +30,11 @@ struct KnnProblem {
   std::vector<int64_t> listed = {};  // The wanted positions; if empty, every dilation-th one.
 
   int64_t position(int64_t r) const { return listed.empty() ? r * dilation : listed[r]; }
+  // The number of wanted positions among the `count` first ones.
+  int64_t ranks_below(int64_t count) const {
+    if (listed.empty()) return (count + dilation - 1) / dilation;
+    return std::lower_bound(listed.begin(), listed.end(), count) - listed.begin();
+  }
   // The number of nearest points that hold all wanted positions.
   int64_t positions() const { return position(k - 1) + 1; }
 };

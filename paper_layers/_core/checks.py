@@ -81,6 +81,8 @@ def _plain(value: Any) -> Any:
 
 def integer(name: str, value: Any, minimum: int) -> int:
     """Return an integer of at least `minimum` as an int."""
+    if value.__class__ is int and value >= minimum:  # Nearly always, so at no cost.
+        return value
     if not is_integer(value):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     plain: int = _plain(value)

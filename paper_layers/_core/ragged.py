@@ -10,18 +10,36 @@ from torch import Tensor
 from paper_layers._core import checks
 
 
-def batch_starts(name: str, batch: Tensor, rows: Tensor, clouds: int | None = None) -> Tensor:
+def batch_starts(name: str, batch: Tensor, rows: Tensor) -> Tensor:
     """Convert PyG's `batch` (ascending, one cloud number for each row) to `ptr` (where each cloud starts)."""
-    checks.shape(name, batch, (len(rows),))
+    return all_batch_starts((name, batch, rows))[0]
+
+
+def all_batch_starts(*named: tuple[str, Tensor, Tensor]) -> list[Tensor]:
+    """Convert several at once, each given as name, batch and rows, to starts of as many clouds as any of them has.
+
+    Waits for the device once.
+    """
+    facts = []
+    for name, batch, rows in named:
+        checks.shape(name, batch, (len(rows),))
+        if len(batch):
+            facts += [(batch[1:] < batch[:-1]).any().long(), batch[0], batch[-1]]
+    numbers = torch.stack(facts).tolist() if facts else []
+    if any(numbers[0::3]) or min(numbers[1::3], default=0) < 0:
+        for name, batch, _ in named:
+            _check_ascending(name, batch)
+    clouds = max(numbers[2::3], default=-1) + 1
+    return [torch.searchsorted(batch, torch.arange(clouds + 1, device=batch.device)) for _, batch, _ in named]
+
+
+def _check_ascending(name: str, batch: Tensor) -> None:
     wrong = batch < torch.cat([batch.new_zeros(min(1, len(batch))), batch[:-1]])
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise ValueError(
             f"{name}: expected numbers from 0 in ascending order, got {int(batch[first])} at position {first}"
         )
-    if clouds is None:
-        clouds = cloud_count(batch)
-    return torch.searchsorted(batch, torch.arange(clouds + 1, device=rows.device))
 
 
 def check_starts(name: str, ptr: Tensor, rows: int) -> list[int]:
@@ -35,8 +53,3 @@ def check_starts(name: str, ptr: Tensor, rows: int) -> list[int]:
         position = next(i for i, (before, number) in enumerate(itertools.pairwise(numbers), 1) if number < before)
         raise ValueError(f"{name}: expected numbers that never descend, got {numbers[position]} at position {position}")
     return numbers
-
-
-def cloud_count(batch: Tensor) -> int:
-    """Return the number of clouds in a sorted `batch`."""
-    return int(batch[-1]) + 1 if len(batch) else 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from paper_layers._core import checks, dtypes
 from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
-from paper_layers._core.ragged import batch_starts, check_starts, cloud_count
+from paper_layers._core.ragged import all_batch_starts, check_starts
 from paper_layers._core.tracing import leaf
 from paper_layers._core.vmap import one_by_one
 from paper_layers.ops.flat_index import check_rows, flat_index
@@ -274,11 +274,16 @@ def knn(
         (torch.Size([2, 1024, 16]), torch.Size([2, 1024, 16]))
     """
     checks.floating("query", query)
-    checks.shape("query", query, ("B", "M", "C"), ("M", "C"))
-    targets = query if points is None else points
-    checks.floating("points", targets)
-    checks.same_device("points", targets, "query", query)
-    checks.shape("points", targets, (*query.shape[:-2], "N", query.shape[-1]))
+    if query.dim() not in (2, 3):
+        checks.shape("query", query, ("B", "M", "C"), ("M", "C"))
+    if points is None or points is query:
+        targets, dtype = query, query.dtype
+    else:
+        targets = points
+        checks.floating("points", targets)
+        checks.same_device("points", targets, "query", query)
+        checks.shape("points", targets, (*query.shape[:-2], "N", query.shape[-1]))
+        dtype = torch.promote_types(query.dtype, targets.dtype)
     k = checks.integer("k", k, 1)
     dilation = checks.integer("dilation", dilation, 1)
     if positions is not None:
@@ -287,23 +292,25 @@ def knn(
     checks.choice("metric", metric, METRICS)
     if not include_self and points is not None:
         raise ValueError("include_self: expected True where points are given, got False")
-    starts = _starts(query, targets, points is None, batch, points_batch, ptr, points_ptr)
+    starts: tuple[Tensor | None, Tensor | None] = None, None
+    if not (batch is None and ptr is None and points_batch is None and points_ptr is None):
+        starts = _starts(query, targets, points is None, batch, points_batch, ptr, points_ptr)
 
-    dtype = torch.promote_types(query.dtype, targets.dtype)
     if metric == "cosine":
         dtype = torch.promote_types(dtype, torch.float32)
         same = targets is query
         query = _unit(query.to(dtype))
         targets = query if same else _unit(targets.to(dtype))
-    query, targets = query.to(dtype), targets.to(dtype)
-    single = query.dim() == 2 and starts[0] is None
+    if targets is not query:
+        query, targets = query.to(dtype), targets.to(dtype)
+    single = starts[0] is None and query.dim() == 2
     if single:
-        query, targets = query[None], targets[None]
+        query, targets = query.unsqueeze(0), targets.unsqueeze(0)
     settings = (k, dilation, metric == "inner", bool(include_self))
     index, distance = _knn(query, targets, *starts, positions, settings)
     if metric == "cosine":
         distance = distance / 2  # |x - y|^2 / 2 = 1 - x.y for vectors of length one
-    return Neighbors(index[0], distance[0]) if single else Neighbors(index, distance)
+    return Neighbors(index.squeeze(0), distance.squeeze(0)) if single else Neighbors(index, distance)
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -323,8 +330,8 @@ def _starts(
     points_batch: Tensor | None,
     ptr: Tensor | None,
     points_ptr: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the starts of the clouds of queries and points, from `batch` or `ptr`; None for (B, N, C) or one cloud."""
+) -> tuple[Tensor, Tensor]:
+    """Return the starts of the clouds of queries and points, from `batch` or `ptr`."""
     named = {"batch": batch, "points_batch": points_batch, "ptr": ptr, "points_ptr": points_ptr}
     given = {name: value for name, value in named.items() if value is not None}
     for name, value in given.items():
@@ -334,8 +341,6 @@ def _starts(
             raise ValueError(f"{name}: expected None for query of shape (B, M, C), got a Tensor")
         if same and name.startswith("points"):
             raise ValueError(f"{name}: expected None where no points are given, got a Tensor")
-    if not given:
-        return None, None
     if any("batch" in name for name in given) and any("ptr" in name for name in given):
         raise ValueError(f"ptr: expected either batch or ptr, got both: {', '.join(given)}")
     names = ("batch", "points_batch") if any("batch" in name for name in given) else ("ptr", "points_ptr")
@@ -350,5 +355,7 @@ def _starts(
             expected = f"{tuple(first.shape)}, as of ptr" if len(first) else "(B + 1,)"
             raise ValueError(f"{names[1]}: expected shape {expected}, got {tuple(second.shape)}")
         return first, second
-    clouds = max(cloud_count(first), cloud_count(second))
-    return batch_starts(names[0], first, query, clouds), batch_starts(names[1], second, points, clouds)
+    if first is second and len(query) == len(points):
+        return (all_batch_starts((names[0], first, query))[0],) * 2
+    of_queries, of_points = all_batch_starts((names[0], first, query), (names[1], second, points))
+    return of_queries, of_points

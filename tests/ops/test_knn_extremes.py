@@ -53,10 +53,11 @@ CLOUDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("channels", [3, 8])
+# Few points and many, few channels and many, whose products serve one row or two.
+@pytest.mark.parametrize(("points", "channels"), [(400, 3), (700, 3), (400, 8), (200, 33)])
 @pytest.mark.parametrize("name", CLOUDS)
-def test_unusual_clouds(name: str, channels: int) -> None:
-    x = CLOUDS[name](cloud(400, channels))
+def test_unusual_clouds(name: str, points: int, channels: int) -> None:
+    x = CLOUDS[name](cloud(points, channels))
     assert_equals_reference(x)
     assert_equals_reference(cloud(200, channels), x)
     assert_equals_reference(x, inner=True)
@@ -256,3 +257,19 @@ def test_one_tensor_in_two_places_compiles() -> None:
     for result in (got, want):
         result.where(result.isfinite(), 0).sum().backward()
     torch.testing.assert_close(actual.grad, expected.grad)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("channels", [3, 33])
+def test_a_cloud_has_the_same_neighbours_alone(channels: int) -> None:
+    sizes = (700, 40, 0, 150, 17, 300, 64, 1200)
+    x, starts = cloud(sum(sizes), channels), ptr(0, *torch.tensor(sizes).cumsum(0).tolist())
+    with number_of_threads(1):
+        alone = [knn(part, k=9, dilation=2) for part in x.split(sizes)]
+    offset = starts[:-1].repeat_interleave(starts.diff())[:, None]
+    index = torch.cat([part.indices for part in alone])
+    for threads in (1, 2, 3, 8):
+        with number_of_threads(threads):
+            found = knn(x, k=9, dilation=2, ptr=starts)
+        assert torch.equal(found.indices, torch.where(index < 0, index, index + offset))
+        assert torch.equal(found.distances, torch.cat([part.distances for part in alone]))
