@@ -96,7 +96,7 @@ struct Plan {
   static constexpr int64_t kLine = 64;
 
   std::vector<PlannedPoint<A>> points;
-  // Of the points whose taps begin in a group of the map's rows; the last are outside. Empty for a small map.
+  // Where the points begin whose taps begin in a group of the map's rows; the last are outside. Empty for a small map.
   std::vector<int64_t> starts;
   int shift = 0;                // a group has 2^shift rows: more than one where a map has very many
   std::vector<int32_t> lines;   // pixels in ascending order, one of each cache line of a plane that is read

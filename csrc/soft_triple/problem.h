@@ -202,7 +202,7 @@ struct RowLoss {
   }
 };
 
-// What rows need of each other: how many count, and the sum of something over them.
+// The sums over all rows: how many count, and of something else.
 struct RowTotals {
   double number = 0, sum = 0;
 

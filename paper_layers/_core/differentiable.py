@@ -110,6 +110,8 @@ def differentiable(
 
                 if constant:
                     grads = tuple(grads[i] for i in smooth)
+                    if grads[0] is None:  # Undefined: `Eager` makes no zeros.
+                        return (None,) * (count + 1)
                 tensors = grads + (ctx.saved_tensors if ctx.complete else _load(ctx, again))
                 needs = ctx.needs_input_grad
                 settings = (*ctx.settings, needs[:-1]) if selective else ctx.settings
@@ -136,6 +138,8 @@ def differentiable(
             def forward(ctx: Any, *arguments: Any) -> Any:
                 output = forward(*arguments[:-1], *arguments[-1])
                 Forward.setup_context(ctx, arguments, output)
+                if constant:  # No zeros for their gradients, which nobody reads.
+                    ctx.set_materialize_grads(len(smooth) > 1)
                 return output
 
         class Backward(torch.autograd.Function):
