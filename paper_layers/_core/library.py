@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from paper_layers._core._torch_private import register_decomposition, tree_leaves, tree_map_only
 from paper_layers._core.version import __version__
@@ -26,6 +27,7 @@ def define(
     *,
     decompose: bool | Callable[..., Any] = False,
     vmap: Rule | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Any:
     """Define an op and return it.
 
@@ -35,6 +37,8 @@ def define(
         fake: The shapes, for tracing.
         decompose: Let ONNX export, which knows no op of ours, write the reference, or this function, in its place.
         vmap: The rule of an op that needs no gradient.
+        flops: The operations of the op's products from its arguments, with shapes for tensors: a multiplication and an
+            addition each, as `torch.utils.flop_counter` counts.
     """
     name = schema.split("(", 1)[0]
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -45,6 +49,8 @@ def define(
         library.impl(name, _without_negative_bits(op), "Negative")
     if decompose:
         register_decomposition(op)(reference if decompose is True else decompose)
+    if flops is not None:
+        register_flop_formula(op.overloadpacket)(lambda *arguments, out_shape, **_: flops(*arguments))
     if vmap is not None:
         torch.library.register_vmap(
             f"paper_layers::{name}", lambda info, dims, *args: vmap(op, info.batch_size, dims, args), lib=library

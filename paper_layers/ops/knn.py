@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -163,11 +164,18 @@ def _backward_of_grad(
     return torch.stack(columns, 1).masked_fill(flat < 0, 0).view(index.shape)
 
 
+def _flops(query: Sequence[int], points: Sequence[int], query_ptr: Any, points_ptr: Any, *_: Any) -> int:
+    """Count the products of all pairs in each cloud; of ragged clouds, as if they were of one size."""
+    clouds = 1 if points_ptr is None else max(1, points_ptr[0] - 1)
+    return 2 * math.prod(query) * points[-2] // clouds
+
+
 _knn_op = define(
     "knn(Tensor query, Tensor points, Tensor? query_ptr, Tensor? points_ptr, int k, int dilation, bool inner, "
     "bool include_self, Tensor? positions=None) -> (Tensor, Tensor)",
     _reference,
     _fake,
+    flops=_flops,
 )
 _backward_op = define(
     "knn_backward(Tensor grad, Tensor query, Tensor points, Tensor index, bool inner) -> (Tensor, Tensor)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ linear_forward = define(
     _forward,
     _forward_fake,
     decompose=True,
+    flops=lambda input, weight, *_: 2 * input[0] * math.prod(weight),
 )
 # Gradients of input, weight and bias; empty tensors for those that are not needed.
 linear_backward = define(
@@ -90,6 +92,7 @@ linear_backward = define(
     "bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    flops=lambda grad, input, weight, *others: 2 * input[0] * math.prod(weight) * sum(others[-3:-1]),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +60,12 @@ class Chunks:
         along = (grad_unit * self.unit).sum(1, keepdim=True)
         grad_embeddings = (grad_unit - along * self.unit) * self.inverse_length
         return grad_embeddings.to(self.embeddings.dtype), grad_centers
+
+
+def product_flops(embeddings: Sequence[int], centers: Sequence[int], regularized: bool = False) -> int:
+    """Count the operations of the products of embeddings with centers, and of the centers of each class."""
+    classes, count, channels = centers
+    return 2 * classes * count * channels * (embeddings[0] + (count if regularized else 0))
 
 
 def relaxed_logits(embeddings: Tensor, centers: Tensor, la: float, gamma: float) -> Tensor:

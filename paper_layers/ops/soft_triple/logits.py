@@ -12,7 +12,7 @@ from paper_layers._core.differentiable import differentiable
 from paper_layers._core.library import define
 from paper_layers._core.vmap import one_by_one
 from paper_layers.ops.soft_triple import chunk_ops
-from paper_layers.ops.soft_triple.chunks import Chunks, check, relaxed_logits
+from paper_layers.ops.soft_triple.chunks import Chunks, check, product_flops, relaxed_logits
 
 
 @torch.no_grad()
@@ -57,12 +57,14 @@ _logits_op = define(
     "soft_triple_logits(Tensor embeddings, Tensor centers, float la, float gamma, int chunk_size) -> (Tensor, Tensor)",
     _logits,
     _logits_fake,
+    flops=lambda embeddings, centers, *_: product_flops(embeddings, centers),
 )
 _logits_backward_op = define(
     "soft_triple_logits_backward(Tensor grad, Tensor embeddings, Tensor centers, Tensor inverse, float la, "
     "float gamma, int chunk_size) -> (Tensor, Tensor)",
     _logits_backward,
     _logits_backward_fake,
+    flops=lambda grad, embeddings, centers, *_: 3 * product_flops(embeddings, centers),
 )
 
 

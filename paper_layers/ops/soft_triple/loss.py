@@ -14,7 +14,7 @@ from paper_layers._core.library import define
 from paper_layers._core.tracing import leaf
 from paper_layers._core.vmap import one_by_one
 from paper_layers.ops.soft_triple import chunk_ops
-from paper_layers.ops.soft_triple.chunks import Chunks, check, relaxed_logits
+from paper_layers.ops.soft_triple.chunks import Chunks, check, product_flops, relaxed_logits
 from paper_layers.ops.soft_triple.rows import REDUCTIONS, reduce_rows
 
 
@@ -83,12 +83,21 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return embeddings.new_empty(embeddings.shape), centers.new_empty(centers.shape)
 
 
+def _backward_flops(*arguments: Any) -> int:
+    """Count the scores, which are computed again, and two products with their gradients."""
+    embeddings, centers, slope = arguments[3], arguments[4], arguments[8]
+    return 2 * product_flops(embeddings, centers) + product_flops(embeddings, centers, len(slope) > 1)
+
+
 _FACTORS = "float la, float gamma, float margin"
 _forward_op = define(
     f"soft_triple(Tensor embeddings, Tensor centers, Tensor labels, {_FACTORS}, bool regularized, int chunk_size) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
+    flops=lambda embeddings, centers, labels, la, gamma, margin, regularized, size: product_flops(
+        embeddings, centers, regularized
+    ),
 )
 _backward_op = define(
     "soft_triple_backward(Tensor grad_logsumexp, Tensor grad_target, Tensor grad_distance, Tensor embeddings, "
@@ -96,6 +105,7 @@ _backward_op = define(
     "int chunk_size) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
+    flops=_backward_flops,
 )
 
 
