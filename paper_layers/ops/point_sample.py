@@ -227,10 +227,12 @@ def _check_maps(input: Tensor | Sequence[Tensor]) -> list[Tensor]:
             if map.shape[0] != first.shape[0]:
                 raise ValueError(f"{name}: expected as many images as input[0], {first.shape[0]}, got {map.shape[0]}")
             checks.same_device(name, map, "input[0]", first)
-    if any(map.dtype != first.dtype for map in maps[1:]):
-        dtype = functools.reduce(torch.promote_types, (map.dtype for map in maps))
-        return [map.to(dtype) for map in maps]
-    return maps
+    dtype = first.dtype
+    for map in maps:
+        if map.dtype != dtype:
+            dtype = torch.promote_types(dtype, map.dtype)
+    # Also of one dtype: in a trace, calls with the same maps would share their list, which the stable ABI empties.
+    return [map.to(dtype) for map in maps]
 
 
 def _check_boxes(boxes: Tensor | Sequence[Tensor], images: int, device: torch.device) -> tuple[Tensor, Tensor]:
