@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -type f)
 CUDA := $(if $(shell nvidia-smi -L 2>/dev/null),-DPAPER_LAYERS_CUDA_ARCHITECTURES=native,-DPAPER_LAYERS_CUDA=off)
 CMAKE = $(BIN)/cmake -G Ninja -S csrc -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python $(CUDA)
 
-.PHONY: demo test hosts fuzz lint bench claims sanitize emulate compat wheel clean
+.PHONY: demo test hosts fuzz lint sweep overhead busy bench claims sanitize emulate compat wheel clean
 
 demo: $(KERNELS)
 	$(BIN)/python -m benchmarks.report
@@ -36,7 +36,7 @@ lint: $(INSTALLED)
 # The modules of a folder that can be run: those with a main.
 mains = $(basename $(notdir $(shell grep -l '__name__ == "__main__"' benchmarks/$(1)/*.py)))
 
-sweep overhead: $(KERNELS)
+sweep overhead busy: $(KERNELS)
 	$(BIN)/python -m benchmarks.micro.$@ --json benchmarks/results/$@_cpu.json
 
 bench: $(KERNELS) $(PEERS)

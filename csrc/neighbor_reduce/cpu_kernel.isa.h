@@ -61,15 +61,49 @@ void total(const Neighbors<T>& from, int64_t channels, const T* own, bool mean, 
   });
 }
 
+// A channel by itself, with the same results: parts of vectors cost more than numbers where there are few.
+constexpr int64_t kFewChannels = 4;
+
+template <typename T>
+void reduce_channel(const NeighborReduceProblem& problem, const T* input, const int64_t* index, const T* own, T* output,
+                    int32_t* arg) {
+  using A = Accumulator<T>;
+  const bool extreme = problem.has_arg(), largest = problem.reduce == Reduce::max;
+  A result = 0, count = 0;
+  int32_t found = -1;
+  for (int64_t column = 0; column < problem.k; ++column) {
+    if (index[column] < 0) continue;
+    const A x = static_cast<A>(input[index[column] * problem.channels]);
+    count += 1;
+    if (!extreme) {
+      result = count == 1 ? x : result + x;
+    } else if (found < 0 || (largest ? x > result : x < result) || (x != x && result == result)) {
+      result = x;
+      found = static_cast<int32_t>(column);
+    }
+  }
+  if (own != nullptr && count > 0) result = result - (extreme ? A(1) : count) * static_cast<A>(*own);
+  *output = static_cast<T>(problem.reduce == Reduce::mean && count > 0 ? result / count : result);
+  if (extreme) *arg = found;
+}
+
 template <typename T>
 void neighbor_reduce(const NeighborReduceProblem& problem, const T* input, const int64_t* index, T* output, int32_t* arg) {
   const int64_t channels = problem.channels, k = problem.k;
   parallel_for(0, problem.nodes, grain_size(32768, {channels, k}), [&](int64_t begin, int64_t end) {
     Neighbors<T> from;
     for (int64_t i = begin; i < end; ++i) {
-      from.select(input + problem.start(i) * channels, channels, index + i * k, k);
-      const T* own = problem.relative ? input + i * channels : nullptr;
-      T* out = output + i * channels;
+      const T* const rows = input + problem.start(i) * channels;
+      const T* const own = problem.relative ? input + i * channels : nullptr;
+      T* const out = output + i * channels;
+      if (channels <= kFewChannels) {
+        for (int64_t c = 0; c < channels; ++c) {
+          reduce_channel(problem, rows + c, index + i * k, own == nullptr ? own : own + c, out + c,
+                         problem.has_arg() ? arg + i * channels + c : nullptr);
+        }
+        continue;
+      }
+      from.select(rows, channels, index + i * k, k);
       if (from.rows.empty()) {
         std::fill_n(out, channels, T(0));
         if (problem.has_arg()) std::fill_n(arg + i * channels, channels, -1);
