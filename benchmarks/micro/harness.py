@@ -53,6 +53,7 @@ class Case:
     moved: int  # Bytes that any implementation must read and write.
     backward: bool
     device: str = "cpu"
+    memory: bool = True  # Measure memory, too, which takes longer than a small case.
 
     @property
     def title(self) -> str:
@@ -187,7 +188,8 @@ def _worker(pipe: Connection, contender: Contender, threads: int) -> None:
                 if isinstance(request, Case):
                     task = None  # Free the last one first.
                     task = _Task(contender, request)
-                    pipe.send((task.saved(), task.peak(), task.checksum))
+                    memory = (task.saved(), task.peak()) if request.memory else (0, 0)
+                    pipe.send((*memory, task.checksum))
                 elif task is not None:
                     pipe.send(task.measure(request))
             except Exception as error:

@@ -9,6 +9,7 @@ time for longer, and the second result counts: on a shared machine, short measur
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -161,7 +162,8 @@ SWEEPS = {
 def cases(sweep: Sweep, count: int, seed: int) -> list[Case]:
     """Draw the shapes of an op; forward and forward with backward alternate."""
     draw = Draw(seed)
-    return [Case(sweep.draw(draw), sweep.inputs, 4096, sweep.backward[i % len(sweep.backward)]) for i in range(count)]
+    ways = itertools.cycle(sweep.backward)
+    return [Case(sweep.draw(draw), sweep.inputs, 4096, next(ways), memory=False) for _ in range(count)]
 
 
 def measure(sweep: Sweep, drawn: Sequence[Case], threads: int, quick: bool) -> list[Result]:
