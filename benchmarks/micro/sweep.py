@@ -184,6 +184,8 @@ def summary_rows(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
         groups.setdefault((str(result.params), result.backward, result.threads), []).append(result)
     for (shape, backward, threads), group in groups.items():
         ours = next(r for r in group if r.role == "ours")
+        if ours.error:
+            raise RuntimeError(f"{shape}: {ours.error}")
         peers = {r.contender: r.median for r in group if r.role == "peer" and not r.error}
         best = min(peers.values())
         limit = best + MARGIN if best < SHORT else best * SLACK

@@ -381,7 +381,12 @@ PAPER_LAYERS_INLINE void with_store(const T* rows, int64_t length, int64_t count
   if constexpr (std::is_floating_point_v<T>) {
     if (count * int64_t(sizeof(T)) > kStreamingBytes && length % Vec<T>::size == 0 &&
         reinterpret_cast<uintptr_t>(rows) % sizeof(Vec<T>) == 0) {
-      body([](T* p, Vec<T> v, auto) __attribute__((always_inline)) { store_streaming(p, v); });
+      // The rest need not be whole vectors, nor start at one.
+      body([](T* p, Vec<T> v, auto lanes) __attribute__((always_inline)) {
+        const bool whole = std::is_same_v<decltype(lanes), Full> && reinterpret_cast<uintptr_t>(p) % sizeof(v) == 0;
+        if (whole) store_streaming(p, v);
+        else store(p, v, lanes);
+      });
       finish_streaming();
       return;
     }

@@ -428,3 +428,18 @@ def test_kernels_check_again(change: dict[int, Any], message: str) -> None:
     if not {0, 3, 4, 5} & change.keys():
         with pytest.raises(RuntimeError, match=message):
             torch.ops.paper_layers.split_batch_norm(arguments[1], arguments[2], [], *arguments[6:])
+
+
+@pytest.mark.slow_emulated
+@pytest.mark.parametrize("shape", [(6, 507, 65, 19), (254, 579, 19, 1), (5, 31, 203, 80)])
+def test_large_images_of_odd_channels(shape: tuple[int, ...]) -> None:
+    """Results past the caches are written in whole vectors, which rows of these do not start at."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    sizes = [shape[0] // 3, shape[0] - shape[0] // 3]
+    output = split_batch_norm(x, sizes)
+    expected = torch.cat([F.batch_norm(part, None, None, training=True) for part in x.split(sizes)])
+    torch.testing.assert_close(output, expected)
+    grad = output.detach().cos()
+    grads = [torch.autograd.grad(y, x, grad)[0] for y in (output, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
