@@ -438,8 +438,9 @@ def test_large_images_of_odd_channels(shape: tuple[int, ...]) -> None:
     x.requires_grad_()
     sizes = [shape[0] // 3, shape[0] - shape[0] // 3]
     output = split_batch_norm(x, sizes)
-    expected = torch.cat([F.batch_norm(part, None, None, training=True) for part in x.split(sizes)])
-    torch.testing.assert_close(output, expected)
+    # In float32 torch's own channels_last norm loses digits.
+    expected = torch.cat([F.batch_norm(part.double(), None, None, training=True) for part in x.split(sizes)])
+    torch.testing.assert_close(output, expected.float())
     grad = output.detach().cos()
-    grads = [torch.autograd.grad(y, x, grad)[0] for y in (output, expected)]
+    grads = [torch.autograd.grad(y, x, grad.to(y.dtype))[0] for y in (output, expected)]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
