@@ -128,7 +128,7 @@ inline LipPool2dProblem lip_pool2d_problem(const Tensor& input, const Tensor& lo
 // few channels, that are packed.
 constexpr int64_t kVectorElements = 16, kGrainElements = 4096, kNarrow = 24, kPackedPixels = 4096;
 
-// Whether channels are packed side by side in the CPU's kernels; the same for every image of these sizes.
+// True if the kernels of the CPU pack planes side by side: the same for every image of these sizes.
 inline bool is_packed(const LipPool2dProblem& problem) {
   const int64_t pixels = problem.height.length * problem.width.length;
   if (problem.shared || pixels > kPackedPixels) return false;
